@@ -153,8 +153,7 @@ class FlowPosterior(Posterior):
                 f"latents.{site.name}.posterior.hidden: expected a latent of at least 2 coordinates and one hidden "
                 f"layer or more, each at least as wide; got dim = {dim} and {list(self.hidden)}."
             )
-        network = head(self.network, inputs, (2 * dim + self.context,))
-        return FlowHead(network, dim, self)
+        return FlowHead(head(self.network, inputs, (2 * dim + self.context,)), dim, self)
 
 
 class FlowHead(nn.Module):

@@ -135,8 +135,7 @@ class Autoregressive(Conditional):
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(c | parents) of indices `(..., *grid)`, nats, `(...)`; exact, in single precision or better."""
         logits = self.conditional_logits(value)
-        index = value.expand(logits.shape[:-1]).unsqueeze(-1)
-        scores = logits.gather(-1, index).squeeze(-1)
+        scores = logits.gather(-1, value.expand(logits.shape[:-1]).unsqueeze(-1)).squeeze(-1)
         return scores.flatten(scores.dim() - len(self.event_shape)).sum(-1) if self.event_shape else scores
 
     def conditional_logits(self, value: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ WINDOW = 64
 MATERIALISED_BYTES = 2**29
 """Largest number of bytes of streamed rows that one indexing call reads, beyond a window of blocks."""
 
+Expect = Callable[[NDArray[np.int64]], None]
+"""Function that starts to prefetch blocks, given by their numbers."""
 BlockRule = Callable[[Floats, int], NDArray[Any]]
 """Binarisation of a block: function of its scaled rows and its number, which can seed different samples per block."""
 
@@ -65,14 +67,7 @@ class WindowOrder:
         expect: function that prefetches blocks; called with those of the next window when a window begins.
     """
 
-    def __init__(
-        self,
-        rows: int,
-        block: int,
-        seed: int,
-        epoch: int,
-        expect: Callable[[NDArray[np.int64]], None] = lambda _blocks: None,
-    ) -> None:
+    def __init__(self, rows: int, block: int, seed: int, epoch: int, expect: Expect = lambda _blocks: None) -> None:
         self.rows, self.block, self.expect = rows, block, expect
         self.seed = seeds.mix(seed, seeds.ORDER, epoch)
         self.order = seeds.permutation(-(-rows // block), self.seed, 0).numpy()

@@ -108,12 +108,10 @@ class Codes(Grids):
             return (self.logits.flatten(1) * self.statistics(value, self.origin)).sum(-1)
         index = value.long().unsqueeze(-1)
         shape = torch.broadcast_shapes(index.shape[:-1], self.logits.shape[:-1])
-        logits = self.logits.expand(*shape, self.states)
-        return logits.gather(-1, index.expand(*shape, 1)).squeeze(-1).sum(-1)
+        return self.logits.expand(*shape, self.states).gather(-1, index.expand(*shape, 1)).squeeze(-1).sum(-1)
 
     def sample(self) -> Tensor:
-        gumbel = -torch.empty_like(self.logits).exponential_().log()
-        return self.write((self.logits + gumbel).argmax(-1))
+        return self.write((self.logits - torch.empty_like(self.logits).exponential_().log()).argmax(-1))
 
     def write(self, index: Tensor) -> Tensor:
         """Return code indices `(m, P)` in the encoding of flat values, `(m, D)`."""
@@ -163,8 +161,7 @@ class CertainCodes(Grids):
         return self.codes().scorer()
 
     def log_prob(self, value: Tensor) -> Tensor:
-        same = (value.long() == self.index).all(-1)
-        return torch.where(same, 0.0, IMPOSSIBLE).double()
+        return torch.where((value.long() == self.index).all(-1), 0.0, IMPOSSIBLE).double()
 
     def sample(self) -> Tensor:
         return self.index.double()

@@ -89,8 +89,7 @@ class Latent(Section):
     @property
     def guide_given(self) -> tuple[str, ...]:
         """Parents in the guide: those declared, and the model's parents if the posterior reads p(z | parents)."""
-        above = self.given if self.posterior.reads_prior else ()
-        return tuple(dict.fromkeys((*self.posterior.given, *above)))
+        return tuple(dict.fromkeys((*self.posterior.given, *(self.given if self.posterior.reads_prior else ()))))
 
 
 class Covariate(Section):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import prod
 from typing import Literal, final
 
@@ -24,10 +24,8 @@ class Down(nn.Module):
 
     def __init__(self, image: Shape, channels: Sequence[int], act: Callable[[], nn.Module]) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for a, b in pairwise((image[0], *channels)):
-            layers += [nn.Conv2d(a, b, 3, stride=2, padding=1), act()]
-        self.layers = nn.Sequential(*layers)
+        pairs = ((nn.Conv2d(a, b, 3, stride=2, padding=1), act()) for a, b in pairwise((image[0], *channels)))
+        self.layers = nn.Sequential(*chain.from_iterable(pairs))
         height, width = (halvings(side, len(channels))[-1] for side in image[1:])
         self.features = channels[-1] * height * width
 
@@ -73,8 +71,7 @@ class ConvModule(NetworkModule):
         self.dense = nn.Sequential(nn.Linear(sum(widths), dense), act())
         self.head: nn.Module = nn.Identity()
         if output is not None:
-            image = len(output) == 3
-            self.head = Up(dense, output, channels, act) if image else nn.Linear(dense, prod(output))
+            self.head = Up(dense, output, channels, act) if len(output) == 3 else nn.Linear(dense, prod(output))
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         flat = [

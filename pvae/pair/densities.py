@@ -56,10 +56,7 @@ def moved(node: Mapping[str, Any]) -> Tensor:
 
 def sum_over(parts: list[Tensor]) -> Tensor:
     """Return the sum of a non-empty list of tensors."""
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+    return sum(parts[1:], parts[0])
 
 
 def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
@@ -90,8 +87,7 @@ def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> in
 
 def log_prob(node: Mapping[str, Any], layout: Layout, particles: int, size: int = 1) -> Tensor:
     """Return the log density of a traced site per row, nats; of a global site divided by `size`, shape `(1,)`."""
-    value = log_density(node["fn"], node["value"])
-    return share(node, value, layout, particles, size)
+    return share(node, log_density(node["fn"], node["value"]), layout, particles, size)
 
 
 def certainty(node: Mapping[str, Any], layout: Layout, particles: int) -> Tensor | None:

@@ -137,6 +137,10 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
 
 Reads = dict[tuple[str, str], set[str]]
 """Names of the latents that each conditional distribution, ("guide" or "model", latent), depends on."""
+Scores = Mapping[tuple[str, str], Tensor]
+"""Log density of the values of each conditional distribution, or the location of a point."""
+LatentValues = Mapping[str, Tensor]
+"""LatentValues of latents, by name."""
 
 
 def _copied(pair: Pair, rows: Tensor, x: Tensor, latents: Sequence[str]) -> tuple[_Copies, tuple[Trace, Trace]]:
@@ -193,9 +197,7 @@ class _Copies(Messenger):
         return self.base[name].narrow(self.axis[name], 0, self.rows)
 
 
-def _scores(
-    guide: Mapping[str, Any], model: Mapping[str, Any], values: Mapping[str, Tensor], layout: Layout
-) -> dict[tuple[str, str], Tensor]:
+def _scores(guide: Mapping[str, Any], model: Mapping[str, Any], values: LatentValues, layout: Layout) -> Scores:
     """Return per (side, latent) the log density of `values`, `(rows, ...)`, or the location of a point distribution."""
     return {
         (side, name): _trail(nodes[name], value, layout)
@@ -217,7 +219,7 @@ def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:
     return score.expand(rows, *score.shape[1:]).reshape(rows, -1)
 
 
-def _moves(scores: Mapping[tuple[str, str], Tensor], latents: Sequence[str], rows: int) -> tuple[Reads, list[str]]:
+def _moves(scores: Scores, latents: Sequence[str], rows: int) -> tuple[Reads, list[str]]:
     """Return the dependencies of each distribution from the scores of all copies, and the latents to test again."""
     reads: Reads = {}
     unclear: set[str] = set()
@@ -235,12 +237,11 @@ def _moves(scores: Mapping[tuple[str, str], Tensor], latents: Sequence[str], row
 def _differ(first: Tensor, other: Tensor, relative: float) -> bool:
     """Return whether any score changes by more than `relative` times 1 + its size; infinite ones, by any change."""
     change = (other - first).double().abs()
-    same = (other == first) | (change <= relative * (1 + first.double().abs()))
-    return not bool(same.all())
+    return not bool(((other == first) | (change <= relative * (1 + first.double().abs()))).all())
 
 
 def _ask_again(
-    pair: Pair, x: Tensor, base: Mapping[str, Tensor], shared: Mapping[str, Tensor], names: Sequence[str], reads: Reads
+    pair: Pair, x: Tensor, base: LatentValues, shared: LatentValues, names: Sequence[str], reads: Reads
 ) -> None:
     """Perturb the latents `names` one at a time in separate runs, and update `reads` by the densities that change."""
     nodes, first = _conditioned(pair, x, {**base, **shared}, base)
@@ -250,9 +251,7 @@ def _ask_again(
             (reads[key].discard if torch.equal(first[key], other[key]) else reads[key].add)(name)
 
 
-def _conditioned(
-    pair: Pair, x: Tensor, given: Mapping[str, Tensor], values: Mapping[str, Tensor]
-) -> tuple[dict[str, Any], dict[tuple[str, str], Tensor]]:
+def _conditioned(pair: Pair, x: Tensor, given: LatentValues, values: LatentValues) -> tuple[dict[str, Any], Scores]:
     """Run both programs conditioned on the values `given`; return their sites, and the scores of `values`."""
     seeds.set_noise(0, x.device)  # all other samples stay the same
     with poutine.condition(data=dict(given)):

@@ -42,8 +42,7 @@ def quiet(pair: Pair, x: Tensor) -> Iterator[None]:
 
     Plates that draw a subsample of the rows of x by themselves are opened to all rows.
     """
-    devices = [x.device] if x.is_cuda else []
-    noise = torch.random.fork_rng(devices=devices)
+    noise = torch.random.fork_rng(devices=[x.device] if x.is_cuda else [])
     with evaluating(pair), torch.no_grad(), noise, pyro.validation_enabled(False), whole_plates():
         yield
 

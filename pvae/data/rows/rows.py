@@ -271,8 +271,7 @@ def natural(text: str) -> tuple[object, ...]:
         ['class1', 'class2', 'class10']
     """
     whole = re.fullmatch(r"[+-]?[0-9]{1,18}", text)
-    parts = re.split(r"([0-9]+)", text)
-    split = tuple(int(part) if i % 2 else part for i, part in enumerate(parts))
+    split = tuple(int(part) if i % 2 else part for i, part in enumerate(re.split(r"([0-9]+)", text)))
     return (0, (int(text),), text) if whole else (1, split, text)
 
 

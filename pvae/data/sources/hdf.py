@@ -242,8 +242,7 @@ class H5ad(FileData):
         if len(shape) != 2 or min(shape) < 1 or parts["data"].dtype.kind not in "biuf":
             raise DataError(f"{where}: expected a matrix of numbers; got shape {shape} of {parts['data'].dtype}.")
         if kind.startswith("csr") and self.stream:
-            kept = decoded(key, lambda writer: _copied(writer, parts))
-            return CsrRows(kept.arrays, shape, where)
+            return CsrRows(decoded(key, lambda writer: _copied(writer, parts)).arrays, shape, where)
         files.require_room((3 * parts["data"].size,), parts["data"].dtype, where)
         arrays = tuple(part[...] for part in parts.values())
         matrix = (sparse.csr_array if kind.startswith("csr") else sparse.csc_array)(arrays, shape=shape)

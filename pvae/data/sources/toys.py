@@ -105,8 +105,7 @@ def _checkerboard(x: Floats, noise: float) -> Floats:
 
 
 def _eight_gaussians(x: Floats, noise: float) -> Floats:
-    squared = ((x[:, None] - CENTRES) ** 2).sum(-1)
-    return _mixed(-squared / (2 * noise**2)) - math.log(2 * math.pi * noise**2)
+    return _mixed(-((x[:, None] - CENTRES) ** 2).sum(-1) / (2 * noise**2)) - math.log(2 * math.pi * noise**2)
 
 
 def _mixed(parts: Floats) -> Floats:
