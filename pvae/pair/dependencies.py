@@ -139,8 +139,8 @@ Reads = dict[tuple[str, str], set[str]]
 """Names of the latents that each conditional distribution, ("guide" or "model", latent), depends on."""
 Scores = Mapping[tuple[str, str], Tensor]
 """Log density of the values of each conditional distribution, or the location of a point."""
-LatentValues = Mapping[str, Tensor]
-"""LatentValues of latents, by name."""
+Drawn = Mapping[str, Tensor]
+"""Values of latents, by name."""
 
 
 def _copied(pair: Pair, rows: Tensor, x: Tensor, latents: Sequence[str]) -> tuple[_Copies, tuple[Trace, Trace]]:
@@ -197,7 +197,7 @@ class _Copies(Messenger):
         return self.base[name].narrow(self.axis[name], 0, self.rows)
 
 
-def _scores(guide: Mapping[str, Any], model: Mapping[str, Any], values: LatentValues, layout: Layout) -> Scores:
+def _scores(guide: Mapping[str, Any], model: Mapping[str, Any], values: Drawn, layout: Layout) -> Scores:
     """Return per (side, latent) the log density of `values`, `(rows, ...)`, or the location of a point distribution."""
     return {
         (side, name): _trail(nodes[name], value, layout)
@@ -240,9 +240,7 @@ def _differ(first: Tensor, other: Tensor, relative: float) -> bool:
     return not bool(((other == first) | (change <= relative * (1 + first.double().abs()))).all())
 
 
-def _ask_again(
-    pair: Pair, x: Tensor, base: LatentValues, shared: LatentValues, names: Sequence[str], reads: Reads
-) -> None:
+def _ask_again(pair: Pair, x: Tensor, base: Drawn, shared: Drawn, names: Sequence[str], reads: Reads) -> None:
     """Perturb the latents `names` one at a time in separate runs, and update `reads` by the densities that change."""
     nodes, first = _conditioned(pair, x, {**base, **shared}, base)
     for name in names:
@@ -251,7 +249,7 @@ def _ask_again(
             (reads[key].discard if torch.equal(first[key], other[key]) else reads[key].add)(name)
 
 
-def _conditioned(pair: Pair, x: Tensor, given: LatentValues, values: LatentValues) -> tuple[dict[str, Any], Scores]:
+def _conditioned(pair: Pair, x: Tensor, given: Drawn, values: Drawn) -> tuple[dict[str, Any], Scores]:
     """Run both programs conditioned on the values `given`; return their sites, and the scores of `values`."""
     seeds.set_noise(0, x.device)  # all other samples stay the same
     with poutine.condition(data=dict(given)):
