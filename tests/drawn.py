@@ -26,8 +26,7 @@ from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import Binarize
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment, Refit
-from pvae.experiment.latent import Latent
-from pvae.experiment.plan import Train, Watch
+from pvae.experiment.plan import Latent, Train, Watch
 from pvae.graph.link import Link
 from pvae.graph.site import Site, Space
 from pvae.guides.graph import Encoder

@@ -18,8 +18,7 @@ from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
 from pvae.errors import DeclarationError, is_refused_draw
 from pvae.experiment import zoo
-from pvae.experiment.latent import Covariate, Latent
-from pvae.experiment.plan import Plan, Train, apply_overrides
+from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides
 from pvae.experiment.rules import findings
 from pvae.graph.link import Link
 from pvae.graph.site import OBSERVED, Frame, Site, topological

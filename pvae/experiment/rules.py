@@ -24,8 +24,7 @@ from pvae.objectives.em import EM
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment
-    from pvae.experiment.latent import Latent
-    from pvae.experiment.plan import Plan
+    from pvae.experiment.plan import Latent, Plan
 
 Finding = tuple[str, str, Any]
 """Problem of a declaration: its dotted path, the text of what is expected there, and the value found."""
