@@ -229,9 +229,9 @@ class PairScript(Script):
         return any(isinstance(part, kind) for part in self.pair.modules())
 
     def statements(self) -> dict[str, list[str]]:
-        known = {"Determined": Determined, "Scheduled": Scheduled, "MadeOfData": MadeOfData, "Moving": Moving}
-        known |= {"categorical_kl": categorical_kl, "embedded": embedded, "named": named, "sampled": sampled}
-        given = {"script": self, "imported": self.imported, "SUMMED": SUMMED, "TIME": TIME, **known}
+        read: tuple[Any, ...] = (Determined, MadeOfData, Moving, Scheduled, categorical_kl, embedded, named, sampled)
+        given = {"script": self, "imported": self.imported, "SUMMED": SUMMED, "TIME": TIME}
+        given |= {part.__name__: part for part in read}
         made: Any = PAGE.get_template("pair.py.j2").make_module(given)
         return {part: list(filter(None, getattr(made, part)().splitlines())) for part in WRITTEN}
 
