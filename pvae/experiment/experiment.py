@@ -1,19 +1,18 @@
 """Class `Experiment`, the whole declaration of a model, its data and its fit; the Pyro pair that it builds."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
 from torch import nn
 
 from pvae.component import Section, Shape, Table, load_members, problem
+from pvae.data.dataset import Dataset, load
 from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
 from pvae.errors import DeclarationError, is_refused_draw
@@ -31,9 +30,6 @@ from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.util import toml
 from pvae.util.memory import weighed
-
-if TYPE_CHECKING:
-    from pvae.data import Dataset
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 RESERVED = {OBSERVED, "data", "chain", "draw"}
@@ -149,7 +145,7 @@ class Experiment(Plan):
         """
         return self.decoder.over([column.law(name) for name, column in self.data.table.items()])
 
-    def second_stage(self) -> Experiment:
+    def second_stage(self) -> Self:
         """Return the experiment that `refit` declares: this one with the new priors and the ELBO as its objective.
 
         The gradient of the ELBO with respect to a prior is that of the prior's mean log density under q_agg.
@@ -162,7 +158,7 @@ class Experiment(Plan):
         changes = {"name": f"{self.name}_refit", "objective": TraceELBO(), "train": self.refit.train}
         return type(self).from_dict({**table, **changes})
 
-    def refitted(self, stage: Experiment) -> list[str]:
+    def refitted(self, stage: Self) -> list[str]:
         """Return the names of the latents whose priors a second stage replaces.
 
         Raises:
@@ -222,7 +218,6 @@ class Experiment(Plan):
             >>> "SVI(model, guide, optimizer, Trace_ELBO())" in script
             True
         """
-        from pvae.data import load
         from pvae.experiment.pyro_script.programs import pyro_script
 
         return pyro_script(self, load(self.data, seed=self.seed).shape if x is None else x)

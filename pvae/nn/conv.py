@@ -56,36 +56,6 @@ class Up(nn.Module):
         return self.layers(self.first(h).reshape(-1, *self.start)).reshape(*lead, *self.image)
 
 
-class ConvModule(NetworkModule):
-    """Network of `Conv`: image inputs are encoded, concatenated with vector inputs, and mapped to the output."""
-
-    def __init__(
-        self, inputs: Mapping[str, Shape], output: Shape | None, channels: Ints, dense: int, activation: Activation
-    ) -> None:
-        super().__init__(inputs, (dense,) if output is None else output)
-        act = ACTIVATIONS[activation]
-        encoders = {name: Down(shape, channels, act) for name, shape in inputs.items() if len(shape) == 3}
-        widths = [encoders[name].features if name in encoders else prod(shape) for name, shape in inputs.items()]
-        self.encoders = nn.ModuleDict(encoders)
-        self.width = dense
-        self.dense = nn.Sequential(nn.Linear(sum(widths), dense), act())
-        self.head: nn.Module = nn.Identity()
-        if output is not None:
-            self.head = Up(dense, output, channels, act) if len(output) == 3 else nn.Linear(dense, prod(output))
-
-    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        flat = [
-            self.encoders[name](inputs[name]) if name in self.encoders else flatten(inputs[name], shape)
-            for name, shape in self.inputs.items()
-        ]
-        return self.dense(join(flat))
-
-    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
-        h = self.head(self.features(inputs))
-        return h if isinstance(self.head, Up) else self.shaped(h)
-
-
 def no_image(wanted: str, inputs: Mapping[str, Shape]) -> DeclarationError:
     """Return the error of a network that has an image neither among its inputs nor as its output."""
     found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
@@ -113,7 +83,35 @@ class Conv(Network):
         """Return the network module; at least one input or the output must be an image."""
         if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
             raise no_image("network conv: expected an image (channels, height, width)", inputs)
-        return ConvModule(inputs, output, self.channels, self.dense, self.activation)
+        return ConvModule(inputs, output, self)
+
+
+class ConvModule(NetworkModule):
+    """Network of `Conv`: image inputs are encoded, concatenated with vector inputs, and mapped to the output."""
+
+    def __init__(self, inputs: Mapping[str, Shape], output: Shape | None, declared: Conv) -> None:
+        channels, dense, act = declared.channels, declared.dense, ACTIVATIONS[declared.activation]
+        super().__init__(inputs, (dense,) if output is None else output)
+        encoders = {name: Down(shape, channels, act) for name, shape in inputs.items() if len(shape) == 3}
+        widths = [encoders[name].features if name in encoders else prod(shape) for name, shape in inputs.items()]
+        self.encoders = nn.ModuleDict(encoders)
+        self.width = dense
+        self.dense = nn.Sequential(nn.Linear(sum(widths), dense), act())
+        self.head: nn.Module = nn.Identity()
+        if output is not None:
+            self.head = Up(dense, output, channels, act) if len(output) == 3 else nn.Linear(dense, prod(output))
+
+    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        flat = [
+            self.encoders[name](inputs[name]) if name in self.encoders else flatten(inputs[name], shape)
+            for name, shape in self.inputs.items()
+        ]
+        return self.dense(join(flat))
+
+    def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
+        h = self.head(self.features(inputs))
+        return h if isinstance(self.head, Up) else self.shaped(h)
 
 
 class Pointwise(NetworkModule):

@@ -218,11 +218,8 @@ def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     if binarize == "none":
         return {name: data.apply(part) for name, part in parts.items()}, None
     published, own = np.random.RandomState(PUBLISHED_SEED), np.random.RandomState(TRAIN_SEED)
-    rules: dict[str, Rule] = {
-        "validation": lambda p: published.binomial(1, p),
-        "test": lambda p: published.binomial(1, p),
-        "train": lambda p: own.random_sample(p.shape) < p,
-    }
+    rules: dict[str, Rule] = dict.fromkeys(("validation", "test"), lambda p: published.binomial(1, p))
+    rules["train"] = lambda p: own.random_sample(p.shape) < p
     if binarize == "threshold":
         rules = dict.fromkeys(rules, lambda p: p > 0.5)
 

@@ -73,12 +73,10 @@ class Hdf5(ArrayFile):
     source: Literal["hdf5"] = "hdf5"
 
     def names(self, path: Path) -> list[str]:
-        with opened(path) as file:
-            return _datasets(file)
+        return _datasets(path)
 
     def array(self, path: Path, name: str, text: bool) -> AnyArray:
-        with opened(path) as file:
-            return _read(self, file, path, name, text, reverse=False)
+        return _read(self, path, name, text, reverse=False)
 
 
 @final
@@ -89,8 +87,7 @@ class Mat(ArrayFile):
 
     def names(self, path: Path) -> list[str]:
         if _is_hdf5(path):
-            with opened(path) as file:
-                return _datasets(file)
+            return _datasets(path)
         from scipy.io import whosmat
 
         with _mat_errors(path):
@@ -98,8 +95,7 @@ class Mat(ArrayFile):
 
     def array(self, path: Path, name: str, text: bool) -> AnyArray:
         if _is_hdf5(path):
-            with opened(path) as file:
-                found = _read(self, file, path, name, text, reverse=True)
+            found = _read(self, path, name, text, reverse=True)
         else:
             found = self._older(path, name, text)
         return found.reshape(-1) if text and found.ndim == 2 and 1 in found.shape else found
@@ -149,7 +145,7 @@ def opened(path: Path) -> Iterator[h5py.File]:
         yield file
 
 
-def _datasets(file: h5py.File) -> list[str]:
+def _datasets(path: Path) -> list[str]:
     """Return the paths of all data sets of a file, and those of its soft and external links, which are not read."""
     found: list[str] = []
 
@@ -157,7 +153,8 @@ def _datasets(file: h5py.File) -> list[str]:
         if not isinstance(link, h5py.HardLink) or isinstance(file[name], h5py.Dataset):
             found.append(name)
 
-    file.visititems_links(visit)
+    with opened(path) as file:
+        file.visititems_links(visit)
     return [name for name in found if not any(part.startswith("#") for part in name.split("/"))]
 
 
@@ -184,17 +181,18 @@ def node_of(file: h5py.File, name: str, where: str) -> Any:
     return node
 
 
-def _read(source: ArrayFile, file: h5py.File, path: Path, name: str, text: bool, reverse: bool) -> Any:
+def _read(source: ArrayFile, path: Path, name: str, text: bool, reverse: bool) -> Any:
     """Return a data set with its rows first; `reverse` for MATLAB, whose axes are stored in reverse."""
-    node, where = node_of(file, name, str(path)), f"{path}, {name!r}"
-    if text and h5py.check_string_dtype(node.dtype) is not None:
-        files.require_room(node.shape, np.dtype("f8"), where)
-        return np.asarray(node.asstr()[...], np.str_)
-    if node.dtype.kind not in "biuf":
-        raise DataError(f"{where}: expected an array of real numbers; got {node.dtype}. Set data.x to one.")
-    if not node.shape or 0 in node.shape:
-        raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {node.shape}.")
-    return source.in_rows(node.shape, reverse, lambda at: node[at], path, name, source.stream and not text)
+    with opened(path) as file:
+        node, where = node_of(file, name, str(path)), f"{path}, {name!r}"
+        if text and h5py.check_string_dtype(node.dtype) is not None:
+            files.require_room(node.shape, np.dtype("f8"), where)
+            return np.asarray(node.asstr()[...], np.str_)
+        if node.dtype.kind not in "biuf":
+            raise DataError(f"{where}: expected an array of real numbers; got {node.dtype}. Set data.x to one.")
+        if not node.shape or 0 in node.shape:
+            raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {node.shape}.")
+        return source.in_rows(node.shape, reverse, lambda at: node[at], path, name, source.stream and not text)
 
 
 @final
