@@ -24,12 +24,9 @@ def provenance() -> dict[str, Any]:
 
 def installed_version(package: str) -> str | None:
     """Return the version of an installed package from its metadata, without importing it; None if not installed."""
-    from importlib.metadata import PackageNotFoundError, version
+    from importlib.metadata import distributions
 
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return next((found.version for found in distributions(name=package)), None)
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -279,9 +279,7 @@ def in_order(codes: Array, words: Iterable[str]) -> tuple[NDArray[np.int64], tup
     """Return labels `(n,)` renumbered by the natural order of their words, and the sorted words."""
     words = tuple(words)
     order = sorted(range(len(words)), key=lambda i: natural(words[i]))
-    number = np.empty(len(words), np.int64)
-    number[order] = np.arange(len(words))
-    return number[codes], tuple(words[i] for i in order)
+    return np.argsort(order)[codes], tuple(words[i] for i in order)
 
 
 def plain_labels(
