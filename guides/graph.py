@@ -185,11 +185,9 @@ class GraphGuide(nn.Module):
         reader: nn.Module | None = None,
     ) -> None:
         super().__init__()
-        self.sites = sites
+        self.sites, self.frame, self.link = sites, frame, link
         self.encoder = encoder
         self.posteriors = nn.ModuleDict(posteriors)
-        self.frame = frame
-        self.link = link
         self.reader = reader
 
     def posterior(self, name: str, x: Tensor) -> dist.TorchDistribution:

@@ -82,12 +82,11 @@ class GraphModel(nn.Module):
         temperatures: Mapping[str, nn.Module] | None = None,
     ) -> None:
         super().__init__()
-        self.sites = sites
+        self.sites, self.frame = sites, frame
         self.codebooks = nn.ModuleDict(codebooks or {})
         self.temperatures = nn.ModuleDict(temperatures or {})
         self.priors = nn.ModuleDict(priors)
         self.decoder = decoder
-        self.frame = frame
 
     def see(self, site: Site, value: Tensor, like: Tensor) -> Tensor:
         """Return a latent's value as its children and the decoder read it, codes embedded, `(..., *site.features)`."""

@@ -55,23 +55,18 @@ class Estimated(Head, PosteriorModule):
 
     Arguments:
         network: from the inputs to logits.
-        distribution: from logits to the distribution of codes or bits.
+        family: from logits to the distribution of codes or bits.
         estimator: "sum" over every joint state, or "score": (gain - baseline) times the gradient of log q.
-        average: moving-average baseline, or None.
-        baseline: network that predicts the gain from the inputs, as a baseline, or None.
+        baseline: "average", the moving average of the gain, "network", a prediction from the inputs, or "none".
     """
 
     def __init__(
-        self,
-        network: NetworkModule,
-        distribution: Callable[[Tensor], dist.TorchDistribution],
-        estimator: str,
-        average: MovingAverage | None,
-        baseline: NetworkModule | None,
+        self, network: NetworkModule, family: Callable[[Tensor], dist.TorchDistribution], estimator: str, baseline: str
     ) -> None:
-        super().__init__(network, distribution)
-        self.estimator, self.average, self.baseline = estimator, average, baseline
-        self.learns_baseline = baseline is not None
+        super().__init__(network, family)
+        self.estimator, self.learns_baseline = estimator, baseline == "network"
+        self.average = MovingAverage(BASELINE_DECAY) if baseline == "average" else None
+        self.baseline = MLP(hidden=(100,)).build(network.inputs, (1,)) if baseline == "network" else None
 
     def infer(self, inputs: Mapping[str, Tensor]) -> dict[str, Any]:
         if self.estimator == "sum":
@@ -128,10 +123,7 @@ class EstimatedPosterior(Posterior):
         output, distribution = self.of(site.space)
         estimator = "sum" if self.sums(site.space.log_states) else "score"
         subtracted = self.baseline if estimator == "score" else "none"
-        network = head(self.network, inputs, output)
-        average = MovingAverage(BASELINE_DECAY) if subtracted == "average" else None
-        baseline = MLP(hidden=(100,)).build(inputs, (1,)) if subtracted == "network" else None
-        return Estimated(network, distribution, estimator, average, baseline)
+        return Estimated(head(self.network, inputs, output), distribution, estimator, subtracted)
 
 
 BASELINE_DECAY = 0.9
