@@ -14,8 +14,8 @@ from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, finite, over_rows
 from pvae.errors import DataError
-from pvae.pair.arguments import PairData
 from pvae.pair.pair import Pair
+from pvae.pair.structure import PairData
 from pvae.util.progress import Progress, silent
 
 STATES_PER_CHUNK = 4000

@@ -15,8 +15,8 @@ from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws
 from pvae.errors import DataError
 from pvae.nn.optimizers import LeanAdam
-from pvae.pair.arguments import PairData
 from pvae.pair.pair import Pair
+from pvae.pair.structure import PairData
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 

@@ -20,8 +20,8 @@ from pvae.analysis.decompose.surgery_figures import close
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.plan import Plan
-from pvae.pair.arguments import PairData
 from pvae.pair.pair import Pair
+from pvae.pair.structure import PairData
 from pvae.util import seeds
 
 CLASSES_AT_MOST = 1000

@@ -14,13 +14,12 @@ from pvae.errors import DataError, DeclarationError
 from pvae.graph.lifecycle import MadeOfData
 from pvae.graph.site import Frame
 from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
-from pvae.pair.arguments import Arguments, is_several
 from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
 from pvae.pair.layout import Layout
 from pvae.pair.problems import Problem, problems_of, require_bound, told
 from pvae.pair.running import Way, run, run_expected, trace_of, way_of_particles, with_particles
-from pvae.pair.structure import Structure, unpack
+from pvae.pair.structure import Arguments, Structure, is_several, unpack
 from pvae.pair.terms import Terms, expected_terms, terms_of
 
 T = TypeVar("T")
