@@ -88,13 +88,9 @@ class Script(ABC):
             numbers["beta"] = f"max(1e-20, {numbers['beta']})"
         given = [*self.batch.values(), *(f"{name}={name}" for name in numbers)]
         before = [*(f"{name} = {value}" for name, value in numbers.items()), *written["before"]]
-        rate = self.at(train.schedule, "step / STEPS")
-        if train.warmup:
-            rate = f"{rate} * min((step + 1) / ({train.warmup:g} * STEPS), 1)"
         settings = train.optimizer.model_dump(exclude={"kind"}, exclude_defaults=True)
         body = PAGE.get_template("script.py.j2").render(
             script=self,
-            train=train,
             data=loads,
             programs={name: written[name] for name in ("model", "guide")},
             formulas={name: re.sub(r"^(.*) = \1$", r"\1", said[name]) for name in ("model", "guide")},
@@ -102,7 +98,6 @@ class Script(ABC):
             left_out=[f"{name} = {value}" for name in LEFT_OUT if (value := getattr(train, name))],
             optimizer=type(train.optimizer.build([nn.Parameter(torch.zeros(1))])).__name__,
             settings=literal({"lr": train.optimizer.lr, **settings}),
-            rate=rate,
             timed=TIME in " ".join(before),
             step=[*before, f"loss = svi.step({', '.join(given)})", "optimizer.step()", *written["after"]],
         )
