@@ -1,17 +1,24 @@
-"""Column types of a declared table: the values they allow and the likelihood of each.
+"""Column types of a declared table: the values they allow and the likelihood of each. Needs only pydantic.
 
 A new type of column is one final class with ``type: Literal["name"] = "name"``.
 """
 
-from abc import abstractmethod
-from typing import Annotated, ClassVar, Literal, Self, final
+from __future__ import annotations
 
-import numpy as np
-from numpy.typing import NDArray
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, final
+
 from pydantic import Field, model_validator
 
 from pvae.component import LARGEST_FLOAT, Component
-from pvae.graph.site import Law
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pvae.graph.site import Law
+
+    Floats = NDArray[np.float64]
 
 Levels = Annotated[tuple[int | str, ...], Field(strict=False)]
 """Levels of a column: a tuple of strings or integers; a list, as TOML gives it, is accepted."""
@@ -68,7 +75,7 @@ class Column(Component):
         return False
 
     @abstractmethod
-    def inside(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def inside(self, values: Floats) -> NDArray[np.bool_]:
         """Return True for each value that the column allows; NaN is checked separately."""
 
     def code_of(self, word: str) -> int | None:
@@ -78,6 +85,8 @@ class Column(Component):
 
     def law(self, name: str) -> Law:
         """Return the likelihood of the column: family, number of levels, masking, and the given name."""
+        from pvae.graph.site import Law
+
         return Law(self.family, max(1, len(self.words)), self.missing == "mask", name)
 
 
@@ -121,7 +130,7 @@ class ContinuousColumn(Column):
             raise ValueError('a format with time = "days" or another reading of a date; got a format alone')
         return self
 
-    def inside(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def inside(self, values: Floats) -> NDArray[np.bool_]:
         low = {"log": 0.0, "log1p": -1.0, "logit": 0.0}.get(self.transform, -LARGEST_FLOAT)
         high = 1.0 if self.transform == "logit" else LARGEST_FLOAT
         return (values > low) & (values < high)
@@ -143,7 +152,7 @@ class CountColumn(Column):
     def expected(self) -> str:
         return f"a count, an integer 0 .. {LARGEST_COUNT}"
 
-    def inside(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def inside(self, values: Floats) -> NDArray[np.bool_]:
         return (values >= 0) & (values <= LARGEST_COUNT) & (values % 1 == 0)
 
 
@@ -155,7 +164,7 @@ class WordColumn(Column):
         shown = ", ".join(map(repr, self.words[:12]))
         return f"one of {shown}{', ...' if len(self.words) > 12 else ''}"
 
-    def inside(self, values: NDArray[np.float64]) -> NDArray[np.bool_]:
+    def inside(self, values: Floats) -> NDArray[np.bool_]:
         return (values >= 0) & (values < len(self.words)) & (values % 1 == 0)
 
     @model_validator(mode="after")
