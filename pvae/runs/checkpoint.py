@@ -214,28 +214,22 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Che
     them, because silently starting anew would lose the run. A folder that a fit changes meanwhile is listed again.
     """
     for _ in range(100):
-        before = _entries(folder)
-        found, refused = _first_sound(newest_first(folder))
+        before, found = _entries(folder), None
+        refused: dict[str, CheckpointError] = {}
+        for path in newest_first(folder):
+            try:
+                found = read(path)
+                break
+            except CheckpointError as problem:
+                refused[path.name] = problem
         if not refused or before == _entries(folder):
             break
-    for path, problem in refused.items():
-        report(f"checkpoint {path.name} refused: {problem}; falling back to the one before")
+    for name, problem in refused.items():
+        report(f"checkpoint {name} refused: {problem}; falling back to the one before")
     if refused and found is None:
-        raise CheckpointError(
-            "\n".join([f"{folder}: expected a checkpoint that reads; got none:", *map(str, refused.values())])
-        )
+        lines = [f"{folder}: expected a checkpoint that reads; got none:", *map(str, refused.values())]
+        raise CheckpointError("\n".join(lines))
     return found
-
-
-def _first_sound(paths: Iterable[Path]) -> tuple[Checkpoint | None, dict[Path, CheckpointError]]:
-    """Return the first checkpoint that can be read, or None, and the errors of those before it."""
-    refused = {}
-    for path in paths:
-        try:
-            return read(path), refused
-        except CheckpointError as problem:
-            refused[path] = problem
-    return None, refused
 
 
 def _entries(folder: Path) -> set[tuple[str, int]]:

@@ -156,25 +156,23 @@ def is_alive(pid: object, birth: object) -> bool:
 def this_process(pid: int | None = None) -> dict[str, Any]:
     """Return what tells a process of this host (this one unless `pid` is given) from all others: for `is_gone`."""
     number = os.getpid() if pid is None else pid
-    return {"pid": number, "birth": birth_of(number), "host": platform.node(), "boot": "/".join(_boot())}
+    return {"pid": number, "birth": birth_of(number), "host": platform.node(), "boot": _boot()}
 
 
-def _boot() -> tuple[str, str]:
-    """Return the id of the present boot of this host and that of this process's table of pids; "" where unknown."""
-    boot = pids = ""
+def _boot() -> str:
+    """Return the id of this host's present boot and that of this process's table of pids, as `boot/pids`."""
     with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        pids = os.readlink("/proc/self/ns/pid")
-    return boot, pids
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()}/{os.readlink('/proc/self/ns/pid')}"
+    return "/"
 
 
 def is_gone(owner: Mapping[str, Any]) -> bool | None:
     """Return True if the process of `this_process` has died; None if it is of another host or container."""
-    boot, pids = _boot()
-    there, _, table = str(owner.get("boot") or f"{boot}/{pids}").partition("/")
-    if owner.get("host") != platform.node() or (there == boot and table != pids):
+    here = _boot()
+    there = str(owner.get("boot") or here)
+    if owner.get("host") != platform.node() or (there != here and there.split("/")[0] == here.split("/")[0]):
         return None
-    return there != boot or not is_alive(owner.get("pid"), owner.get("birth"))
+    return there != here or not is_alive(owner.get("pid"), owner.get("birth"))
 
 
 def leftovers(folder: Path) -> Iterator[Path]:

@@ -401,7 +401,8 @@ def test_50_a_checkpoint_that_the_fit_removes_meanwhile_is_no_damage(
 ) -> None:
     """FAULTS 50: pruned, or replaced by another of its step, while it is read: the reader lists again."""
     put(tmp_path, 1)
-    verified, said = checkpoint._verified, []
+    verified = checkpoint._verified
+    said: list[str] = []
 
     def meanwhile(path: Path, name: str, entry: Any) -> bytes:
         monkeypatch.setattr(checkpoint, "_verified", verified)

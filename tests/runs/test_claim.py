@@ -67,13 +67,15 @@ def test_one_process_of_many_gets_the_claim(
     (start, go), (heard, told), (hold, end) = os.pipe(), os.pipe(), os.pipe()
 
     def one() -> int:
-        os.close(go), os.close(end)
+        os.close(go)
+        os.close(end)
         os.read(start, 1)
         os.write(told, b"%d " % lasting(path))
         return len(os.read(hold, 1))  # alive until all have tried
 
     pids, codes = [forked(one) for _ in range(8)], b""
-    os.close(go), os.close(told)
+    os.close(go)
+    os.close(told)
     while codes.count(b" ") < 8 and (more := os.read(heard, 1)):
         codes += more
     os.close(end)
