@@ -26,7 +26,7 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
 from pvae.analysis.pages.document.blocks import Picture
 from pvae.analysis.pages.document.document import Document, Stages
-from pvae.analysis.pages.plots import base, clouds, curves, pictures, waterfall
+from pvae.analysis.pages.plots import bars, base, clouds, curves, pictures
 from pvae.analysis.pages.plots.bars import calibrated
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.anatomy import on_prior
@@ -506,9 +506,9 @@ def flat() -> Surgery:
 )
 def test_a_waterfall_ends_in_what_new_data_win(changes, figure, ends):
     told = replace(flat(), population=replace(SATURATED, **changes))
-    (steps,) = waterfall.waterfall_steps(told)
+    (steps,) = bars.waterfall_steps(told)
     assert (steps[-1].figure, steps[-2].label) == (figure, "ELBO")
-    made = waterfall.waterfall([steps])
+    made = bars.waterfall([steps])
     low, high = made.axes[0].get_xlim()
     assert all(low < end < high for end in ends)
     assert made.axes[0].get_title("left") == "from reconstruction to the ELBO"

@@ -11,8 +11,8 @@ from pvae.analysis.figures.estimate import Estimate, merged
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence, columns, picture, section
 from pvae.analysis.pages.document.text import Value, nats, plus_minus
-from pvae.analysis.pages.plots import base, comparisons, pictures
-from pvae.analysis.pages.sections.examination import array
+from pvae.analysis.pages.plots import comparisons, pictures
+from pvae.analysis.pages.plots.base import array, plain
 from pvae.analysis.pages.sections.fit import LESS_OVERFITTING, OVERFITTING_NATS, SHOWN_NATS
 from pvae.analysis.pages.sections.run import environment_of
 from pvae.analysis.pages.sections.samples import whole
@@ -239,7 +239,7 @@ def _samples(found: Comparison) -> Iterator[Part]:
         images = np.stack([array(x).reshape(len(x), *first.shape) for x in drawn.values()])
         yield picture(
             "samples",
-            pictures.gallery(images, *first.scale_of_grey, row_names=[base.plain(name)[:18] for name in drawn]),
+            pictures.gallery(images, *first.scale_of_grey, row_names=[plain(name)[:18] for name in drawn]),
             f"{STRIP} samples of each of {len(drawn)} runs.",
             "Means of p(x | z) at samples of each model's own prior (samples of x where there is no mean). Look for "
             "runs whose samples mix kinds, miss kinds, or are blurred.",

@@ -17,6 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
+from torch import Tensor
+
+from pvae.util.types import Array
 
 FIGURE_WIDTH = 6.0
 """Width of a plot in inches: 720 pixels, so that text is legible on a phone."""
@@ -36,18 +39,17 @@ style = partial(rc_context, rc_params_from_file(Path(__file__).with_name("pages.
 """Context manager and decorator: apply the settings of pages.mplstyle, and restore those of the user afterwards."""
 
 
-def figure(height: float) -> Figure:
-    """Return an empty figure of width `FIGURE_WIDTH`, with `height` in inches."""
-    made = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made
+def array(t: Tensor) -> Array:
+    """Return a tensor as a NumPy array of float64, as plots take it."""
+    return np.asarray(t.detach().double().cpu().numpy())
 
 
 def panels(
     height: float, ratios: Sequence[float] = (1,), columns: int = 1, **options: Any
 ) -> tuple[Figure, list[Axes]]:
     """Return a figure of `height` inches and its panels, row by row; `ratios` are those of the heights of the rows."""
-    made = figure(height)
+    made = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
+    FigureCanvasAgg(made)
     return made, list(made.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios, **options).ravel())
 
 

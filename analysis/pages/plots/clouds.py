@@ -175,6 +175,5 @@ def marginals(cloud: Cloud, order: Sequence[int], nats_of: Sequence[float] | Non
         axes.set_yticks([])
         axes.tick_params(labelsize=8)
         axes.xaxis.set_major_locator(MaxNLocator(3))
-    handles, shown = grid[0].get_legend_handles_labels()
-    made.legend(handles, shown, loc="outside lower center", ncols=2)
+    made.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return made

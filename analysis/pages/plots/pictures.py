@@ -8,11 +8,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from torch import Tensor
 
 from pvae.analysis.export.sites import numpy_of
 from pvae.analysis.pages.plots import base
-from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, nats, panels, plain, set_caption, style
+from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, array, nats, panels, plain, style
 from pvae.analysis.pages.plots.clouds import Cloud, plane
 from pvae.analysis.samples.encode import Encoding, Reconstructions
 from pvae.analysis.samples.features import is_image
@@ -33,14 +32,11 @@ def tiles(images: Array, columns: int, low: float, high: float) -> Array:
     images = images[:, None] if images.ndim == 3 else images
     grey = np.clip((images - low) / ((high - low) or 1.0), 0, 1)
     colour = np.broadcast_to(grey, (len(grey), 3, *grey.shape[2:])).transpose(0, 2, 3, 1)
-    h, w = colour.shape[1:3]
-    gap = max(1, round(w / 10))
-    rows = math.ceil(len(colour) / columns)
-    out = np.ones((rows * (h + gap) - gap, columns * (w + gap) - gap, 3))
-    for i, picture in enumerate(colour):
-        top, left = i // columns * (h + gap), i % columns * (w + gap)
-        out[top : top + h, left : left + w] = picture
-    return out
+    gap = max(1, round(grey.shape[-1] / 10))
+    around = ((0, -len(colour) % columns), (0, gap), (0, gap), (0, 0))
+    padded = np.pad(colour, around, constant_values=1.0)
+    lines = padded.reshape(-1, columns, *padded.shape[1:]).swapaxes(1, 2)
+    return lines.reshape(lines.shape[0] * lines.shape[1], -1, 3)[:-gap, :-gap]
 
 
 def image_width(columns: int) -> float:
@@ -90,14 +86,14 @@ def best_to_worst(scores: Array, most: int) -> dict[str, Array]:
 
 
 @style()
-def reconstructions(parts: Sequence[Rebuilt], low: float, high: float) -> Figure:
-    """Draw groups of data (best, median, worst) with their reconstructions: as images, or as lines for other data."""
-    return rebuilt_images(parts, low, high) if is_image(parts[0].data.shape[1:]) else _rebuilt_lines(parts)
+def reconstructions(parts: Sequence[Rebuilt], low: float, high: float, below: str = "mean") -> Figure:
+    """Draw groups of data (best, median, worst) above their reconstructions, as images; other data as lines.
 
-
-def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str = "mean") -> Figure:
-    """Draw each image above its reconstruction, with log p(x | z) in nats, in one panel per group of data."""
+    The numbers are log p(x | z), nats.
+    """
     columns = max(len(part.data) for part in parts)
+    if not is_image(parts[0].data.shape[1:]):
+        return _rebuilt_lines(parts, min(4, columns))
     h, w = parts[0].data.shape[-2:]
     made, grid = panels(len(parts) * (2.15 * 0.89 * FIGURE_WIDTH / columns * h / w + 0.55), [1] * len(parts))
     for axes, part in zip(grid, parts, strict=True):
@@ -107,8 +103,7 @@ def rebuilt_images(parts: Sequence[Rebuilt], low: float, high: float, below: str
     return made
 
 
-def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
-    columns = min(4, max(len(part.data) for part in parts))
+def _rebuilt_lines(parts: Sequence[Rebuilt], columns: int) -> Figure:
     made, grid = panels(1.6 * len(parts) + 0.4, [1] * len(parts), columns, sharex=True)
     for first, part in enumerate(parts):
         for i, axes in enumerate(grid[columns * first : columns * (first + 1)]):
@@ -122,8 +117,7 @@ def _rebuilt_lines(parts: Sequence[Rebuilt]) -> Figure:
             axes.set_title(f"{part.title}: {nats(part.nats[i], 1)}" if i == 0 else nats(part.nats[i], 1), fontsize=9)
             axes.tick_params(labelsize=8)
             axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
-    handles, names = grid[0].get_legend_handles_labels()
-    made.legend(handles, names, loc="outside lower center", ncols=2)
+    made.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return made
 
 
@@ -138,10 +132,7 @@ def samples(means: Array, data: Array, low: float, high: float) -> Figure:
         axes.imshow(tiles(means, columns, low, high), aspect="equal")
         axes.set_axis_off()
         return made
-    return _sampled_vectors(means.reshape(len(means), -1), data.reshape(len(data), -1))
-
-
-def _sampled_vectors(means: Array, data: Array) -> Figure:
+    means, data = means.reshape(len(means), -1), data.reshape(len(data), -1)
     if means.shape[1] > 2:
         made, (top, bottom) = panels(4.6, (1, 1), sharex=True, sharey=True)
         for axes, values, title, colour in ((top, data, "data", BLACK), (bottom, means, "means of p(x | z)", ORANGE)):
@@ -152,8 +143,8 @@ def _sampled_vectors(means: Array, data: Array) -> Figure:
         return made
     made, (axes,) = panels(3.4)
     if means.shape[1] == 2:
-        axes.scatter(data[:, 0], data[:, 1], s=10, color=base.GREY, alpha=0.5, linewidths=0, label="data")
-        axes.scatter(means[:, 0], means[:, 1], s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
+        axes.scatter(*data.T, s=10, color=base.GREY, alpha=0.5, linewidths=0, label="data")
+        axes.scatter(*means.T, s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
     else:
         axes.hist(data[:, 0], 40, density=True, color=base.PALE, label="data")
         axes.hist(means[:, 0], 40, density=True, histtype="step", color=RED, linewidth=1.6, label="means of p(x | z)")
@@ -186,7 +177,7 @@ def is_shown(shape: Sequence[int]) -> bool:
 
 def sampled(found: Samples, data: Array) -> Figure | None:
     """Draw samples of a model as images, or as points over the data `(m, 2)`; None for data of other shapes."""
-    x = _values(found.x)
+    x = array(found.x)
     if not is_shown(x.shape[1:]):
         return None
     what = "means of p(x | z)" if found.is_mean else "draws of p(x | z)"
@@ -197,10 +188,6 @@ def sampled(found: Samples, data: Array) -> Figure | None:
     shown = x[:SHEET]
     some = f" ({len(shown)} of {len(x)})" if len(shown) < len(x) else ""
     return _sheet(shown, math.ceil(math.sqrt(len(shown))), data, f"Samples{some}", caption)
-
-
-def _values(t: Tensor) -> Array:
-    return numpy_of(t).astype(np.float64)
 
 
 def _range(values: Array) -> str:
@@ -214,7 +201,7 @@ def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | Non
 
     Points in the plane are joined to their reconstructions by lines. `data` gives the range of grey values.
     """
-    made, log_p = _values(found.x), numpy_of(found.log_p)
+    made, log_p = array(found.x), numpy_of(found.log_p)
     if not is_shown(x.shape[1:]):
         return None
     what = "mean" if found.is_mean else "draw"
@@ -224,41 +211,43 @@ def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | Non
     picks = best_to_worst(log_p, 8)
     titles = list(picks) if len(picks) > 1 else ["Reconstructions"]
     parts = [Rebuilt(name, x[i], made[i], log_p[i]) for name, i in zip(titles, picks.values(), strict=True)]
-    sheet = rebuilt_images(parts, float(data.min()), float(data.max()), what)
-    set_caption(sheet, f"Above the datum, below the {what} of p(x | z) at one draw of q(z | x); log p(x | z), nats.")
+    sheet = reconstructions(parts, float(data.min()), float(data.max()), what)
+    told = "at one draw of q(z | x); log p(x | z), nats."
+    base.set_caption(sheet, f"Above the datum, below the {what} of p(x | z) {told}")
     return sheet
+
+
+def moved(found: Traversal) -> tuple[list[str], list[str], str]:
+    """Return names of the moved coordinates, values of the first as text, and the sentence that explains the values."""
+    values, name = numpy_of(found.values), plain(found.latent)[:12]
+    names = [f"{name}[{d}]" for d in found.dims] if len(values) > 1 or found.dims[0] else [name]
+    said = "" if bool((values == values[:1]).all()) else " in the first row; each moves as far as its prior does"
+    return names, [f"{v:.3g}".replace("-", "−") for v in values[0]], f"Below: its value{said}."
 
 
 def traversed(found: Traversal, data: Array) -> Figure | None:
     """Draw a latent traversal: a row of images per coordinate, or paths over 2D data; None for data of other shapes."""
-    x, values = _values(found.x), numpy_of(found.values)
+    x, (names, columns, below) = array(found.x), moved(found)
     if not is_shown(x.shape[2:]):
         return None
-    name = plain(found.latent)[: base.SHORT]
-    names = [f"{name}[{d}]" for d in found.dims] if values.shape[0] > 1 or found.dims[0] else [name]
-    title = f"Traversal of {name}"
-    by = f", ordered by {found.order}" if len(names) > 1 else ""
+    title, by = f"Traversal of {plain(found.latent)[: base.SHORT]}", f", ordered by {found.order}" if names[1:] else ""
     if x.ndim == 3:
         caption = f"Paths of the mean of p(x | z) as one coordinate moves, the others held{by}; a dot where each ends."
         return _points(list(zip(x, names, strict=True)), data, title, caption, paths=True)
-    same = bool((values == values[:1]).all())
-    caption = f"Means of p(x | z); in each row one coordinate moves, the others are held{by}."
-    caption += " Below: its value." if same else " Below: its value in the first row; each moves as far as its prior."
-    columns = [f"{v:.3g}".replace("-", "−") for v in values[0]]
+    caption = f"Means of p(x | z); in each row one coordinate moves, the others are held{by}. {below}"
     return _sheet(x.reshape(-1, *x.shape[2:]), x.shape[1], data, title, caption, names, columns)
 
 
 def interpolated(found: Interpolation, data: Array) -> Figure | None:
     """Draw an interpolation of two data: a row of images, or a path over 2D data; None for data of other shapes."""
-    x = _values(found.x)
+    x = array(found.x)
     if not is_shown(x.shape[1:]):
         return None
     title, caption = "Interpolation", "Means of p(x | z) on the line between the codes of two data"
     if x.ndim == 2:
         return _points([(x, "the way")], data, title, f"{caption}; a dot where it ends.", paths=True)
-    log_prior = () if found.log_prior is None else numpy_of(found.log_prior)
-    caption = f"{caption}." if found.log_prior is None else f"{caption}. Below: log p(z), nats."
-    return _sheet(x, len(x), data, title, caption, (), [f"{v:.1f}".replace("-", "−") for v in log_prior])
+    below, values = ("", []) if found.log_prior is None else (" Below: log p(z), nats.", found.log_prior.tolist())
+    return _sheet(x, len(x), data, title, f"{caption}.{below}", (), [f"{v:.1f}".replace("-", "−") for v in values])
 
 
 def encoded(
@@ -269,7 +258,7 @@ def encoded(
     for name, code in found.latents.items():
         if code.probs is None and name in prior.latents and len(code.value) > 1:
             three = (code.value if code.loc is None else code.loc, code.value, prior.latents[name])
-            means, values, of_prior = (_values(t).reshape(len(t), -1) for t in three)
+            means, values, of_prior = (array(t).reshape(len(t), -1) for t in three)
             planes[name] = plane(Cloud(name, means, values, of_prior), labels, names)
     return planes
 
@@ -282,7 +271,7 @@ def _sheet(images: Array, columns: int, data: Array, title: str, caption: str, *
     made, (axes,) = panels(rows * image_width(columns) * h / w * 1.08 + 0.75)
     show_tiles(axes, images, columns, float(data.min()), float(data.max()), *names)
     axes.set_title(title)
-    set_caption(made, caption)
+    base.set_caption(made, caption)
     return made
 
 
@@ -299,23 +288,19 @@ def _points(
     """Draw groups of 2D points over the data: as points, joined to their data by lines (`joined`), or as `paths`."""
     made, (axes,) = panels(5.4)
     size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))
-    axes.scatter(
-        data[:, 0], data[:, 1], s=size, color=base.PALE if not joined else base.GREY, linewidths=0, label="data"
-    )
+    axes.scatter(*data.T, s=size, color=base.GREY if joined else base.PALE, linewidths=0, label="data")
     for i, (x, label) in enumerate(groups_of):
         if joined:
-            axes.plot(
-                np.stack([data[:, 0], x[:, 0]]), np.stack([data[:, 1], x[:, 1]]), color=base.PALE, lw=0.8, zorder=0
-            )
+            axes.plot(*np.stack([data.T, x.T], 1), color=base.PALE, lw=0.8, zorder=0)
         if paths:
             colour, dash = base.SERIES[i % len(base.SERIES)], ("-", "--")[i // len(base.SERIES) % 2]
-            axes.plot(x[:, 0], x[:, 1], color=colour, linestyle=dash, label=label)
+            axes.plot(*x.T, color=colour, linestyle=dash, label=label)
             axes.plot(x[-1:, 0], x[-1:, 1], "o", color=colour, markersize=5)
         else:
-            axes.scatter(x[:, 0], x[:, 1], s=1.5 * size, color=RED, alpha=0.7, linewidths=0, label=label)
+            axes.scatter(*x.T, s=1.5 * size, color=RED, alpha=0.7, linewidths=0, label=label)
     axes.set_aspect("equal", adjustable="datalim")
     axes.set(title=title, xlabel="x[0]", ylabel="x[1]")
     made.legend(loc="outside upper right", ncols=min(6, 1 + len(groups_of)), columnspacing=1.0)
     made.set_layout_engine("constrained", w_pad=0.1)
-    set_caption(made, caption)
+    base.set_caption(made, caption)
     return made

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 
 from pvae.analysis.pages.document.blocks import PageSection
-from pvae.analysis.pages.sections import anatomy, decoded, fit, latents, run, samples
+from pvae.analysis.pages.sections import anatomy, fit, latents, run, samples
 from pvae.analysis.pages.sections.examination import Examination
 
 SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
@@ -15,11 +15,11 @@ SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
     "guide": fit.guide,
     "calibration": fit.calibration,
     "samples": samples.samples,
-    "reconstructions": decoded.reconstructions,
-    "traversals": decoded.traversals,
-    "interpolations": decoded.interpolations,
+    "reconstructions": samples.reconstructions,
+    "traversals": samples.traversals,
+    "interpolations": samples.interpolations,
     "sample quality": samples.quality,
-    "probe": samples.probe,
+    "probe": latents.probe,
     "declaration": run.declaration,
     "environment": run.environment,
     "left out": run.left_out,

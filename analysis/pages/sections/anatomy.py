@@ -7,7 +7,7 @@ from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Picture, Tile, columns, picture, section
 from pvae.analysis.pages.document.text import nats, typeset
-from pvae.analysis.pages.plots import clouds, curves, waterfall
+from pvae.analysis.pages.plots import bars, clouds, curves
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.pages.sections.fit import SHOWN_NATS
 from pvae.analysis.population.result import Population
@@ -87,8 +87,8 @@ def on_prior(s: Surgery) -> Iterator[str]:
 
 
 def _waterfall(exam: Examination) -> Picture:
-    found, gaps = exam.held, waterfall.inference_steps(exam.held, exam.evidence)
-    panels = waterfall.waterfall_steps(found, gaps)
+    found, gaps = exam.held, bars.inference_steps(exam.held, exam.evidence)
+    panels = bars.waterfall_steps(found, gaps)
     said = "; ".join(f"{step.label} {step.figure}" for steps in panels[:2] for step in steps)
     above = (
         f"Top: from log p(x) down to the ELBO, the loss of inference ({exam.evidence_rows.note}). Below: from "
@@ -98,7 +98,7 @@ def _waterfall(exam: Examination) -> Picture:
     )
     return picture(
         "waterfall",
-        waterfall.waterfall(panels),
+        bars.waterfall(panels),
         f"Waterfall of the ELBO on {exam.split}: {said} nats per datum.",
         f"{above} to the ELBO. I_q[x, z] is the information about x that the code carries; the marginal KL is the cost "
         f"of a prior that differs from q_agg on these {found.n} rows, and falls as rows are added. "

@@ -6,7 +6,6 @@ from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
 
-import numpy as np
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
@@ -27,7 +26,6 @@ from pvae.errors import DataError, DeclarationError
 from pvae.pair.layout import samples as sample_sites
 from pvae.runs.run import Run
 from pvae.util import seeds
-from pvae.util.types import Array
 
 SURGERY_ROWS = {"train": 60_000, "held": 10_000}
 """Largest numbers of rows of an ELBO surgery: of the training split, and of the other split that is reported."""
@@ -73,11 +71,6 @@ def some(x: Tensor | Streamed, most: int, seed: int) -> ChosenRows:
 def draws(wanted: int, n: int) -> int:
     """Return the number of posterior samples per datum: `wanted`, or fewer if n data need over `SURGERY_DRAWS`."""
     return max(1, min(wanted, SURGERY_DRAWS // n))
-
-
-def array(t: Tensor) -> Array:
-    """Return a tensor as a NumPy array of float64."""
-    return np.asarray(t.detach().double().cpu().numpy())
 
 
 @dataclass(eq=False)

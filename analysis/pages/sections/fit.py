@@ -11,7 +11,8 @@ from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.pages.document.blocks import Note, PageColumn, PageTable, Part, Sentence, Tile, picture, section
 from pvae.analysis.pages.document.text import nats, percent, table_of
 from pvae.analysis.pages.plots import bars, curves, pictures
-from pvae.analysis.pages.sections.examination import Examination, array
+from pvae.analysis.pages.plots.base import array
+from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
 
 OVERFITTING_NATS = 1.0

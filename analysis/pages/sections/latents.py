@@ -1,4 +1,4 @@
-"""Sections on latents: KL and activity of coordinates, q_agg against prior, holes of the prior, and use of codes."""
+"""Sections on latents: KL and activity of coordinates, q_agg against prior, holes, use of codes, labels from codes."""
 
 import math
 from collections.abc import Iterator
@@ -14,8 +14,11 @@ from pvae.analysis.decompose.posterior_draws import LatentDraw
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence, Tile, columns, picture, section
 from pvae.analysis.pages.document.text import nats, percent
 from pvae.analysis.pages.plots import bars, clouds
-from pvae.analysis.pages.sections.examination import Examination, array
+from pvae.analysis.pages.plots.base import array
+from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
+from pvae.analysis.samples.probe import RAW, Probe
+from pvae.analysis.samples.probe import probe as probe_of
 from pvae.errors import DataError
 from pvae.pair.code_usage import SILENT
 from pvae.util import seeds
@@ -295,3 +298,39 @@ def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
         "Colours are ranks of use among these rows: dark codes are frequent (often background), bright ones rare. Maps "
         "that follow the picture show that codes say what is where; maps that are all alike carry little information.",
     )
+
+
+# ---------------------------------------------------------------------- probe
+
+
+@section(
+    "probe",
+    "Downstream probe",
+    "Two classifiers predict the label from the code, k nearest neighbours and logistic regression. Beside them stand "
+    "the same classifiers of x itself.",
+)
+def probe(exam: Examination) -> Iterator[Part]:
+    """Yield the accuracy of k-NN and logistic regression on codes; nothing without labels or codes."""
+    if exam.implicit or exam.part.y is None or exam.data.train.y is None:
+        return
+    found = exam.attempt("probe", probe_of, exam.run, exam.split, seed=exam.seed, part="classifiers")
+    if found is None:
+        return
+    rows = [(r.of, r.knn, r.knn_gain, r.linear, r.linear_gain) for r in found.readings]
+    yield PageTable(
+        "probe",
+        f"{found.title}: accuracies ± standard error; predicting the most frequent label is right in "
+        f"{percent(found.majority.value)}",
+        columns("classifier of", "k-NN", "k-NN − that of x", "linear", "linear − that of x"),
+        (*rows, ("most frequent label", found.majority, None, None, None)),
+    )
+    yield from _on_probe(found)
+    yield {"probe": found.to_dict()}
+
+
+def _on_probe(found: Probe) -> Iterator[str]:
+    best, raw = max((r for r in found.readings if r.of != RAW), key=lambda r: r.linear.value), found[RAW]
+    pairs = (("Logistic regression", best.linear, raw.linear), ("A k-NN classifier", best.knn, raw.knn))
+    for name, of_code, of_x in pairs:
+        accuracy = f"{percent(of_code.value)} accuracy ({percent(of_x.value)} from x itself)"
+        yield f"{name} predicts the label from {best.of} with {accuracy}."

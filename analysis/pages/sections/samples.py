@@ -1,22 +1,29 @@
-"""Sections on samples of the model (memorisation, quality) and on labels predicted from codes (probe)."""
+"""Sections on what the model makes: samples (memorisation, quality), reconstructions, traversals, interpolations."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
+from pvae.analysis.aggregate.entry import quiet
+from pvae.analysis.export.sites import as_value
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence, Tile, columns, picture, section
 from pvae.analysis.pages.document.text import nats, percent
 from pvae.analysis.pages.plots import pictures
-from pvae.analysis.pages.sections.examination import Examination, array
+from pvae.analysis.pages.plots.base import array
+from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.copying import Copying, copying
+from pvae.analysis.samples.encode import reconstruct
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.fidelity import Fidelity
-from pvae.analysis.samples.probe import RAW, Probe
-from pvae.analysis.samples.probe import probe as probe_of
+from pvae.analysis.samples.interpolate import interpolate
 from pvae.analysis.samples.quality import SampleQuality, sample_quality
+from pvae.analysis.samples.running import decoded_mean
 from pvae.analysis.samples.sample import Samples
+from pvae.analysis.samples.traversal import Traversal, traverse
+from pvae.util import seeds
 
 ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
 """Numbers of samples: shown in total, and shown with their nearest training data."""
@@ -195,37 +202,132 @@ def _on_fidelity(exam: Examination, f: Fidelity) -> Iterator[Part]:
             yield f"The least frequent label among samples is {least} ({rarest}, against {of_data} of data)."
 
 
-# ---------------------------------------------------------------------- probe
+# ---------------------------------------------------------------------- decoded codes
+
+REBUILT_DATA = 8
+"""Number of data per group: best, median and worst."""
+TRAVERSED_LATENTS = 3
+"""Largest number of latents for which traversals are shown."""
+INTERPOLATED_PAIRS = 4
+"""Number of pairs of data that are interpolated."""
 
 
-@section(
-    "probe",
-    "Downstream probe",
-    "Two classifiers predict the label from the code, k nearest neighbours and logistic regression. Beside them stand "
-    "the same classifiers of x itself.",
-)
-def probe(exam: Examination) -> Iterator[Part]:
-    """Yield the accuracy of k-NN and logistic regression on codes; nothing without labels or codes."""
-    if exam.implicit or exam.part.y is None or exam.data.train.y is None:
+@section("reconstructions", "Reconstructions")
+def reconstructions(exam: Examination) -> Iterator[Part]:
+    """Yield best, median and worst reconstructions; nothing for a model without a likelihood."""
+    found = None if exam.implicit else exam.attempt("reconstructions", _rebuild, exam)
+    if not found:
         return
-    found = exam.attempt("probe", probe_of, exam.run, exam.split, seed=exam.seed, part="classifiers")
-    if found is None:
-        return
-    rows = [(r.of, r.knn, r.knn_gain, r.linear, r.linear_gain) for r in found.readings]
-    yield PageTable(
-        "probe",
-        f"{found.title}: accuracies ± standard error; predicting the most frequent label is right in "
-        f"{percent(found.majority.value)}",
-        columns("classifier of", "k-NN", "k-NN − that of x", "linear", "linear − that of x"),
-        (*rows, ("most frequent label", found.majority, None, None, None)),
+    yield picture(
+        "reconstructions",
+        pictures.reconstructions(found, *exam.scale_of_grey),
+        f"Data of {exam.split} beside their reconstructions.",
+        "Above the datum, below the mean of p(x | z) for one sample of q(z | x); figures are log p(x | z) in nats. "
+        "Look at the worst: rare data, or details that the decoder cannot produce.",
     )
-    yield from _on_probe(found)
-    yield {"probe": found.to_dict()}
+    scores = {part.title: part.nats.tolist() for part in found}
+    titles = columns("data", *(str(i + 1) for i in range(len(found[0].nats))), digits=1)
+    rows = [(title, *values) for title, values in scores.items()]
+    yield PageTable("reconstructions", "log p(x | z) of the data above, nats", titles, rows, folded=True)
+    yield {"reconstructions": scores}
 
 
-def _on_probe(found: Probe) -> Iterator[str]:
-    best, raw = max((r for r in found.readings if r.of != RAW), key=lambda r: r.linear.value), found[RAW]
-    pairs = (("Logistic regression", best.linear, raw.linear), ("A k-NN classifier", best.knn, raw.knn))
-    for name, of_code, of_x in pairs:
-        accuracy = f"{percent(of_code.value)} accuracy ({percent(of_x.value)} from x itself)"
-        yield f"{name} predicts the label from {best.of} with {accuracy}."
+def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
+    """Return the best, median and worst reconstructions by log p(x | z), with the mean of p(x | z) at the same z.
+
+    Only the best are returned if there are fewer than three times `REBUILT_DATA` rows.
+    """
+    exam.require_whole_rows()
+    pair, drawn, layout, found = exam.pair, exam.drawn, exam.pair.layout, []
+    with quiet(pair, exam.x, exam.seed):
+        for title, picked in pictures.best_to_worst(array(drawn.reconstruction), REBUILT_DATA).items():
+            rows = torch.from_numpy(picked).to(exam.x.device)
+            chosen = exam.x[rows]
+            if layout.enumerated:  # the score sums over codes c: decode a sample of p(c | x, z)
+                means = reconstruct(pair, chosen).x
+            else:
+                nodes = pair.guide_trace(chosen).nodes
+                values = {name: nodes[name]["value"] for name in (*layout.latents, *layout.shared)}
+                values |= {name: as_value(z.value[rows], nodes[name], layout) for name, z in drawn.latents.items()}
+                means = decoded_mean(pair.model_trace(chosen, values).nodes, layout, len(rows))
+            data, scores = array(pair.frame.split(chosen)[0]), array(drawn.reconstruction[rows])
+            found.append(pictures.Rebuilt(title, data, array(means).reshape(data.shape), scores))
+    return found
+
+
+@section("traversals", "Traversals")
+def traversals(exam: Examination) -> Iterator[Part]:
+    """Yield latent traversals; nothing unless data are images or points in the plane."""
+    if exam.implicit or not pictures.is_shown(exam.shape) or not exam.whole_rows:
+        return
+    for name in list(exam.pair.layout.latents)[:TRAVERSED_LATENTS]:
+        what = f"traversal of {name}"
+        found = exam.attempt(what, traverse, exam.run, latent=name, seed=exam.seed, part=what)
+        if found is not None:
+            yield _rows(exam, found) if is_image(exam.shape) else _paths(exam, found)
+
+
+def _rows(exam: Examination, found: Traversal) -> Part:
+    """Return the traversal of a latent for image data: one row of images per coordinate."""
+    names, steps, below = pictures.moved(found)
+    return picture(
+        f"traversal_{found.latent}",
+        pictures.gallery(array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps),
+        f"{len(names)} rows of pictures: in each one coordinate of {found.latent} moves.",
+        f"Means of p(x | z) as one coordinate moves and the others stay at the prior's mean, ordered by {found.order}, "
+        f"largest first. {below} Look for coordinates that change one thing only. Rows that do not change belong to "
+        "coordinates without information.",
+    )
+
+
+def _paths(exam: Examination, found: Traversal) -> Part:
+    """Return the traversal of a latent for data in the plane: the path of the mean of p(x | z) for each coordinate."""
+    made = pictures.traversed(found, array(exam.part.observed(exam.x[:1000])))
+    assert made is not None  # noqa: S101 - points in the plane are shown
+    return picture(
+        f"traversal_{found.latent}",
+        made,
+        f"Data, and the path of the mean of p(x | z) as each of {len(found.dims)} coordinates of {found.latent} moves.",
+        "Look for paths that follow the data. Dots without a path belong to coordinates without information.",
+    )
+
+
+@section("interpolations", "Interpolations")
+def interpolations(exam: Examination) -> Iterator[Part]:
+    """Yield interpolations between codes of two data; nothing unless data are images and codes real."""
+    if exam.implicit or not is_image(exam.shape) or not exam.whole_rows:
+        return
+    chosen = _ends(exam)
+    found = exam.attempt(
+        "interpolations", lambda: [interpolate(exam.run, exam.x[a], exam.x[b], seed=exam.seed) for a, b in chosen]
+    )
+    if not found:
+        return
+    yield picture(
+        "interpolations",
+        pictures.gallery(np.stack([array(path.x) for path in found]), *exam.scale_of_grey),
+        f"{len(found)} rows of pictures, each from one datum of {exam.split} to another.",
+        "Means of p(x | z) on the path between the codes of two data. Pictures in the middle should look like data, "
+        "not like two data laid over each other.",
+    )
+    paths = [path.log_prior.tolist() for path in found if path.log_prior is not None]
+    if len(paths) == len(found):
+        rows = [(str(i), *path) for i, path in enumerate(paths, 1)]
+        titles = columns("row", *(str(k + 1) for k in range(len(paths[0]))), digits=1)
+        caption = "log p(z) on each path, nats: low values in the middle are codes that are improbable under the prior"
+        yield PageTable("interpolations", caption, titles, rows, folded=True)
+
+
+def _ends(exam: Examination) -> list[tuple[int, int]]:
+    """Return random pairs of rows, chosen by the seed; the two rows of a pair differ in label if data have labels."""
+    generator = torch.Generator().manual_seed(seeds.mix(exam.seed, seeds.ANALYSIS, 33))
+    order = torch.randperm(len(exam.x), generator=generator).tolist()
+    pairs: list[tuple[int, int]] = []
+    while len(order) > 1 and len(pairs) < INTERPOLATED_PAIRS:
+        a = order.pop(0)
+        b = next((i for i in order if exam.labels is None or exam.labels[i] != exam.labels[a]), None)
+        if b is None:
+            break
+        order.remove(b)
+        pairs.append((a, b))
+    return pairs
