@@ -27,11 +27,10 @@ from pvae.analysis.samples.encode import Encoding, Reconstructions, encode, reco
 from pvae.analysis.samples.encode import LatentCode as Code
 from pvae.analysis.samples.features import Features, features, sharpness
 from pvae.analysis.samples.fidelity import Fidelity, fidelity
-from pvae.analysis.samples.interpolate import Interpolation, interpolate
 from pvae.analysis.samples.probe import Probe, probe
 from pvae.analysis.samples.quality import SampleQuality, TwoSample, sample_quality, two_sample
 from pvae.analysis.samples.sample import Samples, sample
-from pvae.analysis.samples.traversal import Traversal, traverse
+from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolate, traverse
 from pvae.analysis.truths.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 

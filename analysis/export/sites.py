@@ -122,11 +122,9 @@ def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[s
         return {key: rows_of(t, node, layout, count) for key, t in (("loc", fn.loc), ("scale", fn.scale))}
     if numbers_of(node["fn"]) > EXPORTED_PROBABILITIES and not isinstance(fn, torch.distributions.Bernoulli):
         return {}
-    if isinstance(fn, torch.distributions.Categorical):
-        return {"probs": rows_of(fn.probs, node, layout, count, codes=1)}
-    if isinstance(fn, torch.distributions.OneHotCategorical | torch.distributions.Bernoulli):
-        return {"probs": rows_of(fn.probs, node, layout, count)}
-    return {}
+    families = torch.distributions.Categorical, torch.distributions.OneHotCategorical, torch.distributions.Bernoulli
+    codes = int(isinstance(fn, torch.distributions.Categorical))
+    return {"probs": rows_of(fn.probs, node, layout, count, codes)} if isinstance(fn, families) else {}
 
 
 # ---------------------------------------------------------------------- sites
@@ -184,9 +182,8 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
     with quiet(pair, x, 0):
         guide, model = (samples(trace) for trace in pair.traces(x))
     layout, count, dependencies = pair.layout, len(x), pair.dependencies(x)
-    values = {name: values_of(guide[name], layout, count)[0] for name in layout.latents}
-    observed = {name: values_of(model[name], layout, count)[0] for name in layout.observed}
-    shared = {name: whole(guide[name]) for name in layout.shared}
+    named = ((layout.latents, guide), (layout.shared, guide), (layout.observed, model))
+    values, shared, observed = ({z: value_of(nodes[z], layout, count) for z in names} for names, nodes in named)
     # The joint state of all sites that the model sums out, unless the guide has a latent beside them.
     summed = ("+".join(layout.enumerated),) if layout.enumerated and not layout.latents else ()
     states = dict.fromkeys(summed, np.zeros((), np.int64))
@@ -201,17 +198,18 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
         latents.append(ExportedSite(name, names[name], value, shown, why, closed))
     no_guide = "the model sums it out; it has no guide"
     latents += [ExportedSite(name, names[name], value, hidden=no_guide) for name, value in states.items()]
-    return ExportedSites(
-        tuple(latents),
-        tuple(ExportedSite(name, names[name], value) for name, value in shared.items()),
-        tuple(ExportedSite(name, names[name], value) for name, value in observed.items()),
-        summed,
-    )
+    rest = (tuple(ExportedSite(z, names[z], value) for z, value in found.items()) for found in (shared, observed))
+    return ExportedSites(tuple(latents), *rest, summed)
 
 
 def values_of(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
     """Return the value of a site for `count` rows, `(count, *event)`."""
     return numpy_of(rows_of(node["value"], node, layout, count))
+
+
+def value_of(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
+    """Return the value of a site for the first of `count` rows, `(*event)`; of a global latent, its only value."""
+    return values_of(node, layout, count)[0] if layout.holds(node) else whole(node)
 
 
 def whole(node: Mapping[str, Any]) -> Array:

@@ -59,10 +59,10 @@ class Encoding(running.Generated):
         return self.latents[running.known_name(name, self.latents, "encode")].value
 
     def tensors(self) -> dict[str, Tensor]:
-        parts = {"latents": "value", "log_q": "log_q", "loc": "loc", "scale": "scale", "probs": "probs"}
         found: dict[str, Tensor] = {}
-        for what, field in parts.items():
-            found |= running.named(what, {name: getattr(code, field) for name, code in self.latents.items()})
+        for field in ("value", "log_q", "loc", "scale", "probs"):
+            known = {name: getattr(code, field) for name, code in self.latents.items()}
+            found |= running.named("latents" if field == "value" else field, known)
         return found
 
 
@@ -78,9 +78,6 @@ class Reconstructions(running.Generated):
     """Decoded latents z by name, sampled from q(z | x), `(n, *event)`."""
     is_mean: bool
     """True if x are means of p(x | z)."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {"x": self.x, "log_p": self.log_p, **running.named("latents", self.latents)}
 
 
 def encode(
@@ -128,9 +125,8 @@ def _encoded(pair: Pair, x: Tensor, mean: bool) -> tuple[dict[str, LatentCode], 
     codes = {name: _code(nodes[name], layout, count, mean) for name in layout.latents}
     values = {name: nodes[name]["value"] for name in (*layout.latents, *layout.shared)}
     if model_trace is not None:
-        for name, code, value in _summed(
-            read_joint_states(samples(model_trace), layout, 0), samples(model_trace), mean
-        ):
+        summed = samples(model_trace)
+        for name, code, value in _summed(read_joint_states(summed, layout, 0), summed, mean):
             codes[name], values[name] = code, value
     return codes, values
 

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import sparse
+from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
+from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
@@ -34,8 +35,8 @@ PROBE_NEIGHBOURS = 5
 LINEAR_STEPS = 200
 """Largest number of optimiser steps of logistic regression."""
 TOGETHER, RAW = "all latents", "x"
-Block = tuple[Any, Any]
-"""Inputs of a classifier for the training rows and for those to classify: float64 matrices, dense or sparse."""
+Block = tuple[Tensor, Tensor]
+"""Values `(n, ...)` that a classifier reads: of the training rows, and of those to classify; integers are codes."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +148,13 @@ def probe(
     if not all(bool(side.isfinite().all()) for side in (x, asked)):
         raise DataError("probe: expected finite numbers; got NaN or infinity, of which x has no principal components.")
     codes = [encode(run, side, mean=True, seed=seed).latents for side in (x, asked)]
-    read = {name: [_read(*(side[name].value for side in codes))] for name in codes[0]}
+    read: dict[str, list[Block]] = {name: [(codes[0][name].value, codes[1][name].value)] for name in codes[0]}
     if not read:
         raise DataError("probe: expected latents of single data; got a model without any.")
     if len(read) > 1:
         read[TOGETHER] = [block for blocks in read.values() for block in blocks]
     loc, directions = principal(x)
-    learnt, seen = (((side.flatten(1).double().cpu() - loc) @ directions).numpy() for side in (x, asked))
+    learnt, seen = ((side.flatten(1).double().cpu() - loc) @ directions for side in (x, asked))
     read[RAW] = [(learnt, seen)]
     right = {}
     for done, (name, blocks) in enumerate(read.items()):
@@ -176,47 +177,27 @@ def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
     return split.rows[index.to(split.rows.device)], split.y[index.to(split.y.device)].cpu().numpy()
 
 
-def _read(train: Tensor, asked: Tensor) -> Block:
-    """Return a latent `(n, *event)` and `(m, *event)` as inputs of a classifier; indices become one-hot vectors."""
-    sides = [side.reshape(len(side), -1).numpy() for side in (train, asked)]
-    if train.is_floating_point():
-        return sides[0].astype(np.float64), sides[1].astype(np.float64)
-    states = np.arange(1 + max(int(side.max()) for side in sides))
-    encoder = OneHotEncoder(categories=[states] * sides[0].shape[1]).fit(sides[0])
-    return encoder.transform(sides[0]), encoder.transform(sides[1])
-
-
-def _standardised(block: Block) -> Block:
-    """Return inputs standardised by the training rows; one-hot vectors, which are sparse, as they are."""
-    if sparse.issparse(block[0]):
-        return block
-    scaler = StandardScaler().fit(block[0])
-    return scaler.transform(block[0]), scaler.transform(block[1])
-
-
-def _beside(blocks: Sequence[Block]) -> Block:
-    """Return the inputs of a classifier side by side, for training rows and others; sparse if any of them is."""
-    train, asked = zip(*blocks, strict=True)
-    if any(map(sparse.issparse, train)):
-        return sparse.hstack(train, "csr"), sparse.hstack(asked, "csr")
-    return np.hstack(train), np.hstack(asked)
-
-
-def _right(blocks: Sequence[Block], y: NDArray[Any], labels: NDArray[Any]) -> tuple[Tensor, Tensor]:
+def _right(blocks: Sequence[Block], y: NDArray[Any], labels: NDArray[Any]) -> list[Tensor]:
     """Return 1 for each row whose label is predicted correctly, else 0, by nearest neighbours and logistic regression.
 
     Arguments:
-        blocks: inputs of the classifiers; logistic regression sees them standardised.
+        blocks: inputs of the classifiers, side by side; codes become one-hot vectors. Logistic regression sees real
+            numbers standardised.
         y: labels of the training rows, `(n,)`.
         labels: true labels of the rows to classify, `(m,)`.
 
     Returns:
         Two tensors `(m,)`, float64.
     """
-    train, asked = _beside(blocks)
-    by_knn = KNeighborsClassifier(min(PROBE_NEIGHBOURS, len(y)), algorithm="brute").fit(train, y).predict(asked)
-    train, asked = _beside([_standardised(block) for block in blocks])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # the classifier after `LINEAR_STEPS` steps is used
-        by_linear = LogisticRegression(max_iter=LINEAR_STEPS).fit(train, y).predict(asked)
-    return torch.from_numpy(by_knn == labels).double(), torch.from_numpy(by_linear == labels).double()
+    sides = ([t.reshape(len(t), -1).double().numpy() for t in side] for side in zip(*blocks, strict=True))
+    train, asked = map(np.hstack, sides)
+    is_code = np.concatenate([np.full(t[0].numel(), not t.is_floating_point()) for t, _ in blocks])
+    knn = KNeighborsClassifier(min(PROBE_NEIGHBOURS, len(y)), algorithm="brute")
+    right = []
+    for scaler, classifier in (("passthrough", knn), (StandardScaler(), LogisticRegression(max_iter=LINEAR_STEPS))):
+        columns = [("codes", OneHotEncoder(handle_unknown="ignore"), is_code), ("real", scaler, ~is_code)]
+        reader = make_pipeline(ColumnTransformer(columns, sparse_threshold=1.0), classifier)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the classifier after `LINEAR_STEPS` steps is used
+            right.append(torch.from_numpy(reader.fit(train, y).predict(asked) == labels).double())
+    return right

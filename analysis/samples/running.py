@@ -1,10 +1,9 @@
 """Common parts of sampling, encoding and decoding: results that can be saved, runs of a pair over rows in chunks."""
 
 import io
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,11 +16,11 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
-from pvae.analysis.aggregate.entry import quiet, same_globals
+from pvae.analysis.aggregate.entry import accept, quiet, same_globals
 from pvae.analysis.export.sites import numpy_of, rows_of, safe_names
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
-from pvae.errors import DeclarationError, near
+from pvae.errors import DataError, DeclarationError, near
 from pvae.pair.layout import Layout, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
@@ -46,12 +45,15 @@ def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -
     return name
 
 
-class Generated(ABC):
+@dataclass(frozen=True, eq=False, repr=False)
+class Generated:
     """Base class of results that consist of named tensors on the CPU and can be saved."""
 
-    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of the result under the keys that `save` writes."""
+        """Return the tensors of the result under the keys that `save` writes: `<field>`, in a dict `<field>/<name>`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        parts = [named(key, v) if isinstance(v, dict) else {key: v} for key, v in values.items()]
+        return {key: t for part in parts for key, t in part.items() if isinstance(t, Tensor)}
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the tensors of the result as NumPy arrays, under the same keys."""
@@ -138,6 +140,18 @@ def opened(source: Any) -> Pair:
         raise DeclarationError(f"Expected a pvae.Run or a pvae.Pair; got {type(pair).__name__}.")
     _ = pair.layout  # raises if it has seen no data
     return pair
+
+
+def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1], or rows=x for the order.") -> Tensor:
+    """Return one row of data as a batch `(1, *row)` that the pair accepts; raise DataError if x has several rows."""
+    try:
+        row = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError):
+        return accept(pair, x)  # raises with what is wrong
+    found = accept(pair, row[None] if tuple(row.shape) == pair.frame.row else row)
+    if len(found) != 1:
+        raise DataError(f"{what}: expected one row of data; got {len(found)}. {todo}")
+    return found
 
 
 @contextmanager

@@ -34,9 +34,6 @@ class Samples(running.Generated):
     is_mean: bool
     """True if x are means of p(x | z)."""
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {"x": self.x, **running.named("latents", self.latents), **running.named("covariates", self.covariates)}
-
 
 def sample(
     run_or_pair: Run | Pair,

@@ -1,6 +1,7 @@
-"""Latent traversal: decoded means as a single coordinate of a latent moves."""
+"""Decoded means as one coordinate of a latent moves (traversal), or between the codes of two rows (interpolation)."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,12 +14,11 @@ from pvae.analysis.decompose.collapse import activity, kl_per_dimension
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.sites import as_value
 from pvae.analysis.samples import running
-from pvae.analysis.samples.encode import encode
+from pvae.analysis.samples.encode import LatentCode, encode
 from pvae.analysis.samples.sample import Covariates, Template, prior_latents
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
-from pvae.pair import densities as traces
-from pvae.pair.densities import log_prob
+from pvae.pair.densities import log_prob, members, sum_over
 from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
@@ -54,7 +54,7 @@ class Traversal(running.Generated):
     """Criterion by which the coordinates are ordered, in words: "KL", for example."""
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"x": self.x, "values": self.values, "dims": torch.tensor(self.dims)}
+        return {**super().tensors(), "dims": torch.tensor(self.dims)}
 
 
 def traverse(
@@ -110,7 +110,7 @@ def traverse(
     if steps < 1 or not 0 < span < float("inf"):
         raise DataError(f"traverse: expected at least one step and a span above 0; got steps={steps}, span={span}.")
     pair = running.opened(run_or_pair)
-    row = None if x is None else one_row(pair, x)
+    row = None if x is None else running.one_row(pair, x)
     if row is not None and given:
         raise DeclarationError("given: expected none beside a row of data, which has covariates of its own; got some.")
     layout = pair.layout
@@ -149,18 +149,6 @@ def traverse(
     return Traversal(x.unflatten(0, places.shape), places, name, chosen, order)
 
 
-def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1], or rows=x for the order.") -> Tensor:
-    """Return one row of data as a batch `(1, *row)` that the pair accepts; raise DataError if x has several rows."""
-    try:
-        row = torch.as_tensor(x)
-    except (TypeError, ValueError, RuntimeError):
-        return accept(pair, x)  # raises with what is wrong
-    found = accept(pair, row[None] if tuple(row.shape) == pair.frame.row else row)
-    if len(found) != 1:
-        raise DataError(f"{what}: expected one row of data; got {len(found)}. {todo}")
-    return found
-
-
 @dataclass(frozen=True)
 class PlacedModel:
     """Model of a pair whose latents are set to given values."""
@@ -191,7 +179,7 @@ def _priors(template: Template, nodes: Mapping[str, Any]) -> dict[str, tuple[Ten
     """
     found, pair = {}, template.pair
     for name, node in nodes.items():
-        normal = traces.members(node, pair.layout, 8)
+        normal = members(node, pair.layout, 8)
         if isinstance(normal, Normals) and all(bool((t == t[:1]).all()) for t in (normal.loc, normal.scale)):
             found[name] = normal.loc[0].cpu(), normal.scale[0].cpu()
     if len(found) < len(nodes):
@@ -255,3 +243,106 @@ def _followers(model: PlacedModel, name: str, moved: Tensor, held: Mapping[str, 
         if float((scores - scores[0]).abs().max()) > SAME_DENSITY * (1 + float(scores.abs().max())):
             found.add(z)
     return found
+
+
+# ---------------------------------------------------------------------- interpolation
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Interpolation(running.Generated):
+    """Data decoded along the line between the codes of two rows; the result of `interpolate`.
+
+    `save` has keys `x`, `at`, `latents/<name>` and, where known, `log_prior`.
+    """
+
+    x: Tensor
+    """Means of p(x | z), `(steps, *shape)`; the first decodes the code of row a, the last that of row b."""
+    at: Tensor
+    """Position on the line, from 0 to 1, `(steps,)`."""
+    log_prior: Tensor | None
+    """Joint log p(z) of all latents, nats, `(steps,)`, float64, exact; None if the prior has no density."""
+    latents: dict[str, Tensor]
+    """Decoded latents by name, `(steps, *event)`."""
+
+
+def interpolate(
+    run_or_pair: Run | Pair, a: Any, b: Any, steps: int = 9, *, seed: int = 0, on_progress: Progress = silent
+) -> Interpolation:
+    """Decode the means E[x | z] on the straight line between the codes of two rows.
+
+    The code of a row is the centre of q(z | x), see `encode`; in a hierarchy all levels move together. Discrete latents
+    cannot be interpolated: they must be the same in both rows, and stay constant.
+
+    The line is straight for every prior: its ends are the codes, and a linear decoder maps it to a line. Under a
+    standard normal prior its middle is closer to the origin, where points are more probable and less typical than
+    samples (a great circle keeps the norm, but posterior means do not have the norm of samples either). `log_prior`
+    shows where the line passes through regions of low prior density.
+
+    References:
+        Sampling Generative Networks (White, 2016), https://arxiv.org/abs/1609.04468, on great circles
+
+    Arguments:
+        run_or_pair: a run, or any pair that has seen data.
+        a: one row of data, `(*row)` or `(1, *row)`. Its covariates hold for the whole line; b is encoded with its own.
+        b: another row.
+        steps: number of points, both ends included.
+        seed: seed of the samples where a posterior has no known mean.
+        on_progress: called with (points decoded, steps).
+
+    Returns:
+        Interpolation: x `(steps, *shape)`; log_prior `(steps,)`, nats, exact.
+
+    Raises:
+        DataError: there are fewer than two steps, a or b is more than one row, their discrete latents differ, or the
+            model has no local latents (one value per datum).
+        DeclarationError: the likelihood has no mean.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_pair
+        >>> pair, x = example_pair()
+        >>> interpolate(pair, x[0], x[1], steps=5).x.shape
+        torch.Size([5, 3])
+    """
+    if steps < 2:
+        raise DataError(f"interpolate: expected at least two steps; got steps={steps}.")
+    pair, todo = running.opened(run_or_pair), "Pass x[:1]."
+    first, last = (running.one_row(pair, row, "interpolate", todo) for row in (a, b))
+    ends = [encode(pair, row, mean=True, seed=seed).latents for row in (first, last)]
+    template, at = Template(run_or_pair, pair, steps, None, seed, first), torch.linspace(0, 1, steps)
+    with running.analysed(pair, template.at(0, 2), seed):
+        model = PlacedModel(template, samples(pair.simulate(template.at(0, 2))))
+        path = _path(model.nodes, ends[0], ends[1], at)
+
+        def decoded(start: int, stop: int) -> Interpolation:
+            latents = {name: values[start:stop] for name, values in path.items()}
+            nodes = model.sites(start, stop, {name: v.reshape(stop - start, -1) for name, v in latents.items()})
+            x, log_p = running.decoded_mean(nodes, pair.layout, stop - start), None
+            with suppress(NotImplementedError):
+                log_p = sum_over([log_prob(nodes[name], pair.layout, 0).double() for name in path])
+                log_p = log_p.expand(stop - start).cpu()
+            return Interpolation(x, at[start:stop], log_p, latents)
+
+        return running.by_chunks(decoded, steps, template.numbers, on_progress)
+
+
+def _path(
+    nodes: Mapping[str, Any], a: Mapping[str, LatentCode], b: Mapping[str, LatentCode], at: Tensor
+) -> dict[str, Tensor]:
+    """Return the values of every latent of the model along the line from a to b, `(steps, *event)`."""
+    path = {}
+    for name in a:
+        if name not in nodes:
+            continue
+        start, end = a[name].value, b[name].value
+        if not running.is_discrete(nodes[name]["fn"]):
+            path[name] = torch.lerp(start, end, at.to(start).reshape(-1, *(1,) * (start.dim() - 1)))
+        elif torch.equal(start, end):
+            path[name] = start.expand(len(at), *start.shape[1:])
+        else:
+            raise DataError(
+                f"interpolate: expected latents of real numbers, or rows of one and the same code; got {name}, which "
+                f"differs: discrete codes cannot be interpolated. Take other rows, or move one coordinate: traverse."
+            )
+    if not path:
+        raise DataError("interpolate: expected latents of single data; got a model without any.")
+    return path

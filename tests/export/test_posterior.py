@@ -212,7 +212,7 @@ def test_same_seed_same_numbers_and_nothing_is_moved(run, small):
 
 def test_chunks_do_not_show_in_the_shape(run, monkeypatch):
     whole = run.posterior(draws=2)
-    monkeypatch.setattr("pvae.analysis.export.groups.ROWS_OF_A_BATCH", 100)
+    monkeypatch.setattr("pvae.analysis.export.posterior.ROWS_OF_A_BATCH", 100)
     pieces = run.posterior(draws=2)
     assert pieces["guide"].z_loc.values == pytest.approx(whole["guide"].z_loc.values, abs=1e-5)
     assert pieces["posterior"].z[0, 0, :100].values == pytest.approx(whole["posterior"].z[0, 0, :100].values, abs=1e-5)
@@ -245,7 +245,7 @@ def test_awkward_names_are_kept_as_attributes(awkward):
 
 
 def test_a_global_latent_is_one_for_all_rows_of_a_draw(awkward, monkeypatch):
-    monkeypatch.setattr("pvae.analysis.export.groups.ROWS_OF_A_BATCH", 7)
+    monkeypatch.setattr("pvae.analysis.export.posterior.ROWS_OF_A_BATCH", 7)
     found = awkward.posterior(draws=4, split="train")
     pair, x = awkward.pair, awkward.data.train.x
     names = {v.attrs["site"]: name for name, v in found["posterior"].data_vars.items()}
@@ -340,7 +340,7 @@ def test_memory_is_refused_before_anything_is_drawn(run, monkeypatch):
     def never(*_: object) -> None:
         raise AssertionError("drawn")
 
-    monkeypatch.setattr("pvae.analysis.export.groups.draw_chunk", never)
+    monkeypatch.setattr("pvae.analysis.export.posterior.draw_chunk", never)
     refused(r"at most 1073741824 bytes .* posterior/z takes \d+. Lower draws or rows", run.posterior, draws=100_000_000)
     message = r"posterior_predictive/x takes \d+. Lower predictive_rows or predictive_draws"
     refused(message, run.posterior, rows=20, memory=10**5, draws=10)

@@ -256,7 +256,7 @@ def test_progress_and_interruption_leave_the_old_report(monkeypatch):
     tiny_report("vae")
     run = tiny_run("vae")
     old = written(run)
-    monkeypatch.setattr(waterfall, "waterfall", Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(bars, "waterfall", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         brief(run)
     assert written(run) == old

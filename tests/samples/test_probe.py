@@ -11,7 +11,6 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from scipy import sparse
 from scipy.stats import norm
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
@@ -22,7 +21,7 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import encode, probe
-from pvae.analysis.samples.probe import _read
+from pvae.analysis.samples.probe import _right
 from pvae.data.dataset import Dataset
 from pvae.runs.run import Run
 from tests.samples.models import Beside, refused
@@ -97,11 +96,14 @@ def test_few_training_rows_are_drawn_by_the_seed(told, monkeypatch):
         assert probe(told, rows=50, seed=1)["a"].linear.value > 0.2  # cut short, and no warning
 
 
-def test_one_hots():
-    learnt, asked = _read(torch.tensor([[0, 2], [1, 1]]), torch.tensor([[3, 0]]))
-    assert sparse.issparse(learnt)
-    assert learnt.toarray().tolist() == [[1, 0, 0, 0, 0, 0, 1, 0], [0, 1, 0, 0, 0, 1, 0, 0]]
-    assert asked.toarray().tolist() == [[0, 0, 0, 1, 1, 0, 0, 0]]
+def test_codes_are_read_as_one_hots():
+    """A parity of codes is linear in one-hot vectors alone; a code that no training row has is read as none of them."""
+    c = torch.arange(40).reshape(-1, 1) % 4
+    asked, y = torch.cat([c, torch.tensor([[9]])]), (c[:, 0] % 2).numpy()
+    noise = torch.zeros(41, 2)
+    for blocks in ([(c, asked)], [(noise[:40], noise), (c, asked)]):
+        for right in _right(blocks, y, np.append(y, 2)):
+            assert right.tolist() == [1.0] * 40 + [0.0]
 
 
 SMALL = ["train.epochs=1", "train.engine=eager"]

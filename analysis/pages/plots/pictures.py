@@ -15,9 +15,8 @@ from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, arr
 from pvae.analysis.pages.plots.clouds import Cloud, plane
 from pvae.analysis.samples.encode import Encoding, Reconstructions
 from pvae.analysis.samples.features import is_image
-from pvae.analysis.samples.interpolate import Interpolation
 from pvae.analysis.samples.sample import Samples
-from pvae.analysis.samples.traversal import Traversal
+from pvae.analysis.samples.traversal import Interpolation, Traversal
 from pvae.util.types import Array
 
 SHEET = 100

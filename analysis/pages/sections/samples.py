@@ -18,11 +18,10 @@ from pvae.analysis.samples.copying import Copying, copying
 from pvae.analysis.samples.encode import reconstruct
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.fidelity import Fidelity
-from pvae.analysis.samples.interpolate import interpolate
 from pvae.analysis.samples.quality import SampleQuality, sample_quality
 from pvae.analysis.samples.running import decoded_mean
 from pvae.analysis.samples.sample import Samples
-from pvae.analysis.samples.traversal import Traversal, traverse
+from pvae.analysis.samples.traversal import Traversal, interpolate, traverse
 from pvae.util import seeds
 
 ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
