@@ -1,7 +1,5 @@
 """Posterior samples as plain xarray Datasets; saved, opened and summarised without torch."""
 
-from __future__ import annotations
-
 import hashlib
 import html
 import os
@@ -9,18 +7,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
+import pandas
 import xarray
+from numpy.typing import NDArray
 
 from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
 from pvae.util.files import read_inside, require_plain_target, sync_folder, temporary_for, write_atomic
-
-if TYPE_CHECKING:
-    import pandas
-
-    from pvae.util.types import Array  # imports torch
 
 GROUP_NAMES = (
     ("posterior", "sample_stats", "guide", "diagnostics", "prior", "posterior_predictive")
@@ -62,8 +57,6 @@ class PosteriorDraws:
         Raises:
             DataError: `hdi` lies outside (0, 1).
         """
-        import pandas
-
         if not 0 < hdi < 1:
             raise DataError(f"hdi: expected a proportion between 0 and 1; got {hdi}.")
         low, high = f"hdi_{50 * (1 - hdi):g}%", f"hdi_{50 * (1 + hdi):g}%"
@@ -132,7 +125,7 @@ class PosteriorDraws:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> PosteriorDraws:
+    def load(cls, path: str | Path) -> Self:
         """Open a saved file after verifying its checksum; nothing is unpickled.
 
         Raises:
@@ -172,7 +165,7 @@ def _lead(draws: xarray.DataArray) -> int:
     return sum(dim in ("chain", "draw", "datum") for dim in draws.dims)
 
 
-def _figures(draws: Array, hdi: float) -> list[float]:
+def _figures(draws: NDArray[Any], hdi: float) -> list[float]:
     """Return mean, sd, sd of the means over data, and the narrowest interval of one coordinate `(1, draw[, datum])`."""
     wide = draws.astype(np.float64)
     of_means = wide.mean((0, 1)).std() if wide.ndim == 3 else np.nan

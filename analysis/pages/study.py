@@ -1,12 +1,11 @@
 """Metrics of the finished runs of a study, cached in each run's folder, and the tables of a study."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import pandas
 from rich.table import Table
 from rich.text import Text
 
@@ -23,9 +22,6 @@ from pvae.studies.sweep import FIRST, Measure
 from pvae.util import seeds
 from pvae.util.files import plain, pretty, read_inside, read_object, write_atomic
 from pvae.util.progress import Progress, silent
-
-if TYPE_CHECKING:
-    import pandas
 
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = 2
@@ -141,8 +137,6 @@ def _number(found: object, key: str) -> float:
 
 def frame(rows: Sequence[Mapping[str, Any]]) -> pandas.DataFrame:
     """Return a data frame with one row per run: case, seed, stage, settings, metrics with errors, folder of the run."""
-    import pandas
-
     ends = (*_with_errors(ESTIMATES), "seconds", "run")
     declared = dict.fromkeys(key for row in rows for key in row if key not in (*RUN_COLUMNS, *ends))
     return pandas.DataFrame([dict(row) for row in rows], columns=[*RUN_COLUMNS, *declared, *ends])

@@ -36,6 +36,7 @@ class Copying(Figures):
     """Distances of samples and of held-out data to training rows; the result of `copying` and `data_copying`."""
 
     unit = "proportion"
+    counts = ("trained", "is_mean", "space", "held_share")
 
     z: Estimate
     """Mann-Whitney statistic; standard normal if samples have the distribution of the data, negative for copies."""
@@ -86,11 +87,9 @@ class Copying(Figures):
         """Return the result as plain numbers and strings, for JSON, with the quartiles of the distances."""
         quarters = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0], dtype=torch.float64)
         spread = {"distance": self.distance, "held_distance": self.held_distance}
-        return {
-            "samples": len(self.distance), "held": len(self.held_distance), "trained": self.trained,
-            "is_mean": self.is_mean, "space": self.space, "held_share": self.held_share, **self.figures(),
-            "quartiles": {name: values.quantile(quarters).tolist() for name, values in spread.items()},
-        }  # fmt: skip
+        quartiles = {name: values.quantile(quarters).tolist() for name, values in spread.items()}
+        sizes = {"samples": len(self.distance), "held": len(self.held_distance)}
+        return {**sizes, **super().to_dict(), "quartiles": quartiles}
 
 
 def copying(

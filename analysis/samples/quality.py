@@ -18,6 +18,7 @@ from pvae.analysis.samples.sample import Samples, sample
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.files import plain
 from pvae.util.progress import StageProgress, silent
 
 QUALITY_ROWS = 10_000
@@ -99,10 +100,10 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
         raise DataError(
             f"two_sample: expected at least {FEWEST_TEST_ROWS} data and samples; got {len(real)} and {len(fake)}."
         )
-    orders = [
-        torch.randperm(len(x), generator=seeds.generator(seed, seeds.ANALYSIS, i)) for i, x in ((12, real), (13, fake))
-    ]
-    sides = [x.float()[order[:n].to(x.device)] for x, order in zip((real, fake), orders, strict=True)]
+    sides = []
+    for i, x in ((12, real), (13, fake)):
+        order = torch.randperm(len(x), generator=seeds.generator(seed, seeds.ANALYSIS, i))
+        sides.append(x.float()[order[:n].to(x.device)])
     if not all(bool(side.isfinite().all()) for side in sides):
         raise DataError("two_sample: expected finite numbers; got NaN or infinity among data or samples.")
     half, held = n // 2, n - n // 2
@@ -185,14 +186,8 @@ class SampleQuality(Figures):
 
     def to_dict(self) -> dict[str, Any]:
         sharp = {"samples": self.sharpness, "means": self.sharpness_of_means}
-        return {
-            "split": self.split,
-            "is_mean": self.is_mean,
-            "two_sample": self.test.to_dict(),
-            "fidelity": self.fidelity.to_dict(),
-            "distances": self.distances.to_dict(),
-            "sharpness": {name: None if e is None else e.to_dict() for name, e in sharp.items()},
-        }
+        parts = {"two_sample": self.test, "fidelity": self.fidelity, "distances": self.distances, "sharpness": sharp}
+        return {"split": self.split, "is_mean": self.is_mean, **plain(parts)}
 
 
 def sample_quality(
@@ -255,17 +250,10 @@ def sample_quality(
     on_progress(4, len(QUALITY_STAGES), QUALITY_STAGES[4])
     far = distances(of_data, of_samples, seed)
     means = None if fake.is_mean or sharpness(drawn[:1]) is None else _means(run, min(len(real), SHARPNESS_ROWS), seed)
-    found = SampleQuality(
-        test,
-        near,
-        far,
-        split,
-        fake.is_mean,
-        relative_sharpness(drawn, real),
-        None if means is None else relative_sharpness(means.reshape(len(means), *pair.frame.x), real),
-    )
+    of_means = None if means is None else relative_sharpness(means.reshape(len(means), *pair.frame.x), real)
+    of_draws = relative_sharpness(drawn, real)
     on_progress(len(QUALITY_STAGES), len(QUALITY_STAGES), "")
-    return found
+    return SampleQuality(test, near, far, split, fake.is_mean, of_draws, of_means)
 
 
 def relative_sharpness(samples: Tensor, data: Tensor) -> Estimate | None:

@@ -1,26 +1,22 @@
 """Two textbook counterexamples: good samples with a poor likelihood, and a good likelihood with poor samples."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
+import pandas
 import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact_mean
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK, fidelity
 from pvae.analysis.samples.quality import two_sample
+from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.data.dataset import Dataset
 from pvae.errors import DataError
 from pvae.util import seeds
 from pvae.util.progress import StageProgress, silent
-
-if TYPE_CHECKING:
-    import pandas
 
 KEPT_WEIGHT = 0.01
 """Weight of the good model in its mixture with noise, whose log p(x) is at most log 100 nats lower."""
@@ -55,24 +51,15 @@ class FactorNormal(KnownDensity):
     """
 
     def __init__(self, x: Tensor, q: int) -> None:
-        self.loc = x.mean(0)
-        centred = x - self.loc
-        values, vectors = torch.linalg.eigh(centred.T @ centred / len(x))
-        self.values, self.directions = values.flip(0)[:q], vectors.flip(1)[:, :q]
-        self.rest = float(values.flip(0)[q:].mean())
-        self.dim = x.shape[1]
+        self.law = probabilistic_pca(x.numpy(), q)
 
     def log_prob(self, x: Tensor) -> Tensor:
-        centred = x - self.loc
-        y = centred @ self.directions
-        outside = (centred.square().sum(1) - y.square().sum(1)) / self.rest
-        log_det = self.values.log().sum() + (self.dim - len(self.values)) * math.log(self.rest)
-        return -0.5 * (self.dim * math.log(2 * math.pi) + log_det + (y.square() / self.values).sum(1) + outside)
+        return torch.from_numpy(self.law.log_p(x.numpy()))
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        z = torch.randn(n, len(self.values), generator=generator, dtype=torch.float64)
-        noise = torch.randn(n, self.dim, generator=generator, dtype=torch.float64)
-        return self.loc + z * (self.values - self.rest).sqrt() @ self.directions.T + math.sqrt(self.rest) * noise
+        loc, slope = torch.from_numpy(self.law.b), torch.from_numpy(self.law.w)
+        z, noise = (torch.randn(n, k, generator=generator, dtype=torch.float64) for k in slope.T.shape)
+        return loc + z @ slope.T + self.law.noise * noise
 
 
 class TrainingMixture(KnownDensity):
@@ -195,8 +182,6 @@ class CounterExamples(Figures):
 
     def models(self) -> pandas.DataFrame:
         """Return a data frame of the values with one row for every model."""
-        import pandas
-
         columns = [f.name for f in fields(Example) if f.name != "name"]
         values = [[float(getattr(e, column)) for column in columns] for e in self.examples]
         return pandas.DataFrame(values, pandas.Index([e.name for e in self.examples], name="model"), columns)

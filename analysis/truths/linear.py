@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import NDArray
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 from torch import Tensor
 
 from pvae.analysis.truths import truth
@@ -59,9 +59,7 @@ class LinearGaussian:
     def log_p(self, x: FloatArray) -> FloatArray:
         """Return log p(x) of data `(n, d)`, `(n,)`, nats; exact."""
         covariance = self.w @ self.v @ self.w.T + self.noise**2 * np.eye(len(self.b))
-        gap = x - self.b
-        squares = np.einsum("nd,nd->n", gap, np.linalg.solve(covariance, gap.T).T)
-        return np.asarray(-0.5 * (squares + np.linalg.slogdet(2 * math.pi * covariance)[1]))
+        return np.asarray(multivariate_normal(self.b, covariance).logpdf(x))
 
     def reconstruction(self, x: FloatArray) -> FloatArray:
         """Return the reconstruction term E_q log p(x|z) of data `(n, d)`, `(n,)`, nats; exact."""

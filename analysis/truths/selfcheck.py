@@ -1,14 +1,14 @@
 """Self-check: every estimator applied to test models whose ELBO terms and evidence are known exactly."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from pvae.analysis.bounds.ais import ais, bracket
@@ -16,15 +16,13 @@ from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import gap
 from pvae.analysis.bounds.lower_bounds import Bounds
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import Estimate, finite
+from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.truths.standard import standard
 from pvae.analysis.truths.truth import Truth
 from pvae.errors import DataError
+from pvae.util.files import plain
 from pvae.util.progress import StageProgress, silent
 from pvae.util.threads import single_thread
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Verdict = Literal["ok", "too low", "too high", "not finite"]
 ALLOWED_ERRORS = 4.0
@@ -93,14 +91,10 @@ class FigureCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the comparison as plain numbers and strings, for JSON; an infinite slack is None."""
+        named = {name: getattr(self, name) for name in ("truth", "estimator", "figure", "exact")}
         estimate = {f"estimate_{name}": value for name, value in self.estimate.to_dict().items()}
-        numbers = {"error": self.error, "bias": self.bias, "below": self.below, "above": self.above}
-        return {
-            **{name: getattr(self, name) for name in ("truth", "estimator", "figure", "exact")},
-            **estimate,
-            **{name: None if number is None else finite(number) for name, number in numbers.items()},
-            "verdict": self.verdict,
-        }
+        found = {name: getattr(self, name) for name in ("error", "bias", "below", "above", "verdict")}
+        return {**named, **estimate, **plain(found)}
 
     def cells(self) -> tuple[str, ...]:
         """Return the comparison as a table row of text, in the order of `CHECK_COLUMNS`."""
@@ -163,20 +157,11 @@ class SelfCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all comparisons and their summary as plain numbers and strings, for JSON."""
-        return {
-            "unit": "nats per datum",
-            "device": self.device,
-            "seed": self.seed,
-            "ok": self.ok,
-            "failed": len(self.failed),
-            "failure_rate": self.failure_rate,
-            "checks": [check.to_dict() for check in self.checks],
-        }
+        found = {name: getattr(self, name) for name in ("device", "seed", "ok", "failure_rate")}
+        checks = [check.to_dict() for check in self.checks]
+        return {"unit": "nats per datum", **found, "failed": len(self.failed), "checks": checks}
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table(title=Text(self.title), caption=Text("\n".join(self.remarks)), caption_justify="left")
         for column in CHECK_COLUMNS:
             table.add_column(column, justify="left" if column in ("truth", "figure", "verdict") else "right")

@@ -1,17 +1,15 @@
 """Test models: model-guide pairs whose ELBO terms, evidence and information are known exactly; and their integrals."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from typing import Any, Literal, Self, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.special import rel_entr
-from scipy.stats import norm
+from scipy.stats import multivariate_normal, norm
 from torch import Tensor, nn
 
 from pvae.pair.pair import Pair
@@ -64,7 +62,7 @@ class Truth:
         """Return the mean of the exact log p(x) over rows `(m, *event)`, nats; None if it is unknown."""
         return None if self.log_p is None else float(self.log_p(x.cpu().double().numpy()).mean())
 
-    def to(self, device: str | torch.device) -> Truth:
+    def to(self, device: str | torch.device) -> Self:
         """Return the test model with its data on a device; its pair is moved there in place."""
         return replace(self, pair=self.pair.adopt(self.x).to(device), x=self.x.to(device))
 
@@ -137,12 +135,7 @@ def information(means: FloatArray, covariance: FloatArray) -> float:
 
     It is the entropy of the mixture of the n normals minus the entropy of one of them.
     """
-    return mixture_entropy(means, covariance) - normal_entropy(covariance)
-
-
-def normal_entropy(covariance: FloatArray) -> float:
-    """Return the differential entropy of a normal with covariance S, nats."""
-    return 0.5 * float(np.linalg.slogdet(2 * math.pi * math.e * covariance)[1])
+    return mixture_entropy(means, covariance) - float(multivariate_normal(cov=covariance).entropy())
 
 
 def normal_kl(mean: FloatArray, covariance: FloatArray, prior: FloatArray) -> FloatArray:

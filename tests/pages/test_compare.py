@@ -192,6 +192,6 @@ def test_the_command_prints_one_json_document(runs: list[Run], tmp_path: Path):
 def test_one_run_without_a_bound_makes_all_compare_their_elbos(runs: list[Run]):
     found = Comparison(runs[:3], evidence_samples=5)
     found.exams["flow"].__dict__["evidence"] = None
-    assert set(found.log_p) == {"one", "two"}
+    assert not found.log_p
     assert all(pair.log_p is None for pair in found.against("one").values())
     assert found.best == max(found.elbos, key=lambda name: float(found.elbos[name].mean()))

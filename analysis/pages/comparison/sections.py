@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from scipy.stats import spearmanr
@@ -30,8 +32,7 @@ COLUMN_RUNS = 6
 @section("overview", "Overview")
 def _overview(found: Comparison) -> Iterator[Part]:
     """Yield the metrics of each run, their means over groups of runs, and the verdict."""
-    terms = list(dict.fromkeys(term for row in found.figures.values() for term in row))
-    all_of = {term: [found.figures[name].get(term) for name in found.exams] for term in terms}
+    all_of = _by_key(list(found.figures.values()))
     known = {term: values for term, values in all_of.items() if any(value is not None for value in values)}
     caption = (
         f"Nats per datum (bits per dimension: bits) on {found.split} ({found.first.rows[found.split].note}; log_p, a "
@@ -63,6 +64,12 @@ def _by_run(id: str, caption: str, names: Sequence[str], found: Mapping[str, Seq
         return PageTable(id, caption, columns("figure", *names), [(term, *values) for term, values in found.items()])
     titles = columns("run", *(term.replace("_", " ") for term in found), digits=2)
     return PageTable(id, caption, titles, list(zip(names, *found.values(), strict=True)))
+
+
+def _by_key(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Return the values of every key that one of the tables has, a value per table, None where it lacks the key."""
+    keys = dict.fromkeys(chain.from_iterable(tables))
+    return {key: [table.get(key) for table in tables] for key in keys}
 
 
 def _average(values: Sequence[Value]) -> Value:
@@ -109,15 +116,11 @@ def _on_overfitting(found: Comparison) -> Iterator[Sentence]:
 def _on_samples(found: Comparison) -> Iterator[str]:
     if len(found.quality) < 2:
         return
-    distances = {name: quality.distances for name, quality in found.quality.items()}
-    near = min(distances, key=lambda name: distances[name].frechet.value)
-    far = max(distances, key=lambda name: distances[name].frechet.value)
-    floor = nats(distances[near].frechet_floor)
-    yield (
-        f"Samples of {near} have the smallest Fréchet distance to data, {plus_minus(distances[near].frechet)} "
-        f"({floor} expected for samples of the data distribution)."
-    )
-    yield f"Samples of {far} have the largest Fréchet distance to data, {plus_minus(distances[far].frechet)}."
+    distances = sorted((q.distances.frechet.value, name, q.distances) for name, q in found.quality.items())
+    (_, near, least), *_, (_, far, most) = distances
+    expected = f"({nats(least.frechet_floor)} expected for samples of the data distribution)"
+    yield f"Samples of {near} have the smallest Fréchet distance to data, {plus_minus(least.frechet)} {expected}."
+    yield f"Samples of {far} have the largest Fréchet distance to data, {plus_minus(most.frechet)}."
 
 
 # ---------------------------------------------------------------------- likelihood
@@ -256,19 +259,17 @@ def _samples(found: Comparison) -> Iterator[Part]:
 @section("declarations", "Declarations", is_appendix=True)
 def _declared(found: Comparison) -> Iterator[Part]:
     """Yield the settings that differ between the runs, and the software environment of each run."""
-    tables = {name: flat(exam.run.plan.model_dump(mode="json")) for name, exam in found.exams.items()}
-    keys = dict.fromkeys(key for table in tables.values() for key in table if key not in ("name", "description"))
-    differing = [key for key in keys if len({repr(table.get(key)) for table in tables.values()}) > 1]
-    settings: dict[str, list[str | None]] = {
-        key: [None if (value := table.get(key)) is None else str(value) for table in tables.values()]
-        for key in differing
+    runs = [exam.run for exam in found.exams.values()]
+    declared = _by_key([flat(run.plan.model_dump(mode="json")) for run in runs])
+    settings = {
+        key: [None if value is None else str(value) for value in values]
+        for key, values in declared.items()
+        if key not in ("name", "description") and len(set(map(repr, values))) > 1
     }
     if settings:
         yield _by_run("declarations", "Settings that differ", list(found.exams), settings)
-    environments = [dict(environment_of(exam.run)) for exam in found.exams.values()]
-    whats = dict.fromkeys(what for table in environments for what in table)
-    rows = {what: [table.get(what) for table in environments] for what in whats}
-    yield _by_run("environment", "Environments of the runs", list(found.exams), rows)
+    environments = _by_key([dict(environment_of(run)) for run in runs])
+    yield _by_run("environment", "Environments of the runs", list(found.exams), environments)
     yield {"declarations": settings}
 
 

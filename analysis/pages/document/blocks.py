@@ -142,14 +142,17 @@ class PageSection:
 
 
 def section(
-    id: str, title: str, lead: str = "", *, is_appendix: bool = False
+    id: str, title: str, lead: str = "", *, is_appendix: bool = False, scored: bool = False
 ) -> Callable[[Callable[[T], Iterable[Part]]], Callable[[T], PageSection | None]]:
-    """Decorate a function that yields the parts of a section: it then returns the section, None if it has no parts."""
+    """Decorate a function that yields the parts of a section: it then returns the section, None if it has no parts.
+
+    A section that is `scored` has none for a model without a likelihood, such as a GAN.
+    """
 
     def decorate(make: Callable[[T], Iterable[Part]]) -> Callable[[T], PageSection | None]:
         @wraps(make)
         def made(subject: T) -> PageSection | None:
-            parts = tuple(make(subject))
+            parts = () if scored and getattr(subject, "implicit", False) else tuple(make(subject))
             return PageSection(id, title, parts, lead, is_appendix) if parts else None
 
         return made

@@ -203,6 +203,6 @@ class Stages:
         found = []
         for name, make in table.items():
             self.begin(name)
-            found.append(make(subject))
+            found += filter(None, [make(subject)])
         self.begin("written")
-        return tuple(section for section in found if section is not None)
+        return tuple(found)

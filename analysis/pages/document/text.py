@@ -13,7 +13,7 @@ from rich.text import Text
 
 from pvae.analysis.figures.estimate import Estimate, Figures, cell
 from pvae.analysis.pages.document.blocks import PageTable, columns
-from pvae.analysis.pages.plots import base
+from pvae.analysis.pages.plots.base import nats as nats
 
 Value = Estimate | float | int | str | None
 """Type of the value in one cell of a table; None is shown as a dash."""
@@ -22,12 +22,6 @@ PARTS = ("error", "data error", "kind")
 
 
 # ---------------------------------------------------------------------- values
-
-
-def nats(value: float | Estimate, digits: int = 2) -> str:
-    """Return a number with `digits` decimal places and a typographic minus sign; a dash for NaN and infinities."""
-    number = float(value)
-    return base.nats(number, digits) if math.isfinite(number) else "–"
 
 
 def plus_minus(e: Estimate, digits: int = 2) -> str:

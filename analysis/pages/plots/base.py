@@ -1,12 +1,13 @@
 """Common style, size and text of all plots, and their export as PNG."""
 
 import io
+import math
 import textwrap
 import unicodedata
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsFloat
 
 import numpy as np
 from matplotlib import rc_context, rc_params_from_file
@@ -72,9 +73,13 @@ def plain(text: object) -> str:
     return shown if len(shown) <= TEXT else shown[: TEXT - 1] + "…"
 
 
-def nats(value: float, digits: int = 2) -> str:
-    """Return a number with `digits` decimal places and a typographic minus sign, which zero does not get."""
-    return f"{round(value, digits) + 0.0:.{digits}f}".replace("-", "−")
+def nats(value: SupportsFloat, digits: int = 2) -> str:
+    """Return a number, or an estimate, with `digits` decimal places and a typographic minus sign, which zero has not.
+
+    It is a dash for NaN and infinities.
+    """
+    number = float(value)
+    return f"{round(number, digits) + 0.0:.{digits}f}".replace("-", "−") if math.isfinite(number) else "–"
 
 
 def set_caption(made: Figure, text: str) -> None:

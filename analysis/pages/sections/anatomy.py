@@ -24,11 +24,10 @@ SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal
     "ELBO surgery",
     "ELBO = reconstruction − I_q[x, z] − KL(q_agg ‖ p). Only the last term depends on the prior. All terms are "
     "computed from the same samples, so they add up to the ELBO exactly.",
+    scored=True,
 )
 def anatomy(exam: Examination) -> Iterator[Part]:
     """Yield waterfall chart and table of the ELBO surgery; nothing for a model without a likelihood."""
-    if exam.implicit:
-        return
     s = exam.held
     yield _waterfall(exam)
     rows = merged(exam.surgeries)
@@ -90,26 +89,19 @@ def _waterfall(exam: Examination) -> Picture:
     found, gaps = exam.held, bars.inference_steps(exam.held, exam.evidence)
     panels = bars.waterfall_steps(found, gaps)
     said = "; ".join(f"{step.label} {step.figure}" for steps in panels[:2] for step in steps)
-    above = (
-        f"Top: from log p(x) down to the ELBO, the loss of inference ({exam.evidence_rows.note}). Below: from "
-        "log p(x | z) down"
-        if gaps
-        else "From log p(x | z) down"
+    top = f"Top: from log p(x) down to the ELBO, the loss of inference ({exam.evidence_rows.note}). Below: from"
+    new = (
+        "The last bar is what a better prior adds to the ELBO on new data, at least and at most: if its lower end is "
+        "large, try a richer prior. "
     )
     return picture(
         "waterfall",
         bars.waterfall(panels),
         f"Waterfall of the ELBO on {exam.split}: {said} nats per datum.",
-        f"{above} to the ELBO. I_q[x, z] is the information about x that the code carries; the marginal KL is the cost "
-        f"of a prior that differs from q_agg on these {found.n} rows, and falls as rows are added. "
-        f"{_RANGE if found.population else ''}The axis does not start at 0.",
+        f"{top if gaps else 'From'} log p(x | z) down to the ELBO. I_q[x, z] is the information about x that the code "
+        "carries; the marginal KL is the cost of a prior that differs from q_agg on these "
+        f"{found.n} rows, and falls as rows are added. {new if found.population else ''}The axis does not start at 0.",
     )
-
-
-_RANGE = (
-    "The last bar is what a better prior adds to the ELBO on new data, at least and at most: if its lower end is "
-    "large, try a richer prior. "
-)
 
 
 def _law(found: Population) -> Picture:

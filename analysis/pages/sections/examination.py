@@ -100,6 +100,10 @@ class Examination:
 
     def __post_init__(self) -> None:
         self.pair, self.data, self.part = self.run.pair, self.run.data, self.run.data.split(self.split)
+        self.implicit = self.pair.implicit
+        """True for a model without a likelihood, such as a GAN: it has no posterior and no ELBO."""
+        self.shape = tuple(self.pair.frame.x)
+        """Shape of one datum, without covariates."""
 
     def attempt(
         self, what: str, make: Callable[..., T], *given: Any, part: str | None = None, **named: Any
@@ -117,11 +121,6 @@ class Examination:
             return None
 
     # ------------------------------------------------------------------ rows
-
-    @property
-    def implicit(self) -> bool:
-        """True for a model without a likelihood, such as a GAN: it has no posterior and no ELBO."""
-        return self.pair.implicit
 
     @property
     def is_small(self) -> bool:
@@ -165,11 +164,6 @@ class Examination:
         """Smallest and largest value of the training rows used, which images show as black and white."""
         low, high = self.data.train.observed(self.rows["train"].x).aminmax()
         return float(low), float(high)
-
-    @cached_property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of one datum, without covariates."""
-        return tuple(self.pair.frame.x)
 
     @cached_property
     def whole_rows(self) -> bool:

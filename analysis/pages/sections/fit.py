@@ -42,11 +42,10 @@ WORST_DATA = 10
     "Fit",
     "The ELBO is a lower bound on log p(x). Importance sampling tightens the bound as the number of samples grows. "
     "The gain over the ELBO is a lower bound on KL(q(z | x) ‖ p(z | x)), the nats that a better guide would add.",
+    scored=True,
 )
 def fit(exam: Examination) -> Iterator[Part]:
     """Yield ELBO, bounds on log p(x) and inference gaps; nothing for a model without a likelihood."""
-    if exam.implicit:
-        return
     bound = exam.evidence
     yield from _on_elbo(exam)
     yield from _on_evidence(exam, bound)
@@ -166,13 +165,14 @@ def _on_overfitting(exam: Examination, difference: float) -> Sentence:
     "guide",
     "Guide quality",
     "Importance weights p(x, z) / q(z | x) show, datum by datum, whether q(z | x) covers the posterior.",
+    scored=True,
 )
 def guide(exam: Examination) -> Iterator[Part]:
     """Yield the histogram of k-hat, and the data with the largest k-hat.
 
     Nothing without importance weights, if log p(x) is exact, or if no k-hat is finite.
     """
-    bound = None if exam.implicit else exam.evidence
+    bound = exam.evidence
     if bound is None or bound.exact is not None or not bool(bound.khat.isfinite().any()):
         return
     khat, rows = array(bound.khat), exam.evidence_rows
@@ -226,11 +226,10 @@ def _on_khat(exam: Examination, bound: Evidence) -> Sentence:
     "Calibration of the guide",
     "Latents z of the prior make data x of the model. If q(z | x) is the posterior of the model, the rank of z among "
     "samples of q(z | x) is uniform in every coordinate, and a region to which q gives 90 % holds z in 90 % of rows.",
+    scored=True,
 )
 def calibration(exam: Examination) -> Iterator[Part]:
     """Yield ranks and coverage of the guide on simulated data; nothing where they are not defined."""
-    if exam.implicit:
-        return
     given = {"importance": IMPORTANCE, "x": exam.rows["train"].x, "seed": exam.seed}
     found = exam.attempt("calibration", calibrate.calibration, exam.pair, SIMULATED_ROWS, **given, part="calibration")
     if found is None:

@@ -34,11 +34,9 @@ ALL_AT_ONCE, PAIR_BY_PAIR = (20_000, 2000), (1000, 500)
 """
 
 
-@section("latents", "Latents")
+@section("latents", "Latents", scored=True)
 def latents(exam: Examination) -> Iterator[Part]:
     """Yield active units, marginals and planes of latents, and holes; nothing for a model without a likelihood."""
-    if exam.implicit:
-        return
     yield _table(exam)
     real = [name for name, latent in exam.collapse.latents.items() if latent.codes is None]
     for name in real:
@@ -232,11 +230,10 @@ LISTED_CODES = 4096
 """Largest number of codes K for which the proportion of each code is listed in a table."""
 
 
-@section("codes", "Codes")
+@section("codes", "Codes", scored=True)
 def codes(exam: Examination) -> Iterator[Part]:
     """Yield usage, perplexity and maps of every discrete latent; nothing if no latent is discrete."""
-    latents = {} if exam.implicit else exam.collapse.latents
-    uses = {name: latent.codes for name, latent in latents.items() if latent.codes is not None}
+    uses = {name: z.codes for name, z in exam.collapse.latents.items() if z.codes is not None}
     if uses:
         yield _code_table(exam, uses)
     for name, use in uses.items():
@@ -308,10 +305,11 @@ def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
     "Downstream probe",
     "Two classifiers predict the label from the code, k nearest neighbours and logistic regression. Beside them stand "
     "the same classifiers of x itself.",
+    scored=True,
 )
 def probe(exam: Examination) -> Iterator[Part]:
     """Yield the accuracy of k-NN and logistic regression on codes; nothing without labels or codes."""
-    if exam.implicit or exam.part.y is None or exam.data.train.y is None:
+    if exam.part.y is None or exam.data.train.y is None:
         return
     found = exam.attempt("probe", probe_of, exam.run, exam.split, seed=exam.seed, part="classifiers")
     if found is None:

@@ -120,22 +120,19 @@ def left_out(exam: Examination) -> Iterator[Part]:
 def environment_of(run: Run) -> tuple[tuple[str, str], ...]:
     """Return (name, value) pairs on state, device, seed, data and versions of a run, from its manifest and status."""
     manifest, status = run.files.manifest, run.status
-    data, git = _mapping(manifest.get("data")), _mapping(manifest.get("git"))
+    data, git, versions = (_mapping(manifest.get(key)) for key in ("data", "git", "versions"))
+    facts = {**manifest, "engine": status.get("engine", manifest.get("engine"))}
     told = [
         ("run", f"{run.name} / {run.path.name}"),
         ("started", manifest.get("started")),
         ("state", f"{status.get('state')}, epoch {status.get('epoch')} of {status.get('epochs')}"),
         ("training time", f"{status.get('seconds')} s"),
-        ("device", manifest.get("device")),
-        ("engine", status.get("engine", manifest.get("engine"))),
-        ("precision", manifest.get("precision")),
-        ("threads", manifest.get("threads")),
-        ("seed", manifest.get("seed")),
+        *((key, facts.get(key)) for key in ("device", "engine", "precision", "threads", "seed")),
         ("data", f"{data.get('source')}, shape {data.get('shape')}"),
         ("data fingerprint", data.get("fingerprint")),
         ("commit", f"{git['commit']}{' (changed since)' if git.get('dirty') else ''}" if git.get("commit") else None),
         ("platform", manifest.get("platform")),
-        *_mapping(manifest.get("versions")).items(),
+        *versions.items(),
     ]
     return tuple((str(what), str(value)) for what, value in told if value is not None)
 

@@ -211,10 +211,10 @@ INTERPOLATED_PAIRS = 4
 """Number of pairs of data that are interpolated."""
 
 
-@section("reconstructions", "Reconstructions")
+@section("reconstructions", "Reconstructions", scored=True)
 def reconstructions(exam: Examination) -> Iterator[Part]:
     """Yield best, median and worst reconstructions; nothing for a model without a likelihood."""
-    found = None if exam.implicit else exam.attempt("reconstructions", _rebuild, exam)
+    found = exam.attempt("reconstructions", _rebuild, exam)
     if not found:
         return
     yield picture(
@@ -254,10 +254,10 @@ def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
     return found
 
 
-@section("traversals", "Traversals")
+@section("traversals", "Traversals", scored=True)
 def traversals(exam: Examination) -> Iterator[Part]:
     """Yield latent traversals; nothing unless data are images or points in the plane."""
-    if exam.implicit or not pictures.is_shown(exam.shape) or not exam.whole_rows:
+    if not pictures.is_shown(exam.shape) or not exam.whole_rows:
         return
     for name in list(exam.pair.layout.latents)[:TRAVERSED_LATENTS]:
         what = f"traversal of {name}"
@@ -291,10 +291,10 @@ def _paths(exam: Examination, found: Traversal) -> Part:
     )
 
 
-@section("interpolations", "Interpolations")
+@section("interpolations", "Interpolations", scored=True)
 def interpolations(exam: Examination) -> Iterator[Part]:
     """Yield interpolations between codes of two data; nothing unless data are images and codes real."""
-    if exam.implicit or not is_image(exam.shape) or not exam.whole_rows:
+    if not is_image(exam.shape) or not exam.whole_rows:
         return
     chosen = _ends(exam)
     found = exam.attempt(
