@@ -65,10 +65,9 @@ class PosteriorDraws:
 
     def _figures(self, hdi: float) -> Iterator[tuple[str, list[float]]]:
         """Yield the label and the summary statistics of every latent coordinate."""
-        diagnostics = self.groups.get("diagnostics", xarray.Dataset())
         for name, draws in self["posterior"].data_vars.items():
             lead = _lead(draws)
-            kl = diagnostics.get(f"{name}_kl")
+            kl = self.groups.get("diagnostics", {}).get(f"{name}_kl")
             for index in np.ndindex(draws.shape[lead:]):
                 mean_kl = np.nan if kl is None else float(kl.values[(slice(None), *index)].mean())
                 label = f"{name}[{', '.join(map(str, index))}]" if index else str(name)

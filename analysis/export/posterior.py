@@ -178,11 +178,10 @@ class PosteriorExport:
         weights = torch.from_numpy(self.log_weight[0])
         magnitude = sum(np.abs(part[0]).max(0) for part in (self.log_likelihood, self.log_p, self.log_q))
         resolution = torch.from_numpy(magnitude * RESOLVED_ROUNDINGS * torch.finfo(self.x.dtype).eps)
-        khat = pareto_k(weights, len(weights), resolution)
         return {
             "log_evidence": (("datum",), numpy_of(log_mean(weights)), NATS),
             "ess": (("datum",), numpy_of(1 / inverse_ess(weights)), {}),
-            "khat": (("datum",), numpy_of(khat), {}),
+            "khat": (("datum",), numpy_of(pareto_k(weights, len(weights), resolution)), {}),
         }
 
     def guide(self) -> xarray.Dataset:

@@ -85,8 +85,7 @@ def _key(files: RunDirectory, measure: Measure) -> dict[str, Any]:
     newest = checkpoint.newest_first(files.path / "checkpoints")
     if not newest:
         raise CheckpointError(f"{files.path}: expected a checkpoint; got none. Fit the run anew.")
-    manifest = read_inside(newest[0], "manifest.json")
-    return {"checkpoint": hashlib.sha256(manifest).hexdigest(), **measure.model_dump()}
+    return {"checkpoint": hashlib.sha256(read_inside(newest[0], "manifest.json")).hexdigest(), **measure.model_dump()}
 
 
 def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, Any]:

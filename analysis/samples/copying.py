@@ -70,11 +70,10 @@ class Copying(Figures):
         return f"Copies of training rows ({m} samples, {h} held-out data, {self.trained} training rows)"
 
     def rows(self) -> Iterator[Row]:
-        near = f"{self.held_share:.3f}"
         return self.described(
             z="far below 0: samples are nearer to training rows than held-out data are; above 0: farther",
             p_value="probability of a z as low by chance, if samples have the distribution of the data",
-            share=f"proportion of samples as near to a training row as the nearest {near} of data",
+            share=f"proportion of samples as near to a training row as the nearest {self.held_share:.3f} of data",
             nearer="proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying",
         )
 
@@ -288,8 +287,7 @@ def _nearer(train: Tensor, held: Tensor, fake: Tensor, seed: int) -> Estimate:
     generator = seeds.generator(seed, seeds.ANALYSIS, 15)
     kept = [torch.randperm(len(rows), generator=generator)[:half] for rows in (train, held)]
     order = torch.randperm(2 * half, generator=generator)
-    mixed = torch.cat([train[kept[0]], held[kept[1]].to(train)])[order]
-    found, _ = nearest_of(fake, mixed)
+    found, _ = nearest_of(fake, torch.cat([train[kept[0]], held[kept[1]].to(train)])[order])
     counts = found.bincount(minlength=2 * half).double() / len(fake)
     variance = (counts - 1 / (2 * half)).square().sum() * half / (2 * half - 1) / 2
     return Estimate(float((order[found] < half).double().mean()), float(variance.sqrt()), "estimate")

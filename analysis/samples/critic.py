@@ -139,11 +139,6 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
             for side, z in enumerate((q, p)):
                 scores[side][:, mine] = network(z[:, mine].flatten(0, 1)).double().reshape(draws, -1)
         on_progress(i + 1, FOLDS)
-    return _figures(scores, draws, q.shape[-1], latents)
-
-
-def _figures(scores: Tensor, draws: int, dim: int, latents: tuple[str, ...]) -> CriticKL:
-    """Return the estimates of the KL from the critic's logits `(2, samples, n)` of codes and of prior samples."""
     on_q, on_p = scores
     per_row = on_q.mean(0)
     ratio, log_mean = on_p.exp().mean(0), on_p.flatten().logsumexp(0) - math.log(on_p.numel())
@@ -154,9 +149,9 @@ def _figures(scores: Tensor, draws: int, dim: int, latents: tuple[str, ...]) -> 
         nwj=Estimate(value - mass + 1, over_rows(per_row - ratio).standard_error, "lower_bound", note="in expectation"),
         dv=Estimate(value - float(log_mean), over_rows(per_row - ratio / mass).standard_error, "estimate"),
         cross_entropy=over_rows(entropy),
-        n=on_q.shape[1],
+        n=len(x),
         draws=draws,
-        dim=dim,
+        dim=q.shape[-1],
         latents=latents,
     )
 
@@ -201,23 +196,13 @@ class LogRatio(nn.Module):
     The linear layer suffices for two diagonal normals, whose log-ratio is linear in z and z^2.
     """
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, z: Tensor) -> None:
         super().__init__()
         seen = torch.cat([z, z.square()], 1)
-        self.register_buffer("loc", seen.mean(0))
-        self.register_buffer("scale", seen.std(0).clamp(min=1e-6))
-        d = seen.shape[1]
+        self.loc, self.scale = nn.Buffer(seen.mean(0)), nn.Buffer(seen.std(0).clamp(min=1e-6))
+        d, wide = seen.shape[1], CRITIC_WIDTH
         self.straight = nn.Linear(d, 1)
-        self.bent = nn.Sequential(
-            nn.Linear(d, CRITIC_WIDTH),
-            nn.SiLU(),
-            nn.Linear(CRITIC_WIDTH, CRITIC_WIDTH),
-            nn.SiLU(),
-            nn.Linear(CRITIC_WIDTH, 1),
-        )
+        self.bent = nn.Sequential(nn.Linear(d, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU(), nn.Linear(wide, 1))
 
     def forward(self, z: Tensor) -> Tensor:
         """Map z `(n, D)` to logits `(n,)`."""
@@ -244,8 +229,7 @@ def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:
         for epoch in range(EPOCHS):
             for group in optimizer.param_groups:
                 group["lr"] = RATE * DECAY**epoch
-            orders = [torch.randperm(len(fit_q)).split(batch) for _ in range(2)]
-            for one, other in zip(*orders, strict=True):
+            for one, other in zip(*(torch.randperm(len(fit_q)).split(batch) for _ in range(2)), strict=True):
                 loss = loss_of(network, fit_q[one], fit_p[other])
                 optimizer.zero_grad()
                 loss.backward()

@@ -158,8 +158,7 @@ def _summed(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterato
         rest = rest.movedim(-1, 0)[every, index].movedim(0, -1)
         probs = table.weights.movedim(j, 0).reshape(table.sizes[j], -1, count).sum(1).T
         fn = nodes[name]["fn"]
-        states = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)
-        value = states[index]
+        value = fn.enumerate_support(expand=False).reshape(-1, *fn.event_shape)[index]
         spread = value.reshape(count, *(1,) * (-layout.dim - 1), *fn.event_shape)
         yield name, LatentCode(value.cpu(), log_p[every, index].cpu(), None, None, probs.cpu(), not mean), spread
 

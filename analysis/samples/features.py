@@ -45,17 +45,13 @@ def affordable(most: int, shape: Shape) -> int:
 class Classifier(nn.Module):
     """Small network from data to class logits: with stride-2 convolutions for images, otherwise an MLP."""
 
-    loc: Tensor
-    scale: Tensor
-
     def __init__(self, x: Tensor, classes: int) -> None:
         super().__init__()
         shape: Shape = tuple(x.shape[1:])
         network = Conv(channels=(32, 64), dense=FEATURE_WIDTH) if len(shape) == 3 else MLP(hidden=(FEATURE_WIDTH,) * 2)
         self.network: NetworkModule = network.build({X: shape}, None)
         self.head = nn.Linear(self.network.width, classes)
-        self.register_buffer("loc", x.mean())
-        self.register_buffer("scale", x.std().clamp(min=1e-6))
+        self.loc, self.scale = nn.Buffer(x.mean()), nn.Buffer(x.std().clamp(min=1e-6))
 
     def features(self, x: Tensor) -> Tensor:
         """Map data `(n, *shape)` to the activations of the penultimate layer, `(n, FEATURE_WIDTH)`."""

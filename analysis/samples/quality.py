@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,8 +235,7 @@ def sample_quality(
         (400, True)
     """
     part, pair = run.data.split(split), opened(run)
-    chosen = seeds.subset(len(part), min(rows or QUALITY_ROWS, QUALITY_ROWS), seed)
-    real = observed_rows(part, chosen)
+    real = observed_rows(part, seeds.subset(len(part), min(rows or QUALITY_ROWS, QUALITY_ROWS), seed))
     on_progress(0, len(QUALITY_STAGES), QUALITY_STAGES[0])
     if fake is None:
         fake = sample(run, len(real), mean=mean, seed=seed)
@@ -249,8 +249,11 @@ def sample_quality(
     near = among(of_data, of_samples, k, space)
     on_progress(4, len(QUALITY_STAGES), QUALITY_STAGES[4])
     far = distances(of_data, of_samples, seed)
-    means = None if fake.is_mean or sharpness(drawn[:1]) is None else _means(run, min(len(real), SHARPNESS_ROWS), seed)
-    of_means = None if means is None else relative_sharpness(means.reshape(len(means), *pair.frame.x), real)
+    of_means = None
+    if not fake.is_mean and sharpness(drawn[:1]) is not None:
+        with suppress(DeclarationError):  # the likelihood has no mean
+            means = sample(run, min(len(real), SHARPNESS_ROWS), mean=True, seed=seed).x
+            of_means = relative_sharpness(means.reshape(len(means), *pair.frame.x), real)
     of_draws = relative_sharpness(drawn, real)
     on_progress(len(QUALITY_STAGES), len(QUALITY_STAGES), "")
     return SampleQuality(test, near, far, split, fake.is_mean, of_draws, of_means)
@@ -284,11 +287,3 @@ def space_of(run: Run, seed: int = 0) -> Features:
             names = tuple(own[i] if own and 0 <= i < len(own) else str(i) for i in there.tolist())
             return features(x, labels, names, seed)
     return features(x, seed=seed)
-
-
-def _means(run: Run, n: int, seed: int) -> Tensor | None:
-    """Return means of p(x | z) for n samples z of the prior, `(n, ...)`; None if the likelihood has no mean."""
-    try:
-        return sample(run, n, mean=True, seed=seed).x
-    except DeclarationError:
-        return None

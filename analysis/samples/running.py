@@ -164,13 +164,6 @@ def analysed(pair: Pair, x: Tensor, seed: int, mean: bool = False) -> Iterator[N
         yield
 
 
-def chunks(n: int, numbers: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) of consecutive chunks of n rows that have `numbers` elements each."""
-    size = min(CHUNK_ROWS, max(1, CHUNK_NUMBERS // numbers))
-    for start in range(0, n, size):
-        yield start, min(start + size, n)
-
-
 def datum(layout: Layout, nodes: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the site of x: the first observed site inside the data plate, other than a `pyro.factor`."""
     inside = [nodes[name] for name in layout.observed if name in nodes and layout.holds(nodes[name])]
@@ -194,8 +187,9 @@ def decoded_mean(nodes: Mapping[str, Any], layout: Layout, count: int) -> Tensor
 
 def by_chunks(make: Callable[[int, int], T], n: int, numbers: int, on_progress: Progress = silent) -> T:
     """Return `make(start, stop)` of consecutive chunks of n rows of `numbers` elements each, joined to one result."""
-    parts = []
-    for start, stop in chunks(n, numbers):
+    parts, size = [], min(CHUNK_ROWS, max(1, CHUNK_NUMBERS // numbers))
+    for start in range(0, n, size):
+        stop = min(start + size, n)
         parts.append(make(start, stop))
         on_progress(stop, n)
     joined: T = _joined(parts)

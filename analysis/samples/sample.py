@@ -150,14 +150,11 @@ class Template:
 
     def _given(self, name: str, codes: int, n: int, given: Covariates) -> Tensor:
         """Return the values of a covariate, `(n,)`, or the token indices of a prompt, `(n, length)`."""
-        vocabulary = self.frame.prompts.get(name)
-        if vocabulary is None:
+        if (vocabulary := self.frame.prompts.get(name)) is None:
             return _values(name, codes, n, given)
-        text = given.get(name)
-        if not isinstance(text, str):
-            raise DeclarationError(
-                f"given.{name}: expected a text of {', '.join(vocabulary.words[1:])}; got {str(text)[:60]}."
-            )
+        if not isinstance(text := given.get(name), str):
+            words = ", ".join(vocabulary.words[1:])
+            raise DeclarationError(f"given.{name}: expected a text of {words}; got {str(text)[:60]}.")
         return torch.tensor(vocabulary.encode(text)).expand(n, -1).clone()
 
     def at(self, start: int, stop: int) -> Tensor:

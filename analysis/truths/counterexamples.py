@@ -99,12 +99,10 @@ class Box(KnownDensity):
 
     def log_prob(self, x: Tensor) -> Tensor:
         inside = ((x >= self.low) & (x <= self.high)).all(1)
-        level = x.new_tensor(-self.dim * math.log(self.high - self.low))
-        return torch.where(inside, level, -torch.inf)
+        return torch.where(inside, x.new_tensor(-self.dim * math.log(self.high - self.low)), -torch.inf)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        u = torch.rand(n, self.dim, generator=generator, dtype=torch.float64)
-        return self.low + (self.high - self.low) * u
+        return self.low + (self.high - self.low) * torch.rand(n, self.dim, generator=generator, dtype=torch.float64)
 
 
 class Diluted(KnownDensity):
@@ -240,8 +238,7 @@ def counterexamples(
     models: dict[str, KnownDensity] = {f"memory eps={s:g}": m for s, m in zip(scales, memories, strict=True)}
     models |= {f"ppca q={components}": ppca, "diluted ppca": diluted}
     total = len(models) + 1
-    chosen = seeds.subset(len(test), COMPARED_ROWS, seed)
-    held = data.test.data[chosen]
+    held = data.test.data[seeds.subset(len(test), COMPARED_ROWS, seed)]
     on_progress(0, total, "likelihoods")
     scored = []
     for rows in (train[seeds.subset(len(train), COMPARED_ROWS, seed)], test):
@@ -254,12 +251,11 @@ def counterexamples(
         near, accuracy = fidelity(held, fake), two_sample(held, fake, seed).accuracy
         train_log_p, test_log_p = (exact_mean(log_p[i]) for log_p in scored)
         found.append(Example(name, train_log_p, test_log_p, accuracy, near.precision, near.coverage))
-    own = data.train.data[seeds.subset(len(train), len(held), seed + 1)]
     return CounterExamples(
         examples=tuple(found),
         lost=exact_mean(scored[1][-2] - scored[1][-1]),
         bound=-math.log(KEPT_WEIGHT),
-        data_accuracy=two_sample(held, own, seed).accuracy,
+        data_accuracy=two_sample(held, data.train.data[seeds.subset(len(train), len(held), seed + 1)], seed).accuracy,
         source=data.source,
         n=len(train),
         dim=train.shape[1],

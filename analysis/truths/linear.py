@@ -219,8 +219,7 @@ def gaussian_channel(dim: int, variance: float, n: int, seed: int = 0) -> Truth:
     """
     x = np.random.default_rng(seed).standard_normal((n, dim)) * math.sqrt(1 - variance)
     exact = {"population_mutual_information": -0.5 * dim * math.log(variance)}
-    name = f"channel, d={dim}, n={n}"
-    return linear(name, identity_channel([math.sqrt(variance)] * dim), x, known=exact)
+    return linear(f"channel, d={dim}, n={n}", identity_channel([math.sqrt(variance)] * dim), x, known=exact)
 
 
 def product_channel(centres: Sequence[FloatArray], noises: Sequence[float]) -> Truth:
@@ -229,8 +228,7 @@ def product_channel(centres: Sequence[FloatArray], noises: Sequence[float]) -> T
     Thus q_agg is a product, and its total correlation is 0. A label is a pair of neighbouring centres of the first
     coordinate, the only coordinate that depends on it.
     """
-    grids = np.meshgrid(*centres, indexing="ij")
-    x = np.stack(grids, -1).reshape(-1, len(centres))
+    x = np.stack(np.meshgrid(*centres, indexing="ij"), -1).reshape(-1, len(centres))
     parts = [truth.information(c[:, None], np.array([[s * s]])) for c, s in zip(centres, noises, strict=True)]
     law = identity_channel(noises)
     labels = np.argsort(np.argsort(centres[0])).repeat(len(x) // len(centres[0])) // 2
@@ -259,8 +257,7 @@ def binary_input(a: float, copies: int = 200) -> Truth:
 def disjoint(n: int) -> Truth:
     """Return a test model whose n posteriors are 20 standard deviations apart: the mutual information is log n."""
     x = np.arange(n)[:, None] - (n - 1) / 2
-    exact = {"mutual_information": math.log(n)}
-    return linear(f"disjoint, n={n}", identity_channel([0.05]), x, known=exact)
+    return linear(f"disjoint, n={n}", identity_channel([0.05]), x, known={"mutual_information": math.log(n)})
 
 
 def blind(x: FloatArray, loc: float = 0.3, scale: float = 0.7) -> Truth:

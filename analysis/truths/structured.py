@@ -91,10 +91,8 @@ def deterministic_code(symbols: NDArray[np.intp], k: int) -> Truth:
 
     The mutual information is the entropy of the joint code over the inputs.
     """
-    table = np.eye(k)[symbols]
     positions = symbols.shape[1]
-    name = f"deterministic code, {positions} x {k}"
-    return code_truth(name, table, np.full((positions, k), 1 / k))
+    return code_truth(f"deterministic code, {positions} x {k}", np.eye(k)[symbols], np.full((positions, k), 1 / k))
 
 
 def random_code(inputs: int, positions: int, k: int, seed: int = 0) -> Truth:
@@ -168,8 +166,7 @@ def mixture_prior(
     kl = float((-0.5 * math.log(2 * math.pi * math.e * scale**2) - log_prior @ measure).mean())
     reconstruction = float((norm.logpdf(x[:, None], z, noise) @ measure).mean())
     mutual = truth.information(gain * x[:, None], np.array([[scale**2]]))
-    wide = math.hypot(spread, noise)
-    log_p = logsumexp(norm.logpdf(x[:, None], means, wide) + np.log(weights), axis=1)
+    log_p = logsumexp(norm.logpdf(x[:, None], means, math.hypot(spread, noise)) + np.log(weights), axis=1)
     far = weights @ ((x[:, None] - means) ** 2).T + spread**2
     jensen = float((-0.5 * (far / noise**2 + math.log(2 * math.pi * noise**2))).mean())
     exact = truth.elbo_figures(reconstruction, kl, float(log_p.mean()), jensen) | truth.split_kl(kl, mutual)

@@ -64,23 +64,19 @@ def units(name: str, latent: LatentCollapse) -> Figure:
         _bars(grid[0], kl[order], active)
         grid[0].set(title=f"{plain(name)}: KL per coordinate, largest first", ylabel="nats")
     if variance is not None:
-        _activity(last, variance[order], active)
+        floor = 1e-5
+        last.set_yscale("log")
+        _bars(last, np.maximum(variance[order], floor), active, bottom=floor / 2)
+        last.axhline(SILENT.variance, color=RED, linestyle="--", linewidth=1.5)
+        title = f"Variance of its posterior mean (active above {SILENT.variance}, dashed)"
+        last.set(ylim=(floor / 2, max(3.0, float(variance.max()) * 2)), title=title)
+        last.set_yticks([1e-4, 1e-2, 1.0], ["0.0001", "0.01", "1"])
+        last.minorticks_off()
     last.set(xlabel=f"rank of the coordinate (1 to {latent.dim})", xlim=(0.3, max(latent.dim, 6) + 0.7))
     whole_numbers(last.xaxis)
     if latent.dim <= 10:
         last.set_xticks(range(1, latent.dim + 1))
     return made
-
-
-def _activity(axes: Axes, variance: Array, active: NDArray[np.bool_]) -> None:
-    floor = 1e-5
-    axes.set_yscale("log")
-    _bars(axes, np.maximum(variance, floor), active, bottom=floor / 2)
-    axes.axhline(SILENT.variance, color=RED, linestyle="--", linewidth=1.5)
-    title = f"Variance of its posterior mean (active above {SILENT.variance}, dashed)"
-    axes.set(ylim=(floor / 2, max(3.0, float(variance.max()) * 2)), title=title)
-    axes.set_yticks([1e-4, 1e-2, 1.0], ["0.0001", "0.01", "1"])
-    axes.minorticks_off()
 
 
 @style()
@@ -99,9 +95,8 @@ def code_use(name: str, use: CodeUse) -> Figure:
         axes = grid[-1]
         axes.set_title(f"{plain(name)}: perplexity of each position, of at most {use.states}")
         if mapped:
-            highest = max(float(perplexity.max()), 1.01)
-            shown = axes.imshow(perplexity.reshape(use.grid), cmap="viridis", vmin=1, vmax=highest)
-            made.colorbar(shown, ax=axes)
+            axes.imshow(perplexity.reshape(use.grid), cmap="viridis", vmin=1, vmax=max(float(perplexity.max()), 1.01))
+            made.colorbar(axes.images[0], ax=axes)
             axes.set(anchor="W", xlabel="column", ylabel="row")
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_locator(MaxNLocator(integer=True))

@@ -105,13 +105,12 @@ def _scatter(axes: Axes, points: Array, labels: Array | None, names: Sequence[st
     found = groups(labels)
     if not found:
         axes.scatter(*points.T, color=BLUE, alpha=0.5, label="samples of q(z | x)", **look)
-    for i, value in enumerate(found):
-        name = class_name(value, names)
-        axes.scatter(*points[labels == value].T, color=CLASS_COLOURS[i], alpha=0.65, label=name, **look)
-    for i, value in enumerate(found):
+    for value, colour in zip(found, CLASS_COLOURS, strict=False):
+        name, inside = class_name(value, names), points[labels == value]
+        axes.scatter(*inside.T, color=colour, alpha=0.65, label=name, **look)
         axes.annotate(
-            class_name(value, names), np.median(points[labels == value], 0), ha="center", va="center", fontsize=12,
-            fontweight="bold", color=CLASS_COLOURS[i] if CLASS_COLOURS[i] != YELLOW else "#8A7D00",
+            name, np.median(inside, 0), ha="center", va="center", fontsize=12,
+            fontweight="bold", color="#8A7D00" if colour == YELLOW else colour,
             path_effects=[withStroke(linewidth=3.5, foreground="white")],
         )  # fmt: skip
 

@@ -32,8 +32,7 @@ def tiles(images: Array, columns: int, low: float, high: float) -> Array:
     grey = np.clip((images - low) / ((high - low) or 1.0), 0, 1)
     colour = np.broadcast_to(grey, (len(grey), 3, *grey.shape[2:])).transpose(0, 2, 3, 1)
     gap = max(1, round(grey.shape[-1] / 10))
-    around = ((0, -len(colour) % columns), (0, gap), (0, gap), (0, 0))
-    padded = np.pad(colour, around, constant_values=1.0)
+    padded = np.pad(colour, ((0, -len(colour) % columns), (0, gap), (0, gap), (0, 0)), constant_values=1.0)
     lines = padded.reshape(-1, columns, *padded.shape[1:]).swapaxes(1, 2)
     return lines.reshape(lines.shape[0] * lines.shape[1], -1, 3)[:-gap, :-gap]
 
@@ -266,8 +265,7 @@ def encoded(
 def _sheet(images: Array, columns: int, data: Array, title: str, caption: str, *names: Sequence[str]) -> Figure:
     """Draw images in a grid, scaled by the range of `data`; `names` of rows are at the left, then of columns below."""
     h, w = images.shape[-2:]
-    rows = math.ceil(len(images) / columns)
-    made, (axes,) = panels(rows * image_width(columns) * h / w * 1.08 + 0.75)
+    made, (axes,) = panels(math.ceil(len(images) / columns) * image_width(columns) * h / w * 1.08 + 0.75)
     show_tiles(axes, images, columns, float(data.min()), float(data.max()), *names)
     axes.set_title(title)
     base.set_caption(made, caption)

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import CodeUse, Collapse
-from pvae.analysis.decompose.posterior_draws import LatentDraw
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence, Tile, columns, picture, section
 from pvae.analysis.pages.document.text import nats, percent
 from pvae.analysis.pages.plots import bars, clouds
@@ -70,12 +68,8 @@ def _units(exam: Examination, name: str) -> Iterator[Part]:
         return
     known = latent.active is not None
     said = f"{latent.active} of {latent.dim} coordinates of {name} are active." if known else f"KL of {name}."
-    figures: dict[str, tuple[float, ...] | None] = {
-        "KL": latent.kl_per_dimension,
-        "variance of the mean": latent.activity,
-        "I_q": None if d is None else d.mutual_information,
-        "marginal KL": None if d is None else d.marginal_kl,
-    }
+    figures = {"KL": latent.kl_per_dimension, "variance of the mean": latent.activity}
+    figures |= {} if d is None else {"I_q": d.mutual_information, "marginal KL": d.marginal_kl}
     there = {title: values for title, values in figures.items() if values is not None}
     rows = tuple((i, *(values[i] for values in there.values())) for i in range(latent.dim))
     caption = f"Coordinates of {name} on {exam.split}: nats per datum, except for the variance"
@@ -94,7 +88,11 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
     """Yield plots of q_agg against the prior of a latent: marginal distributions, and the two leading directions."""
     if name not in exam.prior:
         return
-    seen = _cloud(name, exam.drawn.latents[name], exam.prior[name])
+    latent, normal = exam.drawn.latents[name], None
+    p, means = latent.normal_prior, latent.value if latent.loc is None else latent.loc
+    if p is not None and bool((p.loc == p.loc[:1]).all()) and bool((p.scale == p.scale[:1]).all()):
+        normal = (array(p.loc[0]), array(p.scale[0]))
+    seen = clouds.Cloud(name, array(means), array(latent.value), array(exam.prior[name]), normal)
     labels = None if exam.labels is None else exam.labels.numpy()
     if not clouds.groups(labels):
         labels = None
@@ -122,15 +120,6 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
         "normal. Points outside the lines are codes that are improbable under the prior; empty regions inside them are "
         "holes, where the decoder was never fitted.",
     )
-
-
-def _cloud(name: str, latent: LatentDraw, prior: Tensor) -> clouds.Cloud:
-    """Return posterior means, posterior samples and prior samples `(m, D)` of one latent, as the plots take them."""
-    normal, p = None, latent.normal_prior
-    if p is not None and bool((p.loc == p.loc[:1]).all()) and bool((p.scale == p.scale[:1]).all()):
-        normal = (array(p.loc[0]), array(p.scale[0]))
-    means = latent.value if latent.loc is None else latent.loc
-    return clouds.Cloud(name, array(means), array(latent.value), array(prior), normal)
 
 
 def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
@@ -206,8 +195,7 @@ def holes(exam: Examination) -> Holes:
     prior = torch.cat([exam.prior[name] for name in names], 1)[:draws].to(held)
     threshold = torch.quantile(q.log_prob(held), HOLE)
     share = float((q.log_prob(prior) < threshold).double().mean())
-    error = math.sqrt(share * (1 - share) / len(prior))
-    return Holes(share, error, HOLE, float(threshold), len(chosen), len(prior))
+    return Holes(share, math.sqrt(share * (1 - share) / len(prior)), HOLE, float(threshold), len(chosen), len(prior))
 
 
 def on_holes(found: Holes) -> Sentence:

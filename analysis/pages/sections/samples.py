@@ -92,8 +92,7 @@ def on_copies(known: Mapping[str, Copying]) -> Sentence:
     clear = any(e.value > max(MEMORISED, 0.5 + 4 * e.standard_error) for e in near)
     doubt = any(e.value > 0.5 + 2 * e.standard_error or not e.standard_error < 0.05 for e in near)
     if last is not None:
-        excess = last.share.value - last.held_share
-        if excess > max(4 * last.share.standard_error, last.held_share):
+        if last.share.value - last.held_share > max(4 * last.share.standard_error, last.held_share):
             clear = True
             text += f", and {percent(last.share.value)} are as near as {percent(last.held_share)} of held-out data"
     if clear:
@@ -296,9 +295,8 @@ def interpolations(exam: Examination) -> Iterator[Part]:
     """Yield interpolations between codes of two data; nothing unless data are images and codes real."""
     if not is_image(exam.shape) or not exam.whole_rows:
         return
-    chosen = _ends(exam)
     found = exam.attempt(
-        "interpolations", lambda: [interpolate(exam.run, exam.x[a], exam.x[b], seed=exam.seed) for a, b in chosen]
+        "interpolations", lambda: [interpolate(exam.run, exam.x[a], exam.x[b], seed=exam.seed) for a, b in _ends(exam)]
     )
     if not found:
         return
