@@ -67,7 +67,7 @@ class PosteriorDraws:
         """Yield the label and the summary statistics of every latent coordinate."""
         for name, draws in self["posterior"].data_vars.items():
             lead = _lead(draws)
-            kl = self.groups.get("diagnostics", {}).get(f"{name}_kl")
+            kl = self.groups.get("diagnostics", xarray.Dataset()).get(f"{name}_kl")
             for index in np.ndindex(draws.shape[lead:]):
                 mean_kl = np.nan if kl is None else float(kl.values[(slice(None), *index)].mean())
                 label = f"{name}[{', '.join(map(str, index))}]" if index else str(name)

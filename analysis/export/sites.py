@@ -198,8 +198,8 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
         latents.append(ExportedSite(name, names[name], value, shown, why, closed))
     no_guide = "the model sums it out; it has no guide"
     latents += [ExportedSite(name, names[name], value, hidden=no_guide) for name, value in states.items()]
-    rest = (tuple(ExportedSite(z, names[z], value) for z, value in found.items()) for found in (shared, observed))
-    return ExportedSites(tuple(latents), *rest, summed)
+    whole_sites, seen = (tuple(ExportedSite(z, names[z], v) for z, v in found.items()) for found in (shared, observed))
+    return ExportedSites(tuple(latents), whole_sites, seen, summed)
 
 
 def values_of(node: Mapping[str, Any], layout: Layout, count: int) -> Array:

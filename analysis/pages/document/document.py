@@ -200,7 +200,7 @@ class Stages:
 
     def sections(self, table: Mapping[str, Callable[[T], PageSection | None]], subject: T) -> tuple[PageSection, ...]:
         """Return the sections of a page: each function of `table` is called on `subject`, as one stage; drop Nones."""
-        found = []
+        found: list[PageSection] = []
         for name, make in table.items():
             self.begin(name)
             found += filter(None, [make(subject)])

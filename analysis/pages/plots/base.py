@@ -45,13 +45,16 @@ def array(t: Tensor) -> Array:
     return np.asarray(t.detach().double().cpu().numpy())
 
 
-def panels(
-    height: float, ratios: Sequence[float] = (1,), columns: int = 1, **options: Any
-) -> tuple[Figure, list[Axes]]:
-    """Return a figure of `height` inches and its panels, row by row; `ratios` are those of the heights of the rows."""
+def panels(height: float, ratios: Sequence[float] = (1,), columns: int = 1, **look: Any) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `height` inches and its panels, row by row; `ratios` are those of the heights of the rows.
+
+    Each panel has the properties `look`, such as title and xlabel; `sharex` and `sharey` join the axes of all panels.
+    """
     made = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
     FigureCanvasAgg(made)
-    return made, list(made.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios, **options).ravel())
+    shared = {key: look.pop(key, False) for key in ("sharex", "sharey")}
+    grid = made.subplots(len(ratios), columns, squeeze=False, height_ratios=ratios, subplot_kw=look, **shared)
+    return made, list(grid.ravel())
 
 
 @style()

@@ -59,7 +59,7 @@ def plane(cloud: Cloud, labels: Array | None = None, names: Sequence[str] | None
     """Plot q_agg and prior in the two leading directions of the posterior means; as histograms for one coordinate."""
     if cloud.values.shape[1] == 1 or len(cloud.means) < 2:
         return _line(cloud)
-    made, (axes,) = panels(5.4)
+    made, (axes,) = panels(5.4, title=f"{plain(cloud.name)}: aggregated posterior and prior")
     centre, directions, shares = leading(cloud.means)
     points, prior = (cloud.values - centre) @ directions, (cloud.prior - centre) @ directions
     _scatter(axes, points, labels, names)
@@ -67,7 +67,6 @@ def plane(cloud: Cloud, labels: Array | None = None, names: Sequence[str] | None
         _ellipses(axes, cloud.prior_normal, centre, directions)
     else:
         _contours(axes, prior, points)
-    axes.set_title(f"{plain(cloud.name)}: aggregated posterior and prior")
     axes.set(xlabel=f"direction 1 ({shares[0]:.0%} of the means' variance)", ylabel=f"direction 2 ({shares[1]:.0%})")
     axes.set_aspect("equal", adjustable="datalim")
     handles, shown = axes.get_legend_handles_labels()
@@ -78,12 +77,11 @@ def plane(cloud: Cloud, labels: Array | None = None, names: Sequence[str] | None
 
 def _line(cloud: Cloud) -> Figure:
     """Plot histograms of the first coordinate of q_agg and of the prior."""
-    made, (axes,) = panels(3.0)
+    name = plain(cloud.name)
+    made, (axes,) = panels(3.0, title=f"{name}: aggregated posterior and prior", xlabel=name, ylabel="density")
     values, prior = cloud.values[:, 0], cloud.prior[:, 0]
     edges = np.linspace(min(values.min(), prior.min()), max(values.max(), prior.max()), 61).tolist()
     _histograms(axes, values, prior, edges, linewidth=1.6)
-    axes.set_title(f"{plain(cloud.name)}: aggregated posterior and prior")
-    axes.set(xlabel=plain(cloud.name), ylabel="density")
     axes.legend(loc="best")
     return made
 

@@ -30,14 +30,13 @@ TURNS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 2
 @style()
 def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figure:
     """Plot the validation ELBO over epochs, nats per datum, one line per run."""
-    made, (axes,) = panels(3.8 + 0.2 * len(names) / 2)
+    made, (axes,) = panels(3.8 + 0.2 * len(names) / 2, title="ELBO of validation", ylabel="nats per datum")
     curves = []
     for i, (name, rows) in enumerate(zip(names, runs, strict=True)):
-        dash, colour = DASHES[i // len(SERIES) % len(DASHES)], SERIES[i % len(SERIES)]
-        look = {"color": colour, "linestyle": dash, "linewidth": 1.5}
+        dash = DASHES[i // len(SERIES) % len(DASHES)]
+        look = {"color": SERIES[i % len(SERIES)], "linestyle": dash, "linewidth": 1.5}
         curves.append(curve(axes, rows, "validation", "elbo", label=shortened(name), **look))
     robust_limits(axes, curves)
-    axes.set(title="ELBO of validation", ylabel="nats per datum")
     over_epochs([axes])
     made.legend(loc="outside lower left", ncols=2)
     return made
@@ -46,13 +45,12 @@ def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figu
 @style()
 def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str, what: str) -> Figure:
     """Plot paired differences to a reference run with ± 2 standard errors; they are positive if the run is better."""
-    made, (axes,) = panels(0.36 * len(names) + 1.2)
+    made, (axes,) = panels(0.36 * len(names) + 1.2, title=f"{what}, less that of {shortened(reference)}")
     for i, gain in enumerate(gains):
         error = 2 * gain.standard_error if np.isfinite(gain.standard_error) else 0.0
         axes.errorbar(gain.value, i, xerr=error, markersize=6, elinewidth=2, capsize=3, **_look(i + 1))
     axes.axvline(0, color=BLACK, linewidth=1)
     axes.set_yticks(range(len(names)), [shortened(name) for name in names])
-    axes.set_title(f"{what}, less that of {shortened(reference)}")
     axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="nats per datum, ± 2 standard errors")
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
@@ -110,14 +108,13 @@ def rate_distortion(
     """
     points = np.column_stack([rates, distortions]).astype(np.float64)
     spread = np.nan_to_num(np.asarray(errors, dtype=np.float64), posinf=0.0).reshape(-1, 2)
-    made, (axes,) = panels(5.0)
+    made, (axes,) = panels(5.0, title="Rate and distortion")
     for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
         axes.errorbar(
             x, y, xerr=e_x or None, yerr=e_y or None, elinewidth=1.2, markersize=7, markeredgecolor="white",
             markeredgewidth=0.8, zorder=3, **_look(i),
         )  # fmt: skip
     _frame(axes, (points - spread).min(0), (points + spread).max(0), pad=0.18, least=1.0)
-    axes.set_title("Rate and distortion")
     axes.set(xlabel="rate: KL(q(z | x) || p(z)), nats per datum", ylabel="distortion: −E log p(x | z), nats per datum")
     set_caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
     _fix_layout(made)

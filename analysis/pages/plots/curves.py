@@ -62,14 +62,13 @@ def training(rows: Sequence[MetricsRow], latents: Sequence[str], figure: str = "
         colour = SERIES[i % len(SERIES)]
         middle.plot(*series(rows, "train", f"kl/{name}"), color=colour, label=plain(name))
         middle.plot(*series(rows, "validation", f"kl/{name}"), color=colour, linestyle="--")
-    middle.set(title="KL of every latent (dashed: validation)", ylabel="nats")
-    middle.set_ylim(bottom=0)
+    middle.set(title="KL of every latent (dashed: validation)", ylabel="nats", ylim=(0, None))
     if latents:
         middle.legend(loc="best")
     epochs, beta = series(rows, "train", "beta")
     bottom.plot(epochs, beta, color=GREY)
-    limits = -0.05, max(1.05, float(beta.max(initial=0.0)) * 1.05)
-    bottom.set(title="beta, the weight of the KL in the loss", ylim=limits)
+    highest = max(1.0, float(beta.max(initial=0.0)))
+    bottom.set(title="beta, the weight of the KL in the loss", ylim=(-0.05, highest * 1.05))
     over_epochs(grid, widened=len(epochs) == 1)
     return made
 
@@ -106,11 +105,10 @@ def robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
 @style()
 def history(rows: Sequence[MetricsRow]) -> Figure:
     """Plot I_q[x, z] and marginal KL over epochs, with log n, the upper limit of I_q[x, z]; nats."""
-    made, (axes,) = panels(3.2)
+    made, (axes,) = panels(3.2, title="Where the KL goes", ylabel="nats")
     curve(axes, rows, "analysis", "mutual_information", color=SERIES[0], label="mutual information I_q[x, z]")
     curve(axes, rows, "analysis", "marginal_kl", color=SERIES[1], label="marginal KL(q_agg || p)")
     axes.plot(*series(rows, "analysis", "log_n"), color=GREY, linestyle=":", label="log n, the most I can be")
-    axes.set(title="Where the KL goes", ylabel="nats")
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
     over_epochs([axes])
     axes.legend(loc="best")
@@ -138,7 +136,7 @@ def duel(rows: Sequence[MetricsRow]) -> Figure:
 @style()
 def law_in_n(found: Population) -> Figure:
     """Plot the mutual information of n rows and their codes, with and without the own posterior, over n; nats."""
-    made, (axes,) = panels(4.2)
+    made, (axes,) = panels(4.2, xscale="log", xlabel="rows n", ylabel="nats per datum")
     n = np.array([size.n for size in found.sizes], dtype=np.float64)
     top = max(2 * math.log(n[-1]), found.information_upper.value) * 1.1
     if found.information is not None:
@@ -154,8 +152,7 @@ def law_in_n(found: Population) -> Figure:
         axes.errorbar([m for m, _ in known], values, errors, color=colour, marker="o", markersize=4, label=label)
     axes.plot(n, np.log(n), color=GREY, linestyle=":", label="log n, the most I_n can be")
     axes.plot(n, 2 * np.log(n), color=GREY, linestyle="--", label="2 log n, the most any bound can see")
-    axes.set(xscale="log", xlabel="rows n", ylabel="nats per datum", title="Information of the codes about their rows")
-    axes.set_ylim(min(0.0, axes.get_ylim()[0]), top)
+    axes.set(title="Information of the codes about their rows", ylim=(min(0.0, axes.get_ylim()[0]), top))
     axes.set_xticks(n, [f"{m:.0f}" for m in n])
     axes.minorticks_off()
     axes.grid(axis="y")
@@ -172,13 +169,11 @@ def importance(found: Bounds) -> Figure:
     counts = np.array([k for k, _ in found.curve], dtype=np.float64)
     values = np.array([e.value for _, e in found.curve])
     errors = np.nan_to_num(np.array([e.standard_error for _, e in found.curve]), posinf=0.0)
-    made, (axes,) = panels(3.2)
+    look = {"title": "lower bound on log p(x)", "xlabel": "importance samples per datum", "ylabel": "nats per datum"}
+    made, (axes,) = panels(3.2, xscale="log", **look)
     axes.fill_between(counts, values - 2 * errors, values + 2 * errors, color=BLUE, alpha=0.2, linewidth=0)
     axes.plot(counts, values, color=BLUE, marker="o", markersize=4)
     axes.axhline(values[0], color=GREY, linestyle=":", label="one sample: the ELBO")
-    axes.set(
-        xscale="log", title="lower bound on log p(x)", xlabel="importance samples per datum", ylabel="nats per datum"
-    )
     ticks = [k for k in (1, 10, 100, 1000, 10_000, 100_000) if k <= counts[-1]]
     axes.set_xticks(ticks, [str(k) for k in ticks])
     axes.minorticks_off()
@@ -192,13 +187,14 @@ def khats(khat: Array, limit: float) -> Figure:
     """Plot a histogram of k-hat over the data `(n,)`, with `limit`, above which importance sampling is not reliable."""
     known = khat[np.isfinite(khat)]
     edges = np.linspace(min(float(known.min()), 0.0), max(float(known.max()), 1.0), 41)
-    made, (axes,) = panels(2.8)
+    made, (axes,) = panels(
+        2.8, ylabel="data", axisbelow=True, xlabel="k-hat, Pareto shape of a datum's largest weights"
+    )
     for part, colour, label in ((known <= limit, BLUE, "reliable"), (known > limit, RED, "not reliable")):
         counts, _ = np.histogram(known[part], edges)
         axes.stairs(counts, edges, fill=True, color=colour, label=f"{label}: {part.sum()} of {len(known)}")
     axes.axvline(limit, color="black", linestyle="--", linewidth=1.2)
     axes.set_title(f"k-hat of the importance weights (dashed: {limit:.2f})")
-    axes.set(xlabel="k-hat, Pareto shape of a datum's largest weights", ylabel="data", axisbelow=True)
     axes.grid(axis="y")
     axes.legend(loc="best")
     return made

@@ -141,8 +141,8 @@ def samples(means: Array, data: Array, low: float, high: float) -> Figure:
         return made
     made, (axes,) = panels(3.4)
     if means.shape[1] == 2:
-        axes.scatter(*data.T, s=10, color=base.GREY, alpha=0.5, linewidths=0, label="data")
-        axes.scatter(*means.T, s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
+        axes.scatter(data[:, 0], data[:, 1], s=10, color=base.GREY, alpha=0.5, linewidths=0, label="data")
+        axes.scatter(means[:, 0], means[:, 1], s=16, color=ORANGE, linewidths=0, label="means of p(x | z)")
     else:
         axes.hist(data[:, 0], 40, density=True, color=base.PALE, label="data")
         axes.hist(means[:, 0], 40, density=True, histtype="step", color=RED, linewidth=1.6, label="means of p(x | z)")
@@ -265,9 +265,9 @@ def encoded(
 def _sheet(images: Array, columns: int, data: Array, title: str, caption: str, *names: Sequence[str]) -> Figure:
     """Draw images in a grid, scaled by the range of `data`; `names` of rows are at the left, then of columns below."""
     h, w = images.shape[-2:]
-    made, (axes,) = panels(math.ceil(len(images) / columns) * image_width(columns) * h / w * 1.08 + 0.75)
+    rows = math.ceil(len(images) / columns)
+    made, (axes,) = panels(rows * image_width(columns) * h / w * 1.08 + 0.75, title=title)
     show_tiles(axes, images, columns, float(data.min()), float(data.max()), *names)
-    axes.set_title(title)
     base.set_caption(made, caption)
     return made
 
@@ -283,9 +283,9 @@ def _points(
     paths: bool = False,
 ) -> Figure:
     """Draw groups of 2D points over the data: as points, joined to their data by lines (`joined`), or as `paths`."""
-    made, (axes,) = panels(5.4)
+    made, (axes,) = panels(5.4, title=title, xlabel="x[0]", ylabel="x[1]")
     size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))
-    axes.scatter(*data.T, s=size, color=base.GREY if joined else base.PALE, linewidths=0, label="data")
+    axes.scatter(data[:, 0], data[:, 1], s=size, color=base.GREY if joined else base.PALE, linewidths=0, label="data")
     for i, (x, label) in enumerate(groups_of):
         if joined:
             axes.plot(*np.stack([data.T, x.T], 1), color=base.PALE, lw=0.8, zorder=0)
@@ -294,9 +294,8 @@ def _points(
             axes.plot(*x.T, color=colour, linestyle=dash, label=label)
             axes.plot(x[-1:, 0], x[-1:, 1], "o", color=colour, markersize=5)
         else:
-            axes.scatter(*x.T, s=1.5 * size, color=RED, alpha=0.7, linewidths=0, label=label)
+            axes.scatter(x[:, 0], x[:, 1], s=1.5 * size, color=RED, alpha=0.7, linewidths=0, label=label)
     axes.set_aspect("equal", adjustable="datalim")
-    axes.set(title=title, xlabel="x[0]", ylabel="x[1]")
     made.legend(loc="outside upper right", ncols=min(6, 1 + len(groups_of)), columnspacing=1.0)
     made.set_layout_engine("constrained", w_pad=0.1)
     base.set_caption(made, caption)

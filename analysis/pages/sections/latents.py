@@ -35,7 +35,13 @@ ALL_AT_ONCE, PAIR_BY_PAIR = (20_000, 2000), (1000, 500)
 @section("latents", "Latents", scored=True)
 def latents(exam: Examination) -> Iterator[Part]:
     """Yield active units, marginals and planes of latents, and holes; nothing for a model without a likelihood."""
-    yield _table(exam)
+    figures = []
+    for name, z in exam.held.latents.items():
+        use, total = exam.collapse.latents[name], None if z.dimensions is None else z.dimensions.total_correlation
+        figures.append((name, use.dim, use.active, z.kl, z.kl_exact, z.mutual_information, z.marginal_kl, total))
+    titles = ("latent", "size", "active", "KL", "KL, closed form", "I_q", "marginal KL", "total correlation")
+    caption = f"Latents on {exam.split}: nats per datum; a dash where the posterior or prior depends on other latents"
+    yield PageTable("latents", caption, columns(*titles), figures)
     real = [name for name, latent in exam.collapse.latents.items() if latent.codes is None]
     for name in real:
         yield from _units(exam, name)
@@ -49,16 +55,6 @@ def latents(exam: Examination) -> Iterator[Part]:
     if found is not None:
         yield on_holes(found)
         yield Tile("prior holes", percent(found.share), f"of prior samples; {percent(HOLE)} expected")
-
-
-def _table(exam: Examination) -> PageTable:
-    titles = ("latent", "size", "active", "KL", "KL, closed form", "I_q", "marginal KL", "total correlation")
-    rows = []
-    for name, z in exam.held.latents.items():
-        use, correlation = exam.collapse.latents[name], None if z.dimensions is None else z.dimensions.total_correlation
-        rows.append((name, use.dim, use.active, z.kl, z.kl_exact, z.mutual_information, z.marginal_kl, correlation))
-    caption = f"Latents on {exam.split}: nats per datum; a dash where the posterior or prior depends on other latents"
-    return PageTable("latents", caption, columns(*titles), rows)
 
 
 def _units(exam: Examination, name: str) -> Iterator[Part]:

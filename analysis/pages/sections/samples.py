@@ -245,7 +245,7 @@ def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
                 means = reconstruct(pair, chosen).x
             else:
                 nodes = pair.guide_trace(chosen).nodes
-                values = {name: nodes[name]["value"] for name in (*layout.latents, *layout.shared)}
+                values: dict[str, Any] = {name: nodes[name]["value"] for name in (*layout.latents, *layout.shared)}
                 values |= {name: as_value(z.value[rows], nodes[name], layout) for name, z in drawn.latents.items()}
                 means = decoded_mean(pair.model_trace(chosen, values).nodes, layout, len(rows))
             data, scores = array(pair.frame.split(chosen)[0]), array(drawn.reconstruction[rows])
