@@ -169,8 +169,8 @@ def importance(found: Bounds) -> Figure:
     counts = np.array([k for k, _ in found.curve], dtype=np.float64)
     values = np.array([e.value for _, e in found.curve])
     errors = np.nan_to_num(np.array([e.standard_error for _, e in found.curve]), posinf=0.0)
-    look = {"title": "lower bound on log p(x)", "xlabel": "importance samples per datum", "ylabel": "nats per datum"}
-    made, (axes,) = panels(3.2, xscale="log", **look)
+    made, (axes,) = panels(3.2, title="lower bound on log p(x)", xscale="log", ylabel="nats per datum")
+    axes.set_xlabel("importance samples per datum")
     axes.fill_between(counts, values - 2 * errors, values + 2 * errors, color=BLUE, alpha=0.2, linewidth=0)
     axes.plot(counts, values, color=BLUE, marker="o", markersize=4)
     axes.axhline(values[0], color=GREY, linestyle=":", label="one sample: the ELBO")
