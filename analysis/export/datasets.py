@@ -107,19 +107,16 @@ class PosteriorDraws:
         temporary = temporary_for(path)
         try:
             require_plain_target(path)
-            try:
-                self.to_datatree().to_netcdf(temporary, engine="h5netcdf")
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                digest = _sha256(temporary)
-                os.replace(temporary, path)
-                sync_folder(path.parent)
-            finally:
-                temporary.unlink(missing_ok=True)
-        except (OSError, RuntimeError) as problem:  # HDF5 raises either on a full disk
-            raise StorageError(f"{path}: expected to be written; got {problem}. What stood there is unchanged.") from (
-                problem
-            )
+            self.to_datatree().to_netcdf(temporary, engine="h5netcdf")
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            digest = _sha256(temporary)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        except (OSError, RuntimeError) as why:  # HDF5 raises either on a full disk
+            raise StorageError(f"{path}: expected to be written; got {why}. What stood there is unchanged.") from why
+        finally:
+            temporary.unlink(missing_ok=True)
         write_atomic(_checksum_of(path), f"{digest}  {path.name}\n")
         return path
 

@@ -157,13 +157,9 @@ def among(data: Tensor, samples: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Fe
     held, holding, near = within(data, samples, data_reach, reach)
     named: dict[str, Any] = {}
     if space is not None and space.classifier is not None:
-        p, of_data = space.read(samples), space.read(data)
-        named = {
-            "confidence": over_rows(p.amax(1)),
-            "data_confidence": over_rows(of_data.amax(1)),
-            "shares": shares_of(p, space.names),
-            "data_shares": shares_of(of_data, space.names),
-        }
+        for kind, rows in (("", samples), ("data_", data)):
+            p = space.read(rows)
+            named |= {f"{kind}confidence": over_rows(p.amax(1)), f"{kind}shares": shares_of(p, space.names)}
     return Fidelity(
         precision=over_rows((held > 0).double()),
         recall=over_rows(near.double()),

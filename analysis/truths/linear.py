@@ -136,11 +136,9 @@ class LinearPrograms(Programs):
     def guide(self, x: Tensor) -> None:
         """Sample z from the guide q(z|x), a diagonal normal if its covariance is diagonal."""
         loc = x @ self.g.T + self.c
+        normal = dist.Normal(loc, self.tril.diagonal()).to_event(1)
         with pyro.plate("data", len(x)):
-            if self.is_diagonal:
-                pyro.sample("z", dist.Normal(loc, self.tril.diagonal()).to_event(1))
-            else:
-                pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.tril))
+            pyro.sample("z", normal if self.is_diagonal else dist.MultivariateNormal(loc, scale_tril=self.tril))
 
 
 def linear(

@@ -149,13 +149,12 @@ def _on_overfitting(exam: Examination, difference: float) -> Sentence:
     spread = f", ± {nats(error)} from the choice of rows" if math.isfinite(error) else ""
     if abs(difference) < SHOWN_NATS:
         return Sentence(f"The train and {exam.split} ELBO agree to 0.01 nats{spread}: no sign of overfitting.")
+    text = f"The train ELBO is {nats(abs(difference))} nats {'lower' if difference < 0 else 'higher'} than the"
     if difference < 0:
-        text = f"The train ELBO is {nats(-difference)} nats lower than the {exam.split} ELBO"
-        return Sentence(f"{text}{spread}: no sign of overfitting.")
-    text = f"The train ELBO is {nats(difference)} nats higher than the {exam.split} ELBO (overfitting gap{spread})."
-    if math.isfinite(error) and difference > max(OVERFITTING_NATS, 2 * error):
-        return Sentence(f"{text} The model overfits: {LESS_OVERFITTING}", True)
-    return Sentence(text)
+        return Sentence(f"{text} {exam.split} ELBO{spread}: no sign of overfitting.")
+    overfits = math.isfinite(error) and difference > max(OVERFITTING_NATS, 2 * error)
+    advice = f" The model overfits: {LESS_OVERFITTING}" if overfits else ""
+    return Sentence(f"{text} {exam.split} ELBO (overfitting gap{spread}).{advice}", overfits)
 
 
 # ---------------------------------------------------------------------- guide

@@ -47,10 +47,10 @@ def samples(exam: Examination) -> Iterator[Part]:
         f"{what}, each at its own sample of the prior. {noise}Look for samples that mix kinds (they come from holes of "
         "the prior), for kinds that are missing, and for samples that repeat.",
     )
-    told, known = exam.stages.part("nearest training data"), {}
+    known = {}
     for kind, some in (("means", drawn), ("draws", exam.draws)):
         if some is not None and some.is_mean == (kind == "means"):
-            given: dict[str, Any] = {"samples": some, "seed": exam.seed, "on_progress": told}
+            given: dict[str, Any] = {"samples": some, "seed": exam.seed, "part": "nearest training data"}
             if (copies := exam.attempt("copying", copying, exam.run, exam.split, **given)) is not None:
                 known[kind] = copies
     yield {"copying": {kind: copies.to_dict() for kind, copies in known.items()}}
