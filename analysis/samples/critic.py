@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ RATE, DECAY = 2e-3, 0.88
 class CriticKL(Figures):
     """Estimates of KL(q_agg || p) by a critic, nats; the result of `critic`."""
 
-    counts = ("n", "draws", "dim", "latents")
+    counts = ("unit", "n", "draws", "dim", "latents")
 
     kl: Estimate
     """Mean over codes of the critic's log-ratio T = log q_agg - log p; an estimate, off by the error of the critic."""
@@ -75,9 +74,6 @@ class CriticKL(Figures):
             "q_agg is that of the data distribution, not of these rows alone: every figure comes from rows that the "
             "critic was not trained on",
         )
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"unit": "nats", **super().to_dict()}
 
 
 def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Progress = silent) -> CriticKL:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,18 +101,16 @@ def distribution_mean(fn: Any) -> Tensor:
 
 def is_discrete(fn: Distribution) -> bool:
     """Return True if the values of a distribution are discrete."""
-    try:
+    with suppress(NotImplementedError):
         return bool(getattr(fn.support, "is_discrete", False))
-    except NotImplementedError:
-        return False
+    return False
 
 
 def centre(fn: Any) -> Tensor | None:
     """Return the mean of a distribution, or the mode of a discrete one, `(batch, *event)`; None if unknown."""
-    try:
+    with suppress(NotImplementedError, AttributeError):
         return fn.mode.nan_to_num(0.0) if is_discrete(fn) else distribution_mean(fn)  # of an even Bernoulli it is NaN
-    except (NotImplementedError, AttributeError):
-        return None
+    return None
 
 
 class Centred(Messenger):

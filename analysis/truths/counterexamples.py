@@ -1,9 +1,9 @@
 """Two textbook counterexamples: good samples with a poor likelihood, and a good likelihood with poor samples."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import pandas
 import torch
@@ -27,14 +27,12 @@ COMPARED_ROWS = 5000
 # ---------------------------------------------------------------------- exact densities
 
 
-class KnownDensity(ABC):
+class KnownDensity(Protocol):
     """Base class of models of data with exact log p(x) and exact samples."""
 
-    @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
         """Return log p(x) of rows `(n, D)`, nats, `(n,)`, float64."""
 
-    @abstractmethod
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Return n independent samples of x, `(n, D)`, float64."""
 

@@ -109,13 +109,10 @@ def mixture_entropy(means: FloatArray, covariance: FloatArray) -> float:
     """
     factor = np.linalg.cholesky(covariance)
     centres, counts = np.unique(np.linalg.solve(factor, means.T).T, axis=0, return_counts=True)
-    kernels = [_kernel(column) for column in centres.T]
-    operands: list[Any] = [counts / counts.sum(), [9]]
-    for axis, kernel in enumerate(kernels):
-        operands += [kernel, [axis, 9]]
-    density = np.einsum(*operands, [*range(len(kernels))], optimize=True)
+    first, *second = (_kernel(column) for column in centres.T)
+    density = first * (counts / counts.sum()) @ (second[0].T if second else np.ones(len(centres)))
     terms = rel_entr(density, np.ones_like(density))
-    return float(np.log(np.diag(factor)).sum() - GRID_STEP ** len(kernels) * terms.sum())
+    return float(np.log(np.diag(factor)).sum() - GRID_STEP**density.ndim * terms.sum())
 
 
 def _kernel(centres: FloatArray) -> FloatArray:
