@@ -64,6 +64,7 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
     exam.stages = Stages(len(SECTIONS), on_progress)
     run = exam.run
     started = run.files.manifest.get("started")
+    named = {"name": run.name, "id": run.path.name, "started": started}
     with single_thread(exam.is_small):
         sections = exam.stages.sections(SECTIONS, exam)
     return Document(
@@ -71,11 +72,7 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
         title=run.name,
         description=run.plan.description,
         identity=f"run {run.path.name}{f', started {started}' if started else ''}; figures of the split {exam.split}",
-        numbers={
-            "run": {"name": run.name, "id": run.path.name, "started": started},
-            "split": exam.split,
-            "seed": exam.seed,
-        },
+        numbers={"run": named, "split": exam.split, "seed": exam.seed},
         sections=sections,
         footer=f"{FOOTER.format(exam.seed)} Nats are natural units of information: 1 nat = 1.44 bits.",
     )

@@ -143,14 +143,9 @@ def copying(
     if samples is None:
         samples = sample(run, len(chosen), mean=mean, seed=seed)
     kept = seeds.subset(len(train), affordable(COPIED_FROM_ROWS, tuple(train.rows.shape[1:])), seed)
-    found = data_copying(
-        observed_rows(train, kept),
-        observed_rows(part, chosen),
-        samples.x.reshape(len(samples.x), *pair.frame.x),
-        seed,
-        space=space,
-        on_progress=on_progress,
-    )
+    learnt, held = observed_rows(train, kept), observed_rows(part, chosen)
+    fake = samples.x.reshape(len(samples.x), *pair.frame.x)
+    found = data_copying(learnt, held, fake, seed, space=space, on_progress=on_progress)
     return replace(found, nearest=kept[found.nearest], is_mean=samples.is_mean)
 
 
@@ -225,16 +220,10 @@ def data_copying(
     on_progress(len(fake), total)
     held_distance = nearest_of(held, train)[1]
     on_progress(total, total)
-    return Copying(
-        *_farther(distance, held_distance),
-        share=over_rows((distance <= close(held_distance)).double()),
-        nearer=_nearer(train, held, fake, seed),
-        nearest=nearest,
-        distance=distance,
-        held_distance=held_distance,
-        trained=len(train),
-        space="the elements of x" if space is None else space.note,
-    )
+    z, p_value = _farther(distance, held_distance)
+    share, nearer = over_rows((distance <= close(held_distance)).double()), _nearer(train, held, fake, seed)
+    where = "the elements of x" if space is None else space.note
+    return Copying(z, p_value, share, nearer, nearest, distance, held_distance, len(train), space=where)
 
 
 def close(held_distance: Tensor) -> float:

@@ -140,16 +140,9 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
     ratio, log_mean = on_p.exp().mean(0), on_p.flatten().logsumexp(0) - math.log(on_p.numel())
     value, mass = float(per_row.mean()), float(ratio.mean())
     entropy = (softplus(-on_q).mean(0) + softplus(on_p).mean(0)) / 2
-    return CriticKL(
-        kl=over_rows(per_row),
-        nwj=Estimate(value - mass + 1, over_rows(per_row - ratio).standard_error, "lower_bound", note="in expectation"),
-        dv=Estimate(value - float(log_mean), over_rows(per_row - ratio / mass).standard_error, "estimate"),
-        cross_entropy=over_rows(entropy),
-        n=len(x),
-        draws=draws,
-        dim=q.shape[-1],
-        latents=latents,
-    )
+    nwj = Estimate(value - mass + 1, over_rows(per_row - ratio).standard_error, "lower_bound", note="in expectation")
+    dv = Estimate(value - float(log_mean), over_rows(per_row - ratio / mass).standard_error, "estimate")
+    return CriticKL(over_rows(per_row), nwj, dv, over_rows(entropy), len(x), draws, q.shape[-1], latents)
 
 
 # ---------------------------------------------------------------------- draws

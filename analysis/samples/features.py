@@ -159,12 +159,9 @@ def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None =
     classes = 0 if y is None else int(y.max()) + 1
     if y is not None and classes > 1:
         model = classify(x, y, classes, seed)
-        return Features(
-            lambda rows: in_chunks(model.features, rows).double(),
-            model,
-            names if names and len(names) >= classes else tuple(map(str, range(classes))),
-            f"penultimate layer of a classifier of {len(x)} training rows",
-        )
+        known = names if names and len(names) >= classes else tuple(map(str, range(classes)))
+        note = f"penultimate layer of a classifier of {len(x)} training rows"
+        return Features(lambda rows: in_chunks(model.features, rows).double(), model, known, note)
     loc, directions = principal(x)
     return Features(
         lambda rows: in_chunks(lambda part: (part.flatten(1).double().cpu() - loc) @ directions, rows),

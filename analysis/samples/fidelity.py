@@ -160,17 +160,9 @@ def among(data: Tensor, samples: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Fe
         for kind, rows in (("", samples), ("data_", data)):
             p = space.read(rows)
             named |= {f"{kind}confidence": over_rows(p.amax(1)), f"{kind}shares": shares_of(p, space.names)}
-    return Fidelity(
-        precision=over_rows((held > 0).double()),
-        recall=over_rows(near.double()),
-        density=over_rows(held.double() / k),
-        coverage=over_rows(holding.double()),
-        n=len(data),
-        m=len(samples),
-        k=k,
-        space="the elements of x" if space is None else space.note,
-        **named,
-    )
+    precision, recall, coverage = (over_rows(found.double()) for found in (held > 0, near, holding))
+    density, where = over_rows(held.double() / k), "the elements of x" if space is None else space.note
+    return Fidelity(precision, recall, density, coverage, len(data), len(samples), k, space=where, **named)
 
 
 def radii(points: Tensor, k: int) -> Tensor:

@@ -249,12 +249,6 @@ def counterexamples(
         near, accuracy = fidelity(held, fake), two_sample(held, fake, seed).accuracy
         train_log_p, test_log_p = (exact_mean(log_p[i]) for log_p in scored)
         found.append(Example(name, train_log_p, test_log_p, accuracy, near.precision, near.coverage))
-    return CounterExamples(
-        examples=tuple(found),
-        lost=exact_mean(scored[1][-2] - scored[1][-1]),
-        bound=-math.log(KEPT_WEIGHT),
-        data_accuracy=two_sample(held, data.train.data[seeds.subset(len(train), len(held), seed + 1)], seed).accuracy,
-        source=data.source,
-        n=len(train),
-        dim=train.shape[1],
-    )
+    own = two_sample(held, data.train.data[seeds.subset(len(train), len(held), seed + 1)], seed).accuracy
+    lost, bound = exact_mean(scored[1][-2] - scored[1][-1]), -math.log(KEPT_WEIGHT)
+    return CounterExamples(tuple(found), lost, bound, own, data.source, *train.shape)

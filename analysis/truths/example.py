@@ -28,13 +28,8 @@ def example_run() -> Run:
 
     y = torch.arange(2000) % 2
     x = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)) + 4 * y[:, None]
-    plan = Experiment.from_dict(
-        {
-            "latents": {"z": {"dim": 2}},
-            "decoder": {"likelihood": {"kind": "normal"}},
-            "train": {"epochs": 1, "batch_size": 500},
-        }
-    )
+    parts = {"latents": {"z": {"dim": 2}}, "decoder": {"likelihood": {"kind": "normal"}}}
+    plan = Experiment.from_dict({**parts, "train": {"epochs": 1, "batch_size": 500}})
     data = Dataset.from_tensors(x, y, test=(x[:400], y[:400]))
     return fit(plan, data=data, run_dir=_folder().name, device="cpu", progress=False)
 

@@ -182,17 +182,11 @@ class TwoLevelPrograms(Programs):
 
     def __init__(self, law: LinearGaussian) -> None:
         link = law.s[1, 0] / law.s[0, 0]
-        super().__init__(
-            law.v[1, 0],
-            spread=math.sqrt(law.v[1, 1] - law.v[1, 0] ** 2),
-            b=law.b,
-            noise=law.noise,
-            w=law.w[:, 1],
-            link=link,
-            g=[law.g[0], law.g[1] - link * law.g[0]],
-            c=[law.c[0], law.c[1] - link * law.c[0]],
-            scale=np.sqrt([law.s[0, 0], law.s[1, 1] - link**2 * law.s[0, 0]]),
-        )
+        g, c = ([part[0], part[1] - link * part[0]] for part in (law.g, law.c))
+        spread = math.sqrt(law.v[1, 1] - law.v[1, 0] ** 2)
+        scale = np.sqrt([law.s[0, 0], law.s[1, 1] - link**2 * law.s[0, 0]])
+        known = {"b": law.b, "noise": law.noise, "w": law.w[:, 1]}
+        super().__init__(law.v[1, 0], spread=spread, link=link, g=g, c=c, scale=scale, **known)
 
     def model(self, x: Tensor) -> None:
         """Sample z2 and z1 from the prior and observe x: the model p(x, z1, z2)."""

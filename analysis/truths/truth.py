@@ -158,14 +158,8 @@ def elbo_figures(reconstruction: float, kl: float, log_p: float, jensen: float) 
         log_p: log p(x).
         jensen: E_p log p(x|z).
     """
-    return {
-        "elbo": reconstruction - kl,
-        "reconstruction": reconstruction,
-        "kl": kl,
-        "log_evidence": log_p,
-        "prior_jensen": jensen,
-        "inference_gap": log_p - reconstruction + kl,
-    }
+    others = {"log_evidence": log_p, "prior_jensen": jensen, "inference_gap": log_p - reconstruction + kl}
+    return {"elbo": reconstruction - kl, "reconstruction": reconstruction, "kl": kl, **others}
 
 
 def split_kl(kl: float, mutual: float, prefix: str = "") -> dict[str, float]:

@@ -215,11 +215,10 @@ def _together(found: Comparison) -> Iterator[Part]:
     }
     if not panels or max(x) - min(x) < 1e-9:
         return
+    of = f"marginal KL on these rows of {found.split}, nats per datum"
     yield picture(
         "together",
-        comparisons.together(
-            list(rows), x, list(panels.items()), f"marginal KL on these rows of {found.split}, nats per datum"
-        ),
+        comparisons.together(list(rows), x, list(panels.items()), of),
         f"Figures of {len(rows)} runs over their marginal KL.",
         "Each point is a run. If a smaller marginal KL went with a better model, the upper chart would fall from left "
         "to right. Runs of one kind cluster: compare clusters, not points.",
