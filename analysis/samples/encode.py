@@ -135,12 +135,9 @@ def _code(node: Mapping[str, Any], layout: Layout, count: int, mean: bool) -> La
     shown, fn = parameters_of(node, layout, count), unwrapped(node["fn"])
     if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
         shown = {key: rows_of(t, node, layout, count) for key, t in (("loc", fn.loc), ("scale", fn.stddev))}
-    return LatentCode(
-        value=running.row_values(node["value"], node, layout, count),
-        log_q=log_prob(node, layout, 0).double().cpu(),
-        **{key: shown[key].cpu() if key in shown else None for key in ("loc", "scale", "probs")},
-        is_draw=not mean or running.centre(node["fn"]) is None,
-    )
+    parts = {key: shown[key].cpu() if key in shown else None for key in ("loc", "scale", "probs")}
+    log_q, is_draw = log_prob(node, layout, 0).double().cpu(), not mean or running.centre(node["fn"]) is None
+    return LatentCode(running.row_values(node["value"], node, layout, count), log_q, **parts, is_draw=is_draw)
 
 
 def _summed(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, LatentCode, Tensor]]:

@@ -91,7 +91,7 @@ class Document:
         listed, page = {**self.to_dict(), FILES: sorted(files)}, self.to_html()
         for name in sorted({name.split("/")[0] for name in (*files, *old)}):
             make_folder(folder / name)
-        whole = {NUMBERS: pretty(listed).encode(), **files, PAGE: page}
+        whole: dict[str, str | bytes] = {NUMBERS: pretty(listed), **files, PAGE: page}
         write_together({folder / name: content for name, content in whole.items()})
         for name in old - files.keys():
             (folder / name).unlink(missing_ok=True)

@@ -42,16 +42,9 @@ def image_width(columns: int) -> float:
     return min(1.1, 0.9 * FIGURE_WIDTH / columns)
 
 
-def show_tiles(
-    axes: Axes,
-    images: Array,
-    columns: int,
-    low: float,
-    high: float,
-    row_names: Sequence[str] = (),
-    column_names: Sequence[str] = (),
-) -> None:
-    """Draw images in a grid with `columns` columns; names of rows are at the left, names of columns below."""
+def show_tiles(axes: Axes, images: Array, columns: int, low: float, high: float, *names: Sequence[str]) -> None:
+    """Draw images in a grid with `columns` columns; `names` of rows are at the left, then names of columns below."""
+    row_names, column_names, *_ = (*names, (), ())
     h, w = images.shape[-2:]
     gap = max(1, round(w / 10))
     axes.imshow(tiles(images, columns, low, high), aspect="equal")
@@ -205,7 +198,7 @@ def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | Non
     what = "mean" if found.is_mean else "draw"
     if x.ndim == 2:
         caption = f"Lines join each datum to the {what} of p(x | z) at one draw of q(z | x)."
-        return _points([(made, f"{what}s of p(x | z)")], x, "Reconstructions", caption, joined=True)
+        return _points([(made, f"{what}s of p(x | z)")], x, "Reconstructions", caption, "data")
     picks = best_to_worst(log_p, 8)
     titles = list(picks) if len(picks) > 1 else ["Reconstructions"]
     parts = [Rebuilt(name, x[i], made[i], log_p[i]) for name, i in zip(titles, picks.values(), strict=True)]
@@ -231,7 +224,7 @@ def traversed(found: Traversal, data: Array) -> Figure | None:
     title, by = f"Traversal of {plain(found.latent)[: base.SHORT]}", f", ordered by {found.order}" if names[1:] else ""
     if x.ndim == 3:
         caption = f"Paths of the mean of p(x | z) as one coordinate moves, the others held{by}; a dot where each ends."
-        return _points(list(zip(x, names, strict=True)), data, title, caption, paths=True)
+        return _points(list(zip(x, names, strict=True)), data, title, caption, "path")
     caption = f"Means of p(x | z); in each row one coordinate moves, the others are held{by}. {below}"
     return _sheet(x.reshape(-1, *x.shape[2:]), x.shape[1], data, title, caption, names, columns)
 
@@ -243,7 +236,7 @@ def interpolated(found: Interpolation, data: Array) -> Figure | None:
         return None
     title, caption = "Interpolation", "Means of p(x | z) on the line between the codes of two data"
     if x.ndim == 2:
-        return _points([(x, "the way")], data, title, f"{caption}; a dot where it ends.", paths=True)
+        return _points([(x, "the way")], data, title, f"{caption}; a dot where it ends.", "path")
     below, values = ("", []) if found.log_prior is None else (" Below: log p(z), nats.", found.log_prior.tolist())
     return _sheet(x, len(x), data, title, f"{caption}.{below}", (), [f"{v:.1f}".replace("-", "−") for v in values])
 
@@ -273,23 +266,16 @@ def _sheet(images: Array, columns: int, data: Array, title: str, caption: str, *
 
 
 @style()
-def _points(
-    groups_of: Sequence[tuple[Array, str]],
-    data: Array,
-    title: str,
-    caption: str,
-    *,
-    joined: bool = False,
-    paths: bool = False,
-) -> Figure:
-    """Draw groups of 2D points over the data: as points, joined to their data by lines (`joined`), or as `paths`."""
+def _points(groups_of: Sequence[tuple[Array, str]], data: Array, title: str, caption: str, lines: str = "") -> Figure:
+    """Draw groups of 2D points over the data; `lines` join them to their "data", or each group to a "path"."""
     made, (axes,) = panels(5.4, title=title, xlabel="x[0]", ylabel="x[1]")
     size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))
-    axes.scatter(data[:, 0], data[:, 1], s=size, color=base.GREY if joined else base.PALE, linewidths=0, label="data")
+    colour = base.GREY if lines == "data" else base.PALE
+    axes.scatter(data[:, 0], data[:, 1], s=size, color=colour, linewidths=0, label="data")
     for i, (x, label) in enumerate(groups_of):
-        if joined:
+        if lines == "data":
             axes.plot(*np.stack([data.T, x.T], 1), color=base.PALE, lw=0.8, zorder=0)
-        if paths:
+        if lines == "path":
             colour, dash = base.SERIES[i % len(base.SERIES)], ("-", "--")[i // len(base.SERIES) % 2]
             axes.plot(*x.T, color=colour, linestyle=dash, label=label)
             axes.plot(x[-1:, 0], x[-1:, 1], "o", color=colour, markersize=5)
