@@ -117,7 +117,7 @@ class PosteriorDraws:
             raise StorageError(f"{path}: expected to be written; got {why}. What stood there is unchanged.") from why
         finally:
             temporary.unlink(missing_ok=True)
-        write_atomic(_checksum_of(path), f"{digest}  {path.name}\n")
+        write_atomic(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
         return path
 
     @classmethod
@@ -171,10 +171,6 @@ def _figures(draws: NDArray[Any], hdi: float) -> list[float]:
     return [float(v) for v in (wide.mean(), wide.std(), of_means, ordered[first], ordered[first + inside])]
 
 
-def _checksum_of(path: Path) -> Path:
-    return path.with_name(f"{path.name}.sha256")
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -200,7 +196,7 @@ def _require_plain(path: Path) -> None:
 
 def _verify(path: Path) -> None:
     """Compare a file with the SHA-256 checksum stored next to it; raise CheckpointError if they differ."""
-    checksum = _checksum_of(path)
+    checksum = path.with_name(f"{path.name}.sha256")
     try:
         found = _DIGEST_LINE.match(read_inside(checksum.parent, checksum.name, 1 << 16))
         digest = _sha256(path)

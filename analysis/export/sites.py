@@ -193,8 +193,7 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
         node, found = guide[name], parameters_of(guide[name], layout, count)
         why = _why_hidden(node, found, bool(dependencies.guide.get(name)))
         shown = {} if why else {key: numpy_of(t[0]) for key, t in found.items()}
-        is_normal = name in model and _is_normal(node) and _is_normal(model[name])
-        closed = is_normal and name not in dependencies.bottom_up
+        closed = name in model and _is_normal(node) and _is_normal(model[name]) and name not in dependencies.bottom_up
         latents.append(ExportedSite(name, names[name], value, shown, why, closed))
     no_guide = "the model sums it out; it has no guide"
     latents += [ExportedSite(name, names[name], value, hidden=no_guide) for name, value in states.items()]

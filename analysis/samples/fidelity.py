@@ -86,8 +86,7 @@ class Fidelity(Figures):
         return (f"feature space: {self.space}",) if self.space else ()
 
     def to_dict(self) -> dict[str, Any]:
-        shares = {name: e.to_dict() for name, e in self.data_shares.items()}
-        return {**super().to_dict(), "data_shares": shares}
+        return {**super().to_dict(), "data_shares": {name: e.to_dict() for name, e in self.data_shares.items()}}
 
 
 def expected_coverage(n: int, m: int, k: int) -> float:

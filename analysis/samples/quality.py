@@ -111,8 +111,7 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
     fitting = half - half // 5
     parts = [[side[:fitting], side[fitting:half], side[half:]] for side in sides]
     (x, y), watched, (asked, truth) = (_labelled(*both) for both in zip(*parts, strict=True))
-    model = classify(x, y, 2, seed, watched if len(watched[0]) else None)
-    called = in_chunks(model, asked).argmax(1).bool()
+    called = in_chunks(classify(x, y, 2, seed, watched if len(watched[0]) else None), asked).argmax(1).bool()
     hits, named = int(called[truth.cpu().bool()].sum()), int(called.sum())
     accuracy = (hits + held - (named - hits)) / (2 * held)
     error = math.sqrt(accuracy * (1 - accuracy) / (2 * held))
@@ -273,8 +272,7 @@ def space_of(run: Run, seed: int = 0) -> Features:
     With 2 to `MAX_CLASSES` labels it is that of a classifier of the labels, otherwise principal components.
     """
     train = run.data.train
-    most = affordable(FEATURE_TRAINING_ROWS, tuple(train.rows.shape[1:]))
-    kept = seeds.subset(len(train), most, seed)
+    kept = seeds.subset(len(train), affordable(FEATURE_TRAINING_ROWS, tuple(train.rows.shape[1:])), seed)
     x = observed_rows(train, kept)
     if train.y is not None:
         there, labels = torch.unique(train.y[kept.to(train.y.device)].cpu(), return_inverse=True)

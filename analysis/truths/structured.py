@@ -216,8 +216,7 @@ def hierarchy(w: FloatArray, slope: float, spread: float, noise: float, stretch:
     g = covariance @ wide.T / noise**2
     law = LinearGaussian(wide, np.zeros(len(w)), noise, g, np.array([0.2, -0.1]), stretch * covariance, v)
     random = np.random.default_rng(seed)
-    z = random.multivariate_normal(np.zeros(2), v, n)
-    x = z @ wide.T + noise * random.standard_normal((n, len(w)))
+    x = random.multivariate_normal(np.zeros(2), v, n) @ wide.T + noise * random.standard_normal((n, len(w)))
     exact = law.bounds(x) | _of_levels(law, x)
     del exact["approximation_gap"], exact["amortisation_gap"]
     asked = (*WITH_EVIDENCE, "ais", "bracket")

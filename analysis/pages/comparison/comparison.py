@@ -160,8 +160,7 @@ class Comparison:
     @cached_property
     def elbos(self) -> dict[str, Tensor]:
         """Estimated ELBO of every row of the split, `(n,)`, nats, by name of the run."""
-        found = self.scored.items()
-        return {name: elbos(e.pair, e.x, draws(PAIRED_SAMPLES, len(e.x)), e.seed) for name, e in found}
+        return {name: elbos(e.pair, e.x, draws(PAIRED_SAMPLES, len(e.x)), e.seed) for name, e in self.scored.items()}
 
     @cached_property
     def log_p(self) -> dict[str, Tensor]:

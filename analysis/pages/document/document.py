@@ -100,8 +100,7 @@ class Document:
     def __rich__(self) -> Group:
         parts: list[Any] = [Text(self.title, style="bold")]
         for sentence in self.verdict:
-            mark = ("! ", "bold red") if sentence.is_alert else ("- ", "")
-            parts.append(Text.assemble(mark, sentence.text))
+            parts.append(Text.assemble(("! ", "bold red") if sentence.is_alert else ("- ", ""), sentence.text))
         for section in self.sections:
             if not section.is_appendix:
                 tables = [table for table in section.of(PageTable) if not table.folded]
