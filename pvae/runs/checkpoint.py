@@ -224,8 +224,8 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Che
                 refused[path.name] = problem
         if not refused or before == _entries(folder):
             break
-    for name, problem in refused.items():
-        report(f"checkpoint {name} refused: {problem}; falling back to the one before")
+    for name, why in refused.items():
+        report(f"checkpoint {name} refused: {why}; falling back to the one before")
     if refused and found is None:
         lines = [f"{folder}: expected a checkpoint that reads; got none:", *map(str, refused.values())]
         raise CheckpointError("\n".join(lines))

@@ -145,8 +145,10 @@ class RunDirectory:
 
     @property
     def id(self) -> str:
-        """Id of the run, by which it is known wherever its folder was moved to."""
-        return str(self.manifest.get("id", self.path.name))
+        """Id of the run, by which it is known wherever its folder was moved to; the folder's name if it is damaged."""
+        with suppress(DataError):
+            return str(self.manifest.get("id", self.path.name))
+        return self.path.name
 
     @property
     def parent(self) -> tuple[str, object] | None:
@@ -156,12 +158,8 @@ class RunDirectory:
 
     def first_stage(self) -> RunDirectory | None:
         """Return the run whose second stage this is, found by its id beside this one; None if it is not there."""
-        if (wanted := self.parent) is not None:
-            for run in map(RunDirectory, find.beside(self.path)):
-                with suppress(DataError):
-                    if run.id == wanted[0]:
-                        return run
-        return None
+        runs = map(RunDirectory, find.beside(self.path) if self.parent else ())
+        return next((run for run in runs if self.parent and run.id == self.parent[0]), None)
 
     @property
     def spec_text(self) -> str:

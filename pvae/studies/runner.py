@@ -197,22 +197,16 @@ class Runner:
                 return None
             return self._told("measure", run=runs[-1])
         if runs[0] is not None:
-            going_on = runs[-1] if states[-1] == "stopped" else runs[0]
-            return self._told("resume", run=runs[0], like=going_on)
+            going_on = runs[-1] if runs[-1] is not None and states[-1] == "stopped" else runs[0]
+            return self._told("resume", run=runs[0], had=going_on.manifest)
         if task.case.parent is None:
             return self._told("fit", spec=task.case.experiment)
         return self._told("refit", run=self.shelf.best(task.case.parent), spec=task.case.experiment)
 
     def _told(
-        self,
-        kind: str,
-        *,
-        run: RunDirectory | None = None,
-        spec: Experiment | None = None,
-        like: RunDirectory | None = None,
+        self, kind: str, run: RunDirectory | None = None, spec: Experiment | None = None, had: Mapping[str, Any] = {}
     ) -> dict[str, Any]:
-        """Return a job as a dictionary for a child process; a resumed run keeps its device and number of threads."""
-        had = {} if like is None else like.manifest
+        """Return a job as a dictionary for a child process, with device and threads of the manifest `had`."""
         return {
             "kind": kind,
             "run": None if run is None else str(run.path),

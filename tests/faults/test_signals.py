@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import pvae
-from pvae.training import loop
+from pvae.training import recovery
 from pvae.util import signals
 from pvae.util.signals import STOPPED
 from tests.cli_runner import TINY, run_cli
@@ -221,7 +221,7 @@ def test_weights_that_are_not_finite_at_a_signal_are_told(tmp_path: Path) -> Non
 
     def spoilt() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
-        patch.setattr(loop.recovery, "bad_weights", lambda _: ["encoder.weight"])
+        patch.setattr(recovery, "bad_weights", lambda _: ["encoder.weight"])
 
     with pytest.MonkeyPatch.context() as patch, at_step(3, spoilt):
         _, err = run_cli(*fitting(tmp_path), code=1)
