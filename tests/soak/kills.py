@@ -36,12 +36,13 @@ from pvae.__main__ import main as main_of_pvae
 from pvae.runs import checkpoint
 from pvae.training import loop, recovery
 from pvae.training.trainer import Trainer
+from pvae.util import files
 from pvae.util.files import pretty, write_atomic
 
 PHASES = ("before the command", "in the command", "in the middle of an epoch", "in a write", "after the end")
 START, BEGUN, STEP, WRITE, END = range(5)
-MOST = {STEP: 0.1, WRITE: 0.01}
-"""Most seconds from the start of a phase to the signal; `BEGUN` lasts as long as the command does uninterrupted."""
+MOST = {BEGUN: 0.3, STEP: 0.1, WRITE: 0.01}
+"""Most seconds from the start of a phase to the signal."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 HANG = 120.0
@@ -119,6 +120,8 @@ class Work:
     """True if it works on a finished run, which stands there from the start."""
     injected: bool = False
     """True if some steps are not finite."""
+    moments: tuple[int, ...] = (BEGUN, STEP, STEP, WRITE, WRITE)
+    """Phases in which it is killed, at even odds."""
 
 
 def fitted(here: Path, _chance: random.Random) -> list[str]:
@@ -151,12 +154,14 @@ MAKING = (
 MADE = ("analysis", "report")
 STUDY = ("study", "tiny.toml", "--device=cpu", "--jobs=2", "--out=page", "--no-page", "--quiet")
 WORKS: Mapping[str, Work] = {
-    "fit": Work(TINY, fitted, 0.28, 15),
-    "rollback": Work(TINY, fitted, 0.14, 10, injected=True),
-    "second stage": Work(TINY + SECOND, fitted, 0.16, 10, epochs=8),
+    "fit": Work(TINY, fitted, 0.28, 20),
+    "rollback": Work(TINY, fitted, 0.14, 14, injected=True),
+    "second stage": Work(TINY + SECOND, fitted, 0.16, 16, epochs=8),
     "refit": Work(TINY, refitted, 0.08, 8, epochs=3, prepared=True),
-    "pages and exports": Work(TINY, lambda _, chance: list(chance.choice(MAKING)), 0.18, 12, MAKING, 3, prepared=True),
-    "study": Work(TINY + SWEEP, lambda *_: list(STUDY), 0.08, 5, epochs=4),
+    "pages and exports": Work(
+        TINY, lambda _, chance: list(chance.choice(MAKING)), 0.18, 20, MAKING, 3, True, moments=(BEGUN, WRITE)
+    ),
+    "study": Work(TINY + SWEEP, lambda *_: list(STUDY), 0.08, 6, epochs=4, moments=(BEGUN,)),
 }
 EARLY = 0.08
 """Share of kills that hit a process of its own within its first seconds."""
@@ -258,7 +263,7 @@ class Scene:
 
 def watched(phase: mmap.mmap, injected: bool) -> None:
     """Let this child tell its parent where it is; some of its steps are not finite if `injected`."""
-    step, replace, rename = loop.step, os.replace, os.rename
+    step, replace, rename, temporary_for = loop.step, os.replace, os.rename, files.temporary_for
 
     def at_step(trainer: Trainer, index: torch.Tensor) -> bool:
         phase[0] = STEP
@@ -267,15 +272,19 @@ def watched(phase: mmap.mmap, injected: bool) -> None:
             return recovery.failed_step(trainer, f"loss not finite at step {state.step}: injected")
         return step(trainer, index)
 
-    def at_write(move: Callable[..., None]) -> Callable[..., None]:
+    def at_write(path: Path) -> Path:
+        phase[0] = WRITE
+        return temporary_for(path)
+
+    def after(move: Callable[..., None]) -> Callable[..., None]:
         def moved(*arguments: Any, **options: Any) -> None:
-            phase[0] = WRITE
             move(*arguments, **options)
+            phase[0] = BEGUN
 
         return moved
 
-    loop.step = at_step
-    os.replace, os.rename = at_write(replace), at_write(rename)
+    loop.step, files.temporary_for = at_step, at_write
+    os.replace, os.rename = after(replace), after(rename)
 
 
 def waited(pid: int) -> int | None:
@@ -296,13 +305,16 @@ def ended(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def killed(pid: int, wanted: int, after: float, number: int, phase: mmap.mmap) -> tuple[int | None, int]:
-    """Send a signal some seconds into a phase, unless the child ends before; its exit code and where it was."""
-    while phase[0] < wanted and not ended(pid):
+def killed(pid: int, first: float, wanted: int, after: float, number: int, phase: mmap.mmap) -> tuple[int | None, int]:
+    """Send a signal some seconds into the first phase of a kind after some others; its exit code and where it was."""
+    while phase[0] == START and not ended(pid):
         time.sleep(0.0002)
-    until = time.monotonic() + after
-    while time.monotonic() < until and not ended(pid):
-        time.sleep(min(0.01, max(0.0, until - time.monotonic())))
+    for seconds in (first, after):
+        until = time.monotonic() + seconds
+        while time.monotonic() < until and not ended(pid):
+            time.sleep(min(0.01, max(0.0, until - time.monotonic())))
+        while phase[0] != wanted != BEGUN and not ended(pid):
+            time.sleep(0.0002)
     where = END if ended(pid) else phase[0]
     os.kill(pid, number)
     return waited(pid), where
@@ -425,7 +437,8 @@ def scene(folder: Path, name: str, phase: mmap.mmap, seconds: float, source: Pat
     (folder / "tiny.toml").write_text(re.sub("EPOCHS|SECONDS", lambda found: settings[found[0]], work.declared))
     made = Scene(phase, work, folder)
     if work.prepared and source is not None:
-        shutil.copytree(source / "runs", folder / "runs")
+        made_later = shutil.ignore_patterns("*_refit", "analysis", "report", "exports")
+        shutil.copytree(source / "runs", folder / "runs", ignore=made_later)
     elif work.prepared:
         made.finish(["fit", "tiny.toml", "--device=cpu", "--quiet"])
         made.finish(["fit", "tiny.toml", 'name="other"', "seed=1", "--device=cpu", "--quiet"])
@@ -442,9 +455,9 @@ def round_of(made: Scene, kills: int, chance: random.Random, lasting: float, tal
     """Some kills of one kind of work, taken up again after each, and left alone at last."""
     for _ in range(kills):
         command, number = made.work.command(made.here, chance), chance.choice(SIGNALS)
-        wanted = chance.choice((BEGUN, STEP, WRITE, WRITE))
+        wanted, first = chance.choice(made.work.moments), chance.choice((0.0, chance.uniform(0, 0.6 * lasting)))
         pid = made.start(command)
-        code, where = killed(pid, wanted, chance.uniform(0, MOST.get(wanted, lasting)), number, made.phase)
+        code, where = killed(pid, first, wanted, chance.uniform(0, MOST[wanted]), number, made.phase)
         if where == END:
             made.look(command, code, code in (0, CODES[number]))
             if not made.work.last:
