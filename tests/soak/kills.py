@@ -26,13 +26,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from click.exceptions import Exit as ClickExit
 
 from pvae.__main__ import main as main_of_pvae
+from pvae.cli.app import app
 from pvae.runs import checkpoint
 from pvae.training import loop, recovery
 from pvae.training.trainer import Trainer
@@ -511,12 +514,26 @@ def early(folder: Path, kills: int, chance: random.Random, tally: Tally) -> Iter
             yield f"{' '.join(command)[:60]}: {number.name} at the start gave {child.returncode}: {said[-600:]}"
 
 
+def warm(folder: Path) -> None:
+    """Run every command once in this process, so that its children find all imported."""
+    folder.mkdir()
+    os.chdir(folder)
+    (folder / "tiny.toml").write_text(TINY.replace("EPOCHS", "1").replace("SECONDS", "1"))
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        for command in (("fit", "tiny.toml"), ("fit", "tiny.toml", 'name="other"'), *MAKING, ("verify", "tiny")):
+            with suppress(SystemExit, ClickExit):
+                app([*command], standalone_mode=False, obj={})
+        with suppress(SystemExit, ClickExit):
+            app(["refit", "tiny", "latents.z.prior.kind=mixture", "--rows=50"], standalone_mode=False, obj={})
+
+
 def soak(kills: int, folder: Path, tally: Tally, log: Path | None, only: str, keep: bool) -> None:
     """Rounds of kills until there were so many."""
     phase = mmap.mmap(-1, 1)
     shares = {name: work.share for name, work in WORKS.items()} | {"first moments": EARLY}
     shares = {name: share for name, share in shares.items() if only in name}
     wholes: dict[str, tuple[Path, Snapshot, float]] = {}
+    warm(folder / "warm")
     while tally.total < kills and len(tally.problems) < 100:
         name = min(shares, key=lambda name: tally.kills.get(name, 0) / shares[name])
         number = tally.rounds.get(name, 0)
