@@ -77,18 +77,15 @@ def _layout(pair: Pair, traces: Traces, rows: Tensor) -> tuple[Layout, bool, Unp
     """Return the layout, True if the programs run on this number of rows only, and the guide's unpacked latents."""
     count = len(rows)
     more = rows[torch.arange(count + 2, device=rows.device) % count]
-    follows, fixed = plates_of(traces[1], count), False
-    try:
-        follows &= plates_of(trace_of(pair, pair.model, more), count + 2)
-        if not pair.declared:
+    follows, fixed, unpacked = plates_of(traces[1], count), False, {}
+    if not pair.declared:
+        try:
+            follows &= plates_of(trace_of(pair, pair.model, more), count + 2)
             guide = trace_of(pair, deep_copied(pair.guide), more)  # an EasyGuide that fails here keeps open plates
             fixed = not plates_of(traces[0], count) & follows <= plates_of(guide, count + 2)
-    except Exception as error:  # whatever a program raises on other rows means that these are its rows
-        if pair.declared:
-            raise
-        del error
-        fixed = True
-    unpacked = {} if pair.declared else read_unpacked(*traces)
+        except Exception:  # whatever a program raises on other rows means that these are its rows
+            fixed = True
+        unpacked = read_unpacked(*traces)
     layout = read_layout(unpack(traces[0], unpacked), traces[1], count, follows)
     if layout.enumerated and not pair.declared:
         layout = replace(layout, eliminated=needs_elimination(run(pair, rows, layout)[1], layout))

@@ -145,8 +145,8 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
     for name in folders(folder):
         for path in folders(name):
             if not is_run(path) and RUN_ID.fullmatch(path.name) and _is_void(path, failed):
-                lock = RunDirectory(path).held() if (path / ".lock").exists() else nullcontext()
-                broom.sweep(path, lock, partial(list[Doomed], [(path, "without a manifest")]))
+                held = RunDirectory(path).held() if (path / ".lock").exists() else nullcontext()
+                broom.sweep(path, held, partial(list[Doomed], [(path, "without a manifest")]))
         broom.sweep(name, nullcontext(), partial(_abandoned, sorted(name.glob(".tmp-*"))))
     if cache and at_work:
         broom.skipped.append((cache_folder(), "a run at work may be reading from it"))

@@ -241,3 +241,9 @@ def test_a_prior_that_learns_wins_in_the_plane(prior: str, plain: Surgery, tmp_p
         assert run.data.train.x.abs().max() > 2
         assert 1.5 < inputs.abs().max() < 4
         assert torch.cdist(inputs, inputs).fill_diagonal_(torch.inf).min() > 1e-3
+
+
+def test_rows_too_large_for_memory_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 57."""
+    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 2**32)
+    refused("data.rows = 20,000,000.* which need 3.22 GiB. Lower data.rows", Toy(rows=20_000_000).read, None, 0)

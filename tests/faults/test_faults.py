@@ -34,7 +34,7 @@ from pvae.objectives.base import Loss
 from pvae.runs.rundir import RunDirectory
 from pvae.training import loop
 from pvae.training.trainer import Trainer
-from pvae.util import files, memory
+from pvae.util import memory
 from tests.cli_runner import TINY, run_cli
 from tests.faults.conftest import FEW_ROWS
 from tests.faults.injected import ASLEEP, disk_full, without_naps
@@ -158,7 +158,7 @@ def test_two_reports_at_once_are_both_whole(
             others.append(document.write(run.files.report))
         original(source, path)
 
-    monkeypatch.setattr(files.os, "replace", interleaved)
+    monkeypatch.setattr(os, "replace", interleaved)
     assert document.write(run.files.report) == others[1]
     assert written(others[0].parent) == reported
 
@@ -345,6 +345,19 @@ ABSURD: dict[str, list[str]] = {
     "channels": ['decoder.network={kind="conv", channels=[1000000, 1000000]}'],
     "many layers": [f"decoder.network.hidden={[20_000] * 40}"],
 }
+
+
+def test_graphs_of_many_latents_are_built_in_seconds() -> None:
+    """FAULTS 57: 40 latents, each given all before it in model and guide."""
+    small, names = {"network": {"kind": "mlp", "hidden": [4]}}, [f"z{i}" for i in range(40)]
+    above = {name: names[:i] for i, name in enumerate(names)}
+    latents = {n: {"dim": 2, "given": g, "posterior": {"kind": "normal", "given": ["x", *g]}} for n, g in above.items()}
+    for name in names[1:]:
+        latents[name]["prior"] = {"kind": "conditional_normal", **small}
+    started = time.monotonic()
+    pair = Experiment.from_dict({"latents": latents, "encoder": small, "decoder": small}).build((1, 8, 8))
+    assert len(pair.layout.latents) == 40
+    assert time.monotonic() - started < 10
 
 
 @pytest.mark.parametrize("case", ABSURD, ids=list(ABSURD))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from scipy.special import i0e, logsumexp, ndtr
 
+from pvae.data.rows.files import require_room
 from pvae.data.rows.prepare import Floats, Scale
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data, Seed
@@ -171,6 +172,8 @@ class Toy(Data):
         density, tenth = DENSITIES[self.density], max(1, self.rows // 10)
         rng = np.random.default_rng(seed if self.data_seed == "experiment" else self.data_seed)
         noise = density.noise if self.noise is None else self.noise
+        told = f"data.rows = {self.rows:,}, with what its sampler computes"
+        require_room((self.rows + 2 * tenth, 12), np.dtype(np.float64), told, "Lower data.rows.")
         x, y = density.draw(rng, self.rows + 2 * tenth, noise)
         ends = self.rows, self.rows + tenth, self.rows + 2 * tenth
         parts = {"train": range(ends[0]), "validation": range(ends[0], ends[1]), "test": range(ends[1], ends[2])}
