@@ -38,16 +38,12 @@ def on_new_data(account: Account, train: Tensor | None, asked: Asked) -> Populat
     prior = _prior(account, asked)
     if isinstance(prior, str):
         return prior
-    groups, others = account.pair.groups(account.x), None
-    if asked == "model":
-        rows = of_model(account)
-    elif groups is not None and len(groups.unique()) > 1:
-        rows = new_rows(account, account.x, account.first)  # whose mutual information is within each group
-    else:
+    groups, kl, information, others = account.pair.groups(account.x), None, None, None
+    if groups is None or len(groups.unique()) < 2:  # else the mutual information is within each group
         scored = account.scored.get(account.names)
         information = None if scored is None else torch.stack(scored.lower).mean(0)
         kl = account.kl_terms().reshape(-1, len(account.x)).mean(0)
-        rows = new_rows(account, account.x, account.first, kl, information)
+    rows = of_model(account) if asked == "model" else new_rows(account, account.x, account.first, kl, information)
     if asked != "model" and train is not None:
         most = None if asked == "full" else len(account.x)
         others = _drawn(account, train[seeds.subset(len(train), most, account.seed).to(train.device)], TRAIN_NOISE)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, final
 
 import torch
@@ -41,8 +41,7 @@ class Grid(NamedTuple):
     """Number of coordinates of a flat value: P of indices, P K of one-hots or their logarithms."""
 
 
-@dataclass(frozen=True)
-class CodeTable:
+class CodeTable(NamedTuple):
     """Joint codes of n rows, counted: by joint code, and by position."""
 
     flat: Tensor
@@ -148,10 +147,6 @@ class LatentClasses(NamedTuple):
         """Return log w_k + log theta_k(c) of codes `(m, P)`, given as rows of `log_theta`, `(m, C)`, nats."""
         return self.log_weights + torch.nn.functional.embedding_bag(flat, self.log_theta, mode="sum")
 
-    def log_prob(self, flat: Tensor) -> Tensor:
-        """Return the log probability of codes `(m, P)`, given as rows of `log_theta`, `(m,)`, nats."""
-        return self.joint(flat).double().logsumexp(1)
-
 
 def latent_classes(flat: Tensor, shares: Tensor, classes: int) -> LatentClasses:
     """Return the latent class model of codes fitted by EM, from classes that start at random rows.
@@ -178,8 +173,7 @@ def latent_classes(flat: Tensor, shares: Tensor, classes: int) -> LatentClasses:
     return model
 
 
-@dataclass(frozen=True)
-class CodeMixture:
+class CodeMixture(NamedTuple):
     """Mixture of discounted counts and bases, whose parameters come from some of the rows."""
 
     table: CodeTable
@@ -199,7 +193,7 @@ class CodeMixture:
         smoothing = max(kernel, key=lambda each: float(kernel[each].mean()))
         bases = [table.log_p[tried], table.product(tried, found), kernel[smoothing]]
         best = _classes(table, rest, tried) if classes else None
-        bases += [best.log_prob(table.flat[tried])] if best is not None else []
+        bases += [best.joint(table.flat[tried]).logsumexp(1)] if best is not None else []
         given = terms(torch.stack(bases, 1), found)
         towards_p = torch.zeros_like(given[0])
         towards_p[0] = TOWARDS_P
@@ -219,7 +213,7 @@ class CodeMixture:
         top, e = relative(table.kernels(at, near, self.smoothing, self.shares))
         total, centres = e.sum(1), table.centres[near]
         bases = [table.log_p[at], table.product(at, found), top + total.double().log() - _others(at, centres)]
-        bases += [self.classes.log_prob(table.flat[at])] if self.classes is not None else []
+        bases += [self.classes.joint(table.flat[at]).logsumexp(1)] if self.classes is not None else []
         base = torch.stack(bases, 1)
         log_r = self._log_r(base, found)
         fresh, by_base = self._responsibility(base, found, log_r)
@@ -299,15 +293,14 @@ def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | 
     """Return the latent class model of the rows `fitted` that is best on the rows `held`; None for a single class."""
     if len(fitted) < FEWEST_BY_CLASS or table.flat.shape[1] == 1:
         return None
-    flat, shares = table.flat[fitted], table.shares(fitted)
-    best, value = None, latent_classes(flat, shares, 1).log_prob(table.flat[held]).mean()
-    for number in CLASSES:
-        found = latent_classes(flat, shares, number)
-        score = found.log_prob(table.flat[held]).mean()
+    best, value = None, -math.inf
+    for number in (1, *CLASSES):
+        found = latent_classes(table.flat[fitted], table.shares(fitted), number)
+        score = float(found.joint(table.flat[held]).logsumexp(1).mean())
         if score <= value:
             break
         best, value = found, score
-    return best
+    return best if best is not None and len(best.log_weights) > 1 else None
 
 
 def _kernel(table: CodeTable, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Tensor:

@@ -97,7 +97,9 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
         return "on new data: log r(z) is not finite"
     upper = mean(rows.own - found.log_r - moved, "upper_bound")
     out = Population(len(rows), gain, None, None, upper, found.words)
-    return _of_draws(rows, out) if rows.q is None else _of_pairs(rows, found.apart, None if train else fold, out)
+    if rows.q is None:
+        return _of_draws(rows, out)
+    return _of_pairs(rows, found.apart, fold if train is None else None, out)
 
 
 def in_folds(rows: NewRows, seed: int) -> tuple[NewRows, Tensor] | str:
@@ -120,7 +122,7 @@ def _of_pairs(rows: NewRows, apart: Tensor, fold: Tensor | None, out: Population
     """
     group = torch.zeros_like(rows.own) if rows.group is None else rows.group
     values, n = group.unique().tolist(), len(rows)
-    terms, twice, paired, notes = rows.own.new_zeros(2, n), [0.0, 0.0], list[tuple[float, PairsBound]](), ()
+    terms, twice, paired = rows.own.new_zeros(2, n), [0.0, 0.0], list[tuple[float, PairsBound]]()
     for mine in ((group == value).nonzero()[:, 0] for value in values):
         part, critic = rows if len(values) == 1 else rows.rows(mine), None
         if len(mine) < 2 or part.q is None:
@@ -140,30 +142,29 @@ def _of_pairs(rows: NewRows, apart: Tensor, fold: Tensor | None, out: Population
         bounds.append(mean(bound, "lower_bound", noise))
         above = [mean(kl - bound, "upper_bound", noise) for kl in (rows.kl, rows.own - rows.log_p)]
         ends.append(min(above, key=lambda e: e.standard_error))
-    if len(values) > 1:
-        notes = (
-            f"new data have the covariates of these rows, {len(values)} values; the bound from pairs is that of the "
-            f"values that at least {FEWEST_PAIRED} rows have, {100 * share:.0f} % of the rows",
-        )
+    said = (
+        f"new data have the covariates of these rows, {len(values)} values; the bound from pairs is that of the values "
+        f"that at least {FEWEST_PAIRED} rows have, {100 * share:.0f} % of the rows"
+    )
     return replace(
         out,
         gain_upper=min(ends, key=lambda e: e.value + 2 * e.standard_error),
         information=max(bounds, key=lambda e: e.value - 2 * e.standard_error),
         seen=sum(size * bound.seen for size, bound in paired) / share if paired else None,
         largest=max(size / share * bound.largest for size, bound in paired) if paired else None,
-        notes=notes,
+        notes=(said,) if len(values) > 1 else (),
     )
 
 
 def _of_draws(rows: NewRows, out: Population) -> Population:
     """Return the interval where pairs of a value and a row are scored by the guide alone, for some rows."""
-    above, information = None, None
-    if rows.information is not None and len(rows.information) > 1:
-        information = mean(rows.information, "lower_bound")
-        error = math.hypot(information.standard_error, spread(rows.kl))
-        above = Estimate(float(rows.kl.mean()) - information.value, error, "upper_bound")
-    notes = ("no bound from pairs: the posteriors are of no exponential family",)
-    return replace(out, gain_upper=above, information=information, notes=notes)
+    out = replace(out, notes=("no bound from pairs: the posteriors are of no exponential family",))
+    if rows.information is None or len(rows.information) < 2:
+        return out
+    information = mean(rows.information, "lower_bound")
+    error = math.hypot(information.standard_error, spread(rows.kl))
+    above = Estimate(float(rows.kl.mean()) - information.value, error, "upper_bound")
+    return replace(out, gain_upper=above, information=information)
 
 
 # ---------------------------------------------------------------------- the law in n

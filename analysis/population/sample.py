@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,16 +51,13 @@ class NewRows:
         return replace(self, **cut, q=q, information=None, parts=parts, group=group)
 
     def joined(self, others: NewRows) -> NewRows:
-        """Return these rows, followed by others."""
+        """Return these rows, followed by others; without parts and groups."""
         q = None if self.q is None or others.q is None else self.q.joined([others.q])
-        names = ("value", "own", "log_p", "kl")
-        parts = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in names}
-        kept = tuple(one.joined(other) for one, other in zip(self.parts, others.parts, strict=True))
-        return replace(self, **parts, q=q, information=None, parts=kept, group=None)
+        both = (torch.cat([getattr(self, name), getattr(others, name)]) for name in ("value", "own", "log_p", "kl"))
+        return NewRows(*both, q)
 
 
-@dataclass(frozen=True)
-class HonestScores:
+class HonestScores(NamedTuple):
     """Log densities of samples under priors r that were chosen without their rows; nats."""
 
     log_r: Tensor

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,8 +50,7 @@ def log_mean(members: Members, value: Tensor, own: Tensor | None = None) -> Tens
     return torch.cat(found) - math.log(len(members) - (own is not None))
 
 
-@dataclass(frozen=True)
-class PointwiseInformation:
+class PointwiseInformation(NamedTuple):
     """Pointwise information of n samples, nats, and the weight of every row as a component."""
 
     inside: Tensor
@@ -76,8 +75,7 @@ class PointwiseInformation:
         return mean(self.terms, "lower_bound", self.twice), leave_one_out
 
 
-@dataclass(frozen=True)
-class PairCritic:
+class PairCritic(NamedTuple):
     """T_ij = min(b (log q(z_i | x_j) - log r(z_i)), tau) with an r that knows neither i nor j; the clip is fixed.
 
     The rows are sorted by fold; z_i is paired with the rows of its own fold and of the one before.

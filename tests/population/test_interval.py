@@ -252,7 +252,7 @@ def test_covariates_have_a_bound_from_the_pairs_of_each_value():
         rows = replace(first.joined(second), group=torch.arange(800) // 400)
         found, alone = interval(rows, KernelPrior()), [interval(part, KernelPrior()) for part in (first, second)]
         low, high = (e.value + k * 2 * e.standard_error for e, k in ((found.gain, -1), (found.gain_upper, 1)))
-        assert low <= 1.324 <= high < np.mean([float(e.gain_upper) for e in alone]) + 0.3
+        assert low <= 1.324 <= high < np.mean([e.gain_upper.value for e in alone]) + 0.3
         assert found.information.value > math.log(400) + 0.2  # which no I_n within a value exceeds
         assert found.seen > 0.5
         few = interval(replace(rows, group=torch.arange(800) % 8), KernelPrior())
