@@ -28,7 +28,7 @@ TOWARDS_P = 2.0
 """Pseudo-count of the prior p in the fit of the weights."""
 FEWEST_BY_CLASS, ROWS_BY_CLASS, CLASS_STEPS = 50, 2000, 12
 """Smallest and largest number of rows that latent classes are fitted to, and number of EM steps."""
-CLASSES = (4, 16, 64)
+CLASSES = (4, 16, 32)
 """Numbers of classes that are tried, until one does no better on held-out rows than the one before."""
 
 
@@ -108,7 +108,8 @@ class CodeTable(NamedTuple):
         Every position keeps the posterior (or the code) of its row with probability 1 - smoothing, else it has the
         proportions `shares` of all rows. The kernel of a row around itself is left out (`NOTHING`).
         """
-        table = self.probability[:, of].mul_(1 - smoothing).add_(smoothing * shares[:, None]).log_()
+        table = self.probability.index_select(1, of.nonzero()[:, 0]).mul_(1 - smoothing)
+        table.add_(smoothing * shares[:, None]).log_()
         tile = torch.nn.functional.embedding_bag(self.flat[at], table, mode="sum")
         return tile.masked_fill_(at[:, None] == self.centres[of], NOTHING)
 
