@@ -35,6 +35,7 @@ from pvae.runs import checkpoint
 from pvae.runs.run import Run
 from pvae.runs.rundir import list_runs
 from pvae.training.fit import passed_source
+from pvae.util.files import sealed
 from tests.drawn import Drawn, Raw, damaged
 from tests.strange import seeds_of_sources
 
@@ -327,7 +328,7 @@ def _resume(run: Path, saved: str, name: str, folder: Path, content: bytes) -> N
     manifest = path / "checkpoints" / saved / "manifest.json"
     table = json.loads(manifest.read_text())
     table["files"][name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    manifest.write_text(json.dumps(table))
+    manifest.write_text(json.dumps(sealed(table)))
     found = Run.load(path)
     if found.checkpoint.state.get("epoch", 0) in (0, 1):  # else it would rightly train for as long as it says
         pvae.resume(path, device="cpu", progress=False)

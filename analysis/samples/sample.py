@@ -115,15 +115,17 @@ def _latents(nodes: Mapping[str, Any], layout: Layout, count: int) -> dict[str, 
 class Template:
     """Placeholder rows `(n, *row)` that a model is run on to sample x: they set its batch size and its covariates.
 
-    Rows are made chunk by chunk. As a model may also read x from them, they are a given row of data or the training
-    rows of the run; otherwise, and if there are covariates, x is zero.
+    Rows are made chunk by chunk. As a hand-written model may also read x from them, they are a given row of data or the
+    training rows of its run; otherwise, and if there are covariates, x is zero. A declared run needs no data, unless
+    covariates are drawn from them.
     """
 
     def __init__(
         self, source: Run | Pair, pair: Pair, n: int, given: Covariates | None, seed: int, row: Tensor | None = None
     ) -> None:
         self.pair, self.frame, self.row = pair, pair.frame, row
-        self.data = source.data.train.rows if isinstance(source, Run) else None
+        needed = not pair.declared or (pair.frame.covariates and not given and row is None)
+        self.data = source.data.train.rows if isinstance(source, Run) and needed else None
         self.numbers = max(1, prod(self.frame.row))
         self.covariates = self._covariates(n, given, seed)
 

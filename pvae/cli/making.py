@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 import pvae
-from pvae.cli.app import ON_FITTED, Shared, beside, command, rows_of
-from pvae.errors import DeclarationError
+from pvae.cli.app import ON_FITTED, Shared, beside, command, rows_of, tell
+from pvae.errors import DataError, DeclarationError
 from pvae.util.files import write_atomic, write_together
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     import pvae.analysis.pages.plots.pictures
     from pvae.analysis.samples.running import Generated
+    from pvae.data import Dataset
     from pvae.runs.run import Run
 
 
@@ -76,7 +77,7 @@ def reconstruct(
     with shared.bar("reconstruct", len(chosen)) as bar:
         found = pvae.analysis.reconstruct(opened, x, mean=not draw, seed=seed, on_progress=bar.report)
     seen = opened.data.split(split).observed(x).double().numpy()
-    picture = pvae.analysis.pages.plots.pictures.reconstructed(found, seen, _background(opened))
+    picture = pvae.analysis.pages.plots.pictures.reconstructed(found, seen, _background(opened.data))
     _keep(shared, opened, f"reconstruct-{split}", out, found, picture, row=chosen)
 
 
@@ -172,9 +173,9 @@ def _integers(option: str, text: str) -> list[int]:
         raise DeclarationError(f"{option}: expected an integer, or several as in 0,1; got {text!r}.") from None
 
 
-def _background(run: Run) -> Any:
+def _background(data: Dataset) -> Any:
     """Return at most 1000 training rows `(m, *shape)`, which plots show behind samples."""
-    train = run.data.train
+    train = data.train
     return train.observed(train.rows[:1000]).double().numpy()
 
 
@@ -203,16 +204,20 @@ def _keep(
 
     path = out or run.files.analysis / stem
     arrays = found.save(beside(path, ".npz"), **more)
-    drawn = plot(found, _background(run)) if callable(plot) else plot
+    tensors, data, tables = found.tensors(), None, []
+    try:
+        data = run.data
+    except DataError as error:  # samples need none
+        tell(f"note: no plot and no table of the samples, without the data: {error}", err=True)
+    drawn = plot if not callable(plot) else plot(found, _background(data)) if data else None
     figures = drawn if isinstance(drawn, Mapping) else {} if drawn is None else {"": drawn}
     names = safe_names({name: () for name in figures}) if len(figures) > 1 else dict.fromkeys(figures, "")
     pictures = [beside(path, f"-{name}.png" if name else ".png") for name in names.values()]
     for target, figure in zip(pictures, figures.values(), strict=True):
         write_atomic(target, pvae.analysis.pages.plots.base.png(figure))
-    tensors, tables = found.tensors(), []
-    if run.data.table is not None and (x := tensors.get("x")) is not None and x.dim() == 2:
+    if data is not None and data.table is not None and (x := tensors.get("x")) is not None and x.dim() == 2:
         tables = [beside(path, ".csv")]
-        write_atomic(tables[0], csv(run.data.table.to_frame(x)))
+        write_atomic(tables[0], csv(data.table.to_frame(x)))
     shapes = {key: list(t.shape) for key, t in {**tensors, **more}.items()}
     written = {"npz": str(arrays), "png": [str(p) for p in pictures], "csv": [str(p) for p in tables]}
     lines = [f"npz: {arrays}", *(f"csv: {p}" for p in tables), *(f"png: {p}" for p in pictures)]

@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
-from pvae.data.rows.files import Stored, candidate, foreign
+from pvae.data.rows.files import Stored, candidate
 from pvae.data.rows.prepare import ColumnTransforms, Scaled, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.sources.base import Data, FileData

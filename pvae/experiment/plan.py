@@ -154,7 +154,8 @@ class Train(Section):
     """Weights that the run keeps: the last, or those of the best validation figure of the objective: ELBO, `iwae`,
     ... Under `em` the best are those that have converged on the training data."""
     nonfinite: Literal["stop", "skip", "rollback"] = "stop"
-    """Response to a NaN or infinite loss: stop with a diagnosis, skip the step, or go back to the last checkpoint."""
+    """Response to a NaN or infinite loss: stop with a diagnosis, skip the step, or go back to the epoch's start (of
+    every epoch a checkpoint is written)."""
     checkpoint_seconds: float = Field(default=30.0, ge=0)
     """Smallest number of seconds between two checkpoints; one is always written at the end."""
     precision: Precision = "float32"

@@ -4,7 +4,6 @@ A checkpoint ``step-00001234/`` contains ``<group>.safetensors``, ``state.json``
 and SHA-256 of each file, because neither safetensors nor JSON detects a flipped byte. Nothing is unpickled.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -12,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError
 from pvae.runs.find import slug
+from pvae.runs.rundir import require_sound
 from pvae.util import files
 
 SCHEMA_VERSION = 1
@@ -47,12 +47,16 @@ _NAME = re.compile(r"(\.old-)?step-(\d{8}|[1-9]\d{8,})(?(1)-[0-9a-f]+)\Z")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Verified content of a checkpoint: folder, training step, ``tensors[group][name]`` on the CPU, and JSON state."""
+    """Verified content of a checkpoint: folder, training step, ``tensors[group][name]`` on the CPU, and JSON state.
+
+    ``run`` is the seal of its run when it was written, see `pvae.runs.seal`; {} in runs of earlier versions.
+    """
 
     path: Path
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any]
+    run: dict[str, Any] = field(default_factory=dict)
 
 
 MIGRATIONS: dict[int, Callable[[Checkpoint], Checkpoint]] = {}
@@ -65,19 +69,18 @@ def write(
     tensors: Mapping[str, Mapping[str, Tensor]],
     state: Mapping[str, Any],
     *,
+    run: Mapping[str, Any] | None = None,
     keep: int = KEPT_CHECKPOINTS,
+    spared: int = -1,
     durable: bool = True,
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` atomically, then remove all but the ``keep`` newest checkpoints.
 
-    A checkpoint of the same step is replaced. Raises StorageError if writing fails (existing checkpoints stay, no
+    The checkpoint of the step ``spared`` stays too. A checkpoint of the same step is replaced. ``run`` is the seal of
+    its run. Raises StorageError if writing fails (existing checkpoints stay, no
     temporary files remain), CheckpointError if tensors or state could not be read back unchanged, and DeclarationError
-    for an invalid step, ``keep`` or group name. ``durable=False`` omits the fsyncs. Returns the checkpoint's folder.
+    for an invalid group name. ``durable=False`` omits the fsyncs. Returns the checkpoint's folder.
     """
-    if step < 0:
-        raise DeclarationError(f"Expected a step of at least 0; got {step}.")
-    if keep < 1:
-        raise DeclarationError(f"Expected to keep at least 1 checkpoint; got {keep}.")
     if wrong_groups := [group for group in tensors if slug(group) != group]:
         raise DeclarationError(f"Expected a safe file name for a group of tensors; got {wrong_groups[0]!r}.")
     path = folder / f"step-{step:08d}"
@@ -86,12 +89,12 @@ def write(
     with files.raising(StorageError, f"{path}: expected to be written", advice):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _stage(temporary, step, _contents(tensors, state), durable)
+            _stage(temporary, {"step": step, "run": dict(run or {})}, _contents(tensors, state), durable)
             _place(temporary, path, durable)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in [found for found in newest_first(folder) if found.name.startswith("step-")][keep:]:
-            if old != path:
+            if old not in (path, folder / f"step-{spared:08d}"):
                 files.remove(old, ignore_errors=True)
     return path
 
@@ -103,14 +106,14 @@ def _contents(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, A
     yield "state.json", pack_state(state)
 
 
-def _stage(temporary: Path, step: int, contents: Iterable[tuple[str, bytes]], durable: bool) -> None:
+def _stage(temporary: Path, told: dict[str, Any], contents: Iterable[tuple[str, bytes]], durable: bool) -> None:
     temporary.mkdir()
     table = {}
     for name, content in contents:
         files.write_new(temporary / name, content, durable=durable)
-        table[name] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
-    manifest = {"schema": SCHEMA_VERSION, "step": step, "files": table}
-    files.write_new(temporary / "manifest.json", json.dumps(manifest, indent=1).encode(), durable=durable)
+        table[name] = {"sha256": files.digest(content), "size": len(content)}
+    manifest = files.sealed({"schema": SCHEMA_VERSION, **told, "files": table})
+    files.write_new(temporary / "manifest.json", files.pretty(manifest).encode(), durable=durable)
     if durable:
         files.sync_folder(temporary)
 
@@ -141,7 +144,7 @@ def read(path: Path) -> Checkpoint:
     that the manifest lists are opened, and nothing is unpickled.
     """
     try:
-        schema, step, table = _manifest(path)
+        schema, step, table, run = manifest_of(path)
         state = files.parse_object(path / "state.json", _verified(path, "state.json", table.pop("state.json")))
         tensors = {
             name.removesuffix(".safetensors"): unpack_tensors(path / name, _verified(path, name, entry))
@@ -149,7 +152,7 @@ def read(path: Path) -> Checkpoint:
         }
     except DataError as problem:
         raise CheckpointError(str(problem)) from problem
-    saved = Checkpoint(path, step, tensors, state)
+    saved = Checkpoint(path, step, tensors, state, run)
     for old in range(schema, SCHEMA_VERSION):
         if old not in MIGRATIONS:
             found = f"schema {old}, which nothing migrates"
@@ -158,27 +161,26 @@ def read(path: Path) -> Checkpoint:
     return saved
 
 
-def _manifest(path: Path) -> tuple[int, int, dict[str, dict[str, Any]]]:
-    """Return format version, step and file table (size, SHA-256 by name) of a checkpoint's manifest, all validated."""
+def manifest_of(path: Path) -> tuple[int, int, dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return format version, step, file table (size, SHA-256 by name) and seal in a checkpoint's manifest."""
     where = path / "manifest.json"
     if path.is_symlink() or not path.is_dir():
         raise wrong(path, "a checkpoint folder", "a link" if path.is_symlink() else "none")
     found = files.read_object(path, "manifest.json", LARGEST_STATE)
-    schema = _whole(where, found, "schema")
+    require_sound(where, found)
+    schema, step, match = found.get("schema", -1), found.get("step", -1), _NAME.match(path.name)
     if schema > SCHEMA_VERSION:
         newer = f"schema {schema}; upgrade pvae (pip install -U pvae-pyro)"
         raise wrong(where, f"schema {SCHEMA_VERSION} or older", newer)
-    step, match = _whole(where, found, "step"), _NAME.match(path.name)
     if match and int(match[2]) != step:
         raise wrong(where, f"step {int(match[2])}, as the folder says", f"step {step}")
-    return schema, step, _file_table(where, found.get("files"))
-
-
-def _whole(where: Path, fields: Mapping[str, Any], key: str) -> int:
-    found = fields.get(key)
-    if not isinstance(found, int) or isinstance(found, bool) or found < 0:
-        raise wrong(where, f"a whole number for {key!r}", repr(found))
-    return found
+    table, run = _file_table(where, found.get("files")), found.get("run", {})
+    if not isinstance(run, dict):
+        raise wrong(where, "a table for 'run'", repr(run)[:80])
+    require_sound(where, run)
+    if not files.is_sealed(found) and ("sha256" in found or run):
+        raise wrong(where, "the manifest that was written", "an edited one (its digest differs)")
+    return schema, step, table, run
 
 
 def _file_table(where: Path, table: object) -> dict[str, dict[str, Any]]:
@@ -189,9 +191,8 @@ def _file_table(where: Path, table: object) -> dict[str, dict[str, Any]]:
         group = name.removesuffix(".safetensors")
         if name != "state.json" and (group == name or slug(group) != group):
             raise wrong(where, "plain names like weights.safetensors", repr(name)[:80])
-        if not isinstance(entry, dict) or not isinstance(entry.get("sha256"), str):
+        if not re.fullmatch(r'\{"sha256": "[0-9a-f]{64}", "size": \d{1,18}\}', json.dumps(entry)):
             raise wrong(where, f"size and sha256 of {name!r}", repr(entry)[:80])
-        _whole(where, entry, "size")
     return table
 
 
@@ -201,22 +202,23 @@ def _verified(path: Path, name: str, entry: Mapping[str, Any]) -> bytes:
         if (size := where.lstat().st_size) != entry["size"]:
             raise wrong(where, f"{entry['size']} bytes", f"{size} (truncated or replaced)")
     content = files.read_inside(path, name, LARGEST_STATE if name == "state.json" else entry["size"])
-    digest = hashlib.sha256(content).hexdigest()
+    digest = files.digest(content)
     if digest != entry["sha256"]:
         raise wrong(where, f"SHA-256 {entry['sha256']}", f"{digest} (its bytes changed)")
     return content
 
 
-def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning) -> Checkpoint | None:
+def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning, every: int = 1) -> Checkpoint | None:
     """Return the checkpoint of the highest step that can be read, or None if the folder contains no checkpoint.
 
-    Each unreadable checkpoint is passed to `report` with the reason. If all are unreadable, a CheckpointError lists
-    them, because silently starting anew would lose the run. A folder that a fit changes meanwhile is listed again.
+    Only steps that are multiples of `every` count. Each unreadable checkpoint is passed to `report` with the reason. If
+    all are unreadable, a CheckpointError lists them, because silently starting anew would lose the run. A folder that a
+    fit changes meanwhile is listed again.
     """
     for _ in range(100):
         before, found = _entries(folder), None
         refused: dict[str, CheckpointError] = {}
-        for path in newest_first(folder):
+        for path in newest_first(folder, every):
             try:
                 found = read(path)
                 break
@@ -239,10 +241,13 @@ def _entries(folder: Path) -> set[tuple[str, int]]:
     return set()
 
 
-def newest_first(folder: Path) -> list[Path]:
-    """Return the paths of all checkpoints, highest step first, including one left renamed by an interrupted `write`."""
+def newest_first(folder: Path, every: int = 1) -> list[Path]:
+    """Return the paths of all checkpoints, highest step first, including one left renamed by an interrupted `write`.
+
+    Only steps that are multiples of `every` count.
+    """
     paths = {int(match[2]): folder / match.string for match in map(_NAME.match, _names(folder)) if match}
-    return [paths[step] for step in sorted(paths, reverse=True)]
+    return [paths[step] for step in sorted(paths, reverse=True) if step % every == 0]
 
 
 def _names(folder: Path) -> list[str]:
@@ -305,27 +310,16 @@ def _escaped(key: str) -> str:
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
     """Return a training state as JSON bytes; raises CheckpointError if reading them would not give an equal state."""
-    _require_text_keys(state)
     try:
         content = json.dumps(state, allow_nan=False).encode()
     except (TypeError, ValueError, RecursionError) as problem:
         raise CheckpointError(f"Expected a state of finite JSON; got: {problem}") from problem
+    if json.loads(content) != state:
+        raise CheckpointError("Expected lists, and text as keys of the state; got others, which JSON would convert.")
     if len(content) > LARGEST_STATE:
         most = f"a state of at most {LARGEST_STATE} bytes"
         raise CheckpointError(f"Expected {most}; got {len(content)}. Keep arrays as tensors.")
     return content
-
-
-def _require_text_keys(value: object) -> None:
-    """Refuse dicts with keys that are not strings, which JSON would silently convert to strings."""
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            if not isinstance(key, str):
-                raise CheckpointError(f"Expected text as keys of the state; got {key!r}.")
-            _require_text_keys(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _require_text_keys(item)
 
 
 def unpack_tensors(where: Path, content: bytes) -> dict[str, Tensor]:

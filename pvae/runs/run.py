@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping
+import platform
+from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
+from pvae.data.rows.files import CONFINED
 from pvae.data.sources.python import TensorSource
 from pvae.data.sources.tabular import FrameSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
@@ -32,45 +34,60 @@ LISTED_DIFFERENCES = 12
 """Largest number of differences between a checkpoint and a declaration that an error message lists."""
 
 
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Copy named weights into a module whose state_dict has the same names and shapes.
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
+) -> None:
+    """Copy named weights into a module whose state_dict has the same names, shapes and dtypes.
+
+    `dtype` is that of floating-point weights which were trained in another one than the module's.
 
     Raises:
-        CheckpointError: names or shapes differ; the message lists the differences after `origin`.
+        CheckpointError: names, shapes or dtypes differ; the message lists the differences after `origin`.
     """
-    own = module.state_dict()
+    require_same(module.state_dict(), tensors, origin, dtype)
+    module.load_state_dict(dict(tensors))
+
+
+def require_same(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
+) -> None:
+    """Raise CheckpointError unless named tensors have the names, shapes and dtypes of others; see `load_weights`."""
     lines = [f"{name}: expected by the declaration; not in the checkpoint" for name in own if name not in tensors]
     lines += [f"{name}: in the checkpoint; not in the declaration" for name in tensors if name not in own]
-    lines += [
-        f"{name}: expected shape {list(own[name].shape)}; got {list(tensors[name].shape)}"
-        for name in own
-        if name in tensors and own[name].shape != tensors[name].shape
-    ]
+    for name in own.keys() & tensors.keys():
+        wanted, found = own[name], tensors[name]
+        kind = dtype if dtype and wanted.is_floating_point() else wanted.dtype
+        if wanted.shape != found.shape:
+            lines.append(f"{name}: expected shape {list(wanted.shape)}; got {list(found.shape)}")
+        elif found.dtype != kind:
+            lines.append(f"{name}: expected {kind}; got {found.dtype}")
     if lines:
         more = [f"... and {len(lines) - LISTED_DIFFERENCES} more"] if len(lines) > LISTED_DIFFERENCES else []
         raise CheckpointError(
             f"{origin}: expected a checkpoint of this declaration; got another:\n  "
-            + "\n  ".join(lines[:LISTED_DIFFERENCES] + more)
+            + "\n  ".join(sorted(lines)[:LISTED_DIFFERENCES] + more)
         )
-    module.load_state_dict(dict(tensors))
 
 
-def attended(pair: Pair, train: Split) -> Pair:
-    """Return the model/guide pair after parts that depend on data, such as an exemplar prior, got the training data."""
-    return pair.attend(train.data) if pair.made_of_data() else pair
+def attended(pair: Pair, train: Callable[[], Split]) -> Pair:
+    """Return the model/guide pair after parts that depend on data, such as an exemplar prior, got the training data.
+
+    Other pairs need no data.
+    """
+    return pair.attend(train().data) if pair.made_of_data() else pair
 
 
 def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
     """Return the weights of a checkpoint that its fit selected: the best, the averaged, or the last weights.
 
     Raises:
-        CheckpointError: the checkpoint contains no weights.
+        CheckpointError: the checkpoint contains no weights, or not those that its state selects.
     """
     if "weights" not in saved.tensors:
         raise CheckpointError(f"{saved.path}: expected weights.safetensors; got {', '.join(saved.tensors) or 'none'}.")
-    weights = dict(saved.tensors["weights"])
-    group = saved.tensors.get(str(saved.state.get("select", "weights")), {})
-    return {**weights, **group}
+    if (select := saved.state.get("select", "weights")) not in [*{"weights", "average", "best"} & saved.tensors.keys()]:
+        raise CheckpointError(f"{saved.path / 'state.json'}: expected 'select' to name weights; got {select!r}.")
+    return {**saved.tensors["weights"], **saved.tensors[select]}
 
 
 class Run:
@@ -180,7 +197,11 @@ class Run:
             said = f", or {origin} on the command line" if (origin := self.files.manifest.get("origin")) else ""
             raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load{said}.")
         if data is None:
-            data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
+            token = CONFINED.set(self._foreign)
+            try:
+                data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
+            finally:
+                CONFINED.reset(token)
         wanted = self.files.manifest.get("data", {}).get("fingerprint")
         if wanted and data.fingerprint != wanted:
             raise DataError(
@@ -188,6 +209,21 @@ class Run:
                 f"The run was fitted on other data."
             )
         return self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data
+
+    @property
+    def _foreign(self) -> str:
+        """Return what the declaration is that may not choose the files that are read here; empty for an own one."""
+        there = self.files.manifest
+        if there.get("host") == platform.node() and "fingerprint" in there.get("data", {}) and self.files.spec_is_own():
+            return ""
+        return "a run of another machine, without a fingerprint of its data, or with an edited declaration"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of a datum, as the manifest records it; raises DataError where it does not."""
+        if "shape" not in (data := self.files.manifest.get("data", {})):
+            raise DataError(f"{self.path / 'manifest.json'}: expected the shape of a datum in data.shape; got none.")
+        return tuple(data["shape"])
 
     @cached_property
     def checkpoint(self) -> checkpoint.Checkpoint:
@@ -201,7 +237,7 @@ class Run:
     def pair(self) -> Pair:
         """Fitted model/guide pair with the selected weights, on the CPU, in evaluation mode."""
         pair = self.fresh_pair().cpu()
-        load_weights(pair, chosen(self.checkpoint), str(self.checkpoint.path))
+        load_weights(pair, chosen(self.checkpoint), str(self.checkpoint.path), self.plan.objective.dtype)
         return pair.eval()
 
     def fresh_pair(self) -> Pair:
@@ -215,7 +251,8 @@ class Run:
                 f"{self.path}: expected the hand-written pair of this run; got none. Pass pair= and data= to Run.load, "
                 f"or {said} on the command line."
             )
-        return attended(self.plan.build(self.data.shape), self.data.train)
+        shape = self.shape if self._given_data is None else self.data.shape  # which compares the fingerprint
+        return attended(self.plan.build(shape), lambda: self.data.train)
 
     @property
     def metrics(self) -> pandas.DataFrame:

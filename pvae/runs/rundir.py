@@ -6,14 +6,15 @@ links, and a full disk never stops a fit: see ``RunDirectory.degraded``.
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import UnionType
 from typing import TYPE_CHECKING, Any, cast
 
 from pvae.errors import DataError, Interrupted, OutputError, PvaeError, StorageError
@@ -29,11 +30,26 @@ if TYPE_CHECKING:
 RUN_STATES = ("running", "finished", "interrupted", "failed")
 ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
 """Kinds of events that are shown to the user as alerts."""
-MANIFEST_KEYS: dict[str, type | UnionType] = {
-    "name": str, "id": str, "started": str, "order": int, "device": str, "engine": str, "precision": str, "figure": str,
-    "declared": bool, "imports": list, "trainable": list | None, "parent": dict | None, "data": dict, "exports": list,
-}  # fmt: skip
-"""Type of each known entry of a run's manifest; every entry may be missing."""
+_TEXTS, _DIGEST = r'\[("([^"\\]|\\.)*"(, )?)*\]', '"[0-9a-f]{64}"'
+MANIFEST: dict[str, tuple[str, str]] = {
+    "data": ("a table", r"\{.*\}"),
+    **dict.fromkeys(("git", "parent"), ("a table, or null,", r"null|\{.*\}")),
+    **dict.fromkeys(("name", "id", "started", "figure", "origin", "host", "platform", "declaration"), ("text", '".*"')),
+    **dict.fromkeys(("parent.run", "data.source"), ("text", '".*"')),
+    **dict.fromkeys(("imports", "exports", "argv"), ("a list of texts", _TEXTS)),
+    **dict.fromkeys(("seed", "order", "schema", "step"), ("a whole number", r"\d{1,18}")),
+    **dict.fromkeys(("data.fingerprint", "spec"), ("a SHA-256 digest", _DIGEST)),
+    "declared": ("true or false", "true|false"),
+    "trainable": ("a list of texts, or null,", f"null|{_TEXTS}"),
+    "device": ("cpu or cuda", r'"(cpu|cuda(:\d{1,3})?)"'),
+    "engine": ("eager, compiled or captured", '"(eager|compiled|captured)"'),
+    "precision": ("float32 or bfloat16", r'"(float32|bfloat16)( .*)?"'),
+    "threads": ("a whole number above 0", r"[1-9]\d{0,6}"),
+    "versions": ("a table of texts", r'\{("[^"]*": "[^"]*"(, )?)*\}'),
+    "parent.epoch": ("a whole number, or null,", r"null|\d{1,18}"),
+    "data.shape": ("the shape of a datum", r"\[([1-9]\d{0,6}(, |(?=\])))*\]"),
+}
+"""Each known entry of a manifest, or of a seal, in words, with a pattern of its JSON; every entry may be missing."""
 KEPT_KEYS = frozenset(["name", "id", "started", "order"])
 """Entries of a manifest that never change."""
 
@@ -69,9 +85,10 @@ class RunDirectory:
                 order = find.next_order(named.parent)
                 begun.mkdir(parents=True)
                 path = find.free_path(named)
+                own = {"name": name, "id": path.name, "started": utc_now(), "order": order}
                 if spec is not None:
                     cls(begun).write_spec(spec)
-                own = {"name": name, "id": path.name, "started": utc_now(), "order": order}
+                    own["spec"] = files.digest(spec.encode())
                 cls(begun).write_manifest({**fields, **own})
                 os.rename(begun, path)
         finally:
@@ -126,22 +143,19 @@ class RunDirectory:
     def manifest(self) -> dict[str, Any]:
         """Manifest of the run: its name, id, start time, versions, seed and so on; raises DataError if damaged."""
         found = files.read_object(self.path, "manifest.json")
-        for key, kind in MANIFEST_KEYS.items():
-            if key in found and not isinstance(found[key], kind):
-                name = getattr(kind, "__name__", str(kind))
-                wanted = {"str": "text", "bool": "true or false"}.get(name, f"a {name}")
-                raise DataError(
-                    f"{self.path / 'manifest.json'}: expected {wanted} for {key!r}; got {str(found[key])[:60]!r}. "
-                    f"Restore it from a copy of the run."
-                )
+        found.pop("sha256", None)
+        require_sound(self.path / "manifest.json", found)
         return found
 
     def write_manifest(self, fields: Mapping[str, Any]) -> None:
-        """Replace the manifest, but for name, id, start and order, which never change. Raises StorageError."""
+        """Replace the manifest, but for name, id, start and order, which never change; its digest is added.
+
+        Raises StorageError.
+        """
         kept: dict[str, Any] = {}
         with suppress(DataError):
             kept = {key: value for key, value in self.manifest.items() if key in KEPT_KEYS}
-        write_atomic(self.path / "manifest.json", files.pretty({**fields, **kept}))
+        write_atomic(self.path / "manifest.json", files.pretty(files.sealed({**fields, **kept})))
 
     @property
     def id(self) -> str:
@@ -168,6 +182,11 @@ class RunDirectory:
             return files.read_inside(self.path, "spec.toml", files.MIB).decode()
         except UnicodeDecodeError as problem:
             raise DataError(f"{self.path / 'spec.toml'}: expected UTF-8; got {problem}.") from problem
+
+    def spec_is_own(self) -> bool:
+        """Return False if the declaration is not the text whose digest the manifest holds."""
+        written = files.digest(self.spec_text.encode())
+        return bool(self.manifest.get("spec", written) == written)
 
     def write_spec(self, text: str) -> None:
         """Write the complete declaration of the experiment (TOML) to the run; raises StorageError."""
@@ -250,11 +269,6 @@ class RunDirectory:
         return [str(event.get("message")) for event in self.events() if event.get("kind") in ALERT_KINDS]
 
     @property
-    def checkpoints(self) -> Path:
-        """Folder of the run's checkpoints, created on first access."""
-        return files.make_folder(self.path / "checkpoints")
-
-    @property
     def analysis(self) -> Path:
         """Folder of the run's analyses, created on first access."""
         return files.make_folder(self.path / "analysis")
@@ -267,6 +281,16 @@ class RunDirectory:
     def exports(self, kind: str) -> Path:
         """Return the folder for the files of an exporter, such as `tensorboard`, created on first access."""
         return files.make_folder(files.make_folder(self.path / "exports") / kind)
+
+
+def require_sound(where: Path, found: Mapping[str, Any]) -> None:
+    """Raise DataError, which names the entry, unless every known entry of a manifest or seal is of its kind."""
+    for key, (words, pattern) in MANIFEST.items():
+        table, _, inner = key.rpartition(".")
+        here = (found.get(table) or {}) if table else found
+        if inner in here and not re.fullmatch(pattern, json.dumps(here[inner])):
+            got = f"got {str(here[inner])[:60]!r}. Restore it from a copy of the run."
+            raise DataError(f"{where}: expected {words} for {key!r}; {got}")
 
 
 def state_of(run: RunDirectory, status: Mapping[str, Any]) -> str:

@@ -106,7 +106,7 @@ def fit(
         plan, dataset, pair = _declared(read.with_changes(changes), data, data_dir)
     rows = min(plan.train.batch_size, len(dataset.train)) * getattr(plan.objective, "particles", 1)
     require_training_memory(pair, math.prod(dataset.shape), rows, where)
-    attended(pair, dataset.train)
+    attended(pair, lambda: dataset.train)
     given_pair = what if isinstance(what, Pair) else None
     _require_fittable(plan, pair, dataset, given_pair is not None)
     run = launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, export=kinds, progress=progress)

@@ -128,6 +128,8 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
             bar.update(state.step)
     trainer.clock()
     end_epoch(trainer, bar)
+    if trainer.train.nonfinite == "rollback":
+        recovery.save(trainer)
 
 
 def step(trainer: Trainer, index: Tensor) -> bool:

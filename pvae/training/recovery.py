@@ -18,7 +18,7 @@ from pvae.pair.densities import log_prob
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.runs.run import load_weights
+from pvae.runs.run import chosen, load_weights, require_same
 from pvae.training import step
 from pvae.training.trainer import State, Trainer, first_line
 from pvae.util.files import write_atomic
@@ -32,13 +32,17 @@ DUMP = "nonfinite_batch.safetensors"
 # ---------------------------------------------------------------------- checkpoints
 
 
-def newest(trainer: Trainer) -> checkpoint.Checkpoint | None:
-    """Return the newest readable checkpoint of a fit; None if it has none. Damaged ones are reported as events."""
-    return checkpoint.latest(trainer.files.path / "checkpoints", report=lambda line: trainer.tell("fallback", line))
+def newest(trainer: Trainer, every: int = 1) -> checkpoint.Checkpoint | None:
+    """Return the newest readable checkpoint of a fit, of a step that is a multiple of `every`; None if it has none.
+
+    Damaged ones are reported as events.
+    """
+    folder = trainer.files.path / "checkpoints"
+    return checkpoint.latest(folder, report=lambda line: trainer.tell("fallback", line), every=every)
 
 
 def save(trainer: Trainer, *, last: bool = False) -> None:
-    """Write a checkpoint of the fit, unless a weight is NaN or infinite.
+    """Write a checkpoint of the fit, unless a weight is NaN or infinite; that of the epoch's start stays.
 
     A full disk is reported as an event, and the next checkpoint is the next attempt; the last one of a process must
     succeed, after some attempts.
@@ -59,10 +63,11 @@ def save(trainer: Trainer, *, last: bool = False) -> None:
     if trainer.state.step:
         tensors["progress"] = {"sums": trainer.sums, **trainer.gathered}
     state = {k: v for k, v in asdict(trainer.state).items() if v != -math.inf} | {"select": select}
+    folder, start = trainer.files.path / "checkpoints", trainer.state.epoch * trainer.per_epoch
     last = last or trainer.state.stopped or trainer.state.epoch >= trainer.train.epochs
     for wait in (*RETRY_SECONDS, None) if last else (None,):
         try:
-            checkpoint.write(trainer.files.path / "checkpoints", trainer.state.step, tensors, state)
+            checkpoint.write(folder, trainer.state.step, tensors, state, run=trainer.sealed, spared=start)
             break
         except StorageError as error:
             if wait is None and last:
@@ -79,6 +84,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         CheckpointError: the checkpoint does not belong to this fit.
     """
     try:
+        chosen(saved)  # raises where the state selects none
         tensors, device, keeps_best = saved.tensors, trainer.device, trainer.train.keep == "best"
         for group in ("best", "weights"):  # the best are kept as they are: they too must be of this pair
             if group == "weights" or group in tensors:
@@ -89,19 +95,23 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         trainer.best = tensors.get("best") if keeps_best else None
         average = tensors.get("average")
         if trainer.average is not None and average is not None:  # in place: the step holds these tensors
+            require_same(dict(zip(trainer.names, trainer.average, strict=True)), average, f"{saved.path}, average")
             torch._foreach_copy_(trainer.average, [average[name].to(device) for name in trainer.names])
         progress = {name: value.to(device) for name, value in tensors.get("progress", {}).items()}
-        trainer.sums = progress.pop("sums", torch.zeros_like(trainer.sums))
+        trainer.sums = progress.pop("sums", torch.zeros(0, dtype=torch.float64, device=device))
+        if trainer.sums.dtype != torch.float64 or trainer.sums.dim() != 1:
+            raise ValueError(f"progress has sums of shape {list(trainer.sums.shape)}, {trainer.sums.dtype}")
         trainer.gathered.clear()  # in place: the stepper holds it
         trainer.gathered.update(progress)
-        trainer.state = State.of(saved.state)
+        trainer.state = State.of(saved)
         if keeps_best and trainer.best is None:
             trainer.state.best = trainer.state.elbo = -math.inf
         if trainer.state.step:
             trainer.follow_schedules(trainer.state.step - 1)  # of the last step: the end of its epoch may be to come
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{saved.path}: expected the state of this fit; got another: {error}. Go on from the checkpoint before."
+            f"{saved.path}: expected the state of this fit; got another: {error}. Remove this checkpoint to go on from "
+            f"the one before."
         ) from error
 
 
@@ -131,7 +141,8 @@ def all_finite(trainer: Trainer) -> bool:
 def handle(trainer: Trainer, message: str, steps: int) -> bool:
     """Apply the policy `train.nonfinite` to `steps` failed steps: return True to go on, False after a rollback.
 
-    A rollback restores the newest checkpoint; the fit continues from there with other random noise.
+    A rollback restores the checkpoint of the start of the epoch, which does not depend on interruptions; the fit
+    continues from there with other random noise.
 
     Raises:
         NonFiniteError: the policy is to stop, or to skip although a weight is not finite, or no further rollback is
@@ -142,7 +153,7 @@ def handle(trainer: Trainer, message: str, steps: int) -> bool:
         state.skipped += steps
         trainer.tell("nonfinite", f"{message}; skipped")
         return True
-    saved = newest(trainer) if policy == "rollback" and state.rollbacks < MAX_ROLLBACKS else None
+    saved = newest(trainer, trainer.per_epoch) if policy == "rollback" and state.rollbacks < MAX_ROLLBACKS else None
     if saved is None:
         fail(trainer, message)
     restore(trainer, saved)

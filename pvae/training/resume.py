@@ -20,14 +20,18 @@ from pvae.runs import checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
 from pvae.runs.run import Run, attended, load_weights
 from pvae.runs.rundir import RunDirectory
+from pvae.runs.seal import edits, sealed
 from pvae.training import loop
 from pvae.training.launch import freeze, launch, pick_device
-from pvae.training.recovery import newest, restore
+from pvae.training.recovery import newest, restore, save
 from pvae.training.step import learned
 from pvae.training.trainer import Trainer
+from pvae.util.files import digest
+from pvae.util.provenance import UNCOUNTED, surroundings
 from pvae.util.toml import flat
 
-RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads", "precision")
+RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads", "precision", "figure", "host",
+             "platform", "versions", "manifest.json", "checkpoint")  # fmt: skip
 """Prefixes of the keys that `allow_changes` permits to change in a run: settings of training, never of model or
 data."""
 NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
@@ -53,7 +57,8 @@ def resume(
     Arguments:
         run: a `Run`, its folder, its name, or "latest".
         overrides: changes to the declaration, such as `"train.epochs=40"`; they need `allow_changes`.
-        allow_changes: accept another declaration, device or thread count; the continuation is then no longer exact.
+        allow_changes: accept another declaration, machine, device, thread count or versions; the continuation is then
+            no longer exact.
         device: as in `fit`.
         export: trackers to record the run to, besides those of the fit.
         root: folder in which runs are looked up by name.
@@ -109,17 +114,20 @@ def resume(
 
 def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, progress: bool) -> None:
     """Train from the newest checkpoint to the end; return at once for a pair without trainable parameters."""
-    files, pair = run.files, run.fresh_pair()
+    files, pair, data = run.files, run.fresh_pair(), run.data
     freeze(pair, files.manifest.get("trainable"))
     if not learned(pair):
         _ = run.checkpoint  # raises where there is none
         return
     engine = str(files.manifest.get("engine", "eager"))
-    judged = _judged(run.plan) != _judged(plan)
+    judged, is_old = _judged(own_plan(run)) != _judged(plan), "spec" not in files.manifest
     if changed:
-        figure = {"figure": _judged(plan)[0]} if judged else {}
-        files.write_manifest({**files.manifest, **figure, "precision": precision_of(run, plan, where)})
-    trainer = Trainer(plan, pair, run.data, files, where, engine, progress)
+        own = {"figure": _judged(plan)[0]} if judged or not is_old else {}
+        own |= {} if is_old else {"spec": digest(plan.to_toml().encode())}
+        files.write_manifest({**files.manifest, **computing(run, plan, where), **own})
+    trainer = Trainer(plan, pair, data, files, where, engine, progress)
+    if is_old:
+        trainer.tell("seal", "not sealed: the run is of an earlier version, so that edits of its files are not seen")
     saved = newest(trainer)
     if saved is not None:
         restore(trainer, saved)
@@ -134,6 +142,9 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
             trainer.state.best = trainer.state.elbo = -math.inf
         files.write_spec(plan.to_toml())
         files.log_event("changed", "; ".join(changed))
+        if saved is not None:  # the newest checkpoint says what the run is now
+            trainer.started -= trainer.state.seconds
+            save(trainer)
     loop.train(trainer)
 
 
@@ -176,15 +187,36 @@ def _stage_run(run: Run, stage: Experiment) -> Run | None:
 def precision_of(run: Run, plan: Plan, device: torch.device) -> str:
     """Return the precision of a continuation on a device: that recorded in the run, unless `plan` declares another."""
     recorded, declared = str(run.files.manifest.get("precision", "")), plan.train.precision
-    return resolved(recorded.split()[0] if recorded and declared == run.plan.train.precision else declared, device)
+    return resolved(recorded.split()[0] if recorded and declared == own_plan(run).train.precision else declared, device)
+
+
+def computing(run: Run, plan: Plan, device: torch.device) -> dict[str, Any]:
+    """Return manifest entries of a continuation: device, threads, precision; versions and machine of a sealed run."""
+    here = surroundings() if "spec" in run.files.manifest else {}
+    here |= {"device": str(device), "threads": torch.get_num_threads(), "precision": precision_of(run, plan, device)}
+    return here
 
 
 def differences(run: Run, plan: Plan, device: torch.device) -> list[str]:
-    """Return a line for each change of declaration, device or threads that makes a run's continuation inexact."""
-    lines = list(changed_keys(run.plan, plan).values())
-    there = run.files.manifest
-    here = {"device": str(device), "threads": torch.get_num_threads(), "precision": precision_of(run, plan, device)}
-    return lines + [f"{k} = {there[k]!r}; got {v!r}." for k, v in here.items() if k in there and there[k] != v]
+    """Return a line for each difference from what a run is, by which its continuation would be another or inexact.
+
+    They are changes and edits of the declaration, edits of the manifest, and, unless a finished run stays as it is,
+    another device, machine or versions.
+    """
+    lines = [*changed_keys(own_plan(run), plan).values(), *edits(run.files)]
+    if not lines and not run.files.spec_is_own() and not sealed(run.files):
+        lines = ["spec.toml, as it was written; got an edited one (its digest differs)."]
+    if not lines and run.status.get("state") == "finished":
+        return []
+    there, here = flat(run.files.manifest), flat(computing(run, plan, device))
+    changed = {k: v for k, v in here.items() if k in there and there[k] != v and k not in UNCOUNTED}
+    return lines + [f"{k} = {there[k]!r}; got {v!r}." for k, v in changed.items()]
+
+
+def own_plan(run: Run) -> Plan:
+    """Return the declaration that a run was fitted by, as its newest checkpoint repeats it, else that of its file."""
+    text = sealed(run.files).get("declaration")
+    return run.plan if text is None else type(run.plan).from_toml(text, f"{run.path}, 'declaration' of a checkpoint")
 
 
 # ---------------------------------------------------------------------- second stages
@@ -288,7 +320,7 @@ def fit_stage(
     Arguments as in `refit`, but for the stage's declaration.
     """
     trainable = tuple(f"model.priors.{name}." for name in run.experiment.refitted(stage))
-    pair = attended(stage.build(run.data.shape), run.data.train)
+    pair = attended(stage.build(run.data.shape), lambda: run.data.train)
     weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}
     fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
     load_weights(pair, {**weights, **fresh}, str(run.path))

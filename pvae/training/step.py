@@ -295,13 +295,14 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     """Load the tensors of `optimizer_tensors` into an optimiser; its learning rates and flags stay unchanged.
 
     Raises:
-        ValueError: a tensor belongs to no parameter of the optimiser, or its shape is not that of the parameter.
+        ValueError: a tensor belongs to no parameter of the optimiser, or has not its shape and dtype.
     """
-    shapes = {str(i): p.shape for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    own = {str(i): p for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
     state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
-        if index not in shapes or (value.dim() and value.shape != shapes[index]):
-            raise ValueError(f"the optimiser has {key} of shape {list(value.shape)}")
+        wanted = own[index].dtype if index in own and name != "step" else torch.float32
+        if index not in own or (value.dim() and value.shape != own[index].shape) or value.dtype != wanted:
+            raise ValueError(f"the optimiser has {key} of shape {list(value.shape)}, {value.dtype}")
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -22,11 +22,14 @@ from pvae.nn.precision import resolved
 from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.pair import Pair
+from pvae.runs.checkpoint import Checkpoint
 from pvae.runs.rundir import RunDirectory
+from pvae.runs.seal import seal
 from pvae.training.step import Step, learned, make_capturable, restored, set_lr
 from pvae.util import seeds
 
-Count = Annotated[int, Field(ge=-1, lt=1 << 53)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+Figure = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass(config=ConfigDict(strict=True, extra="forbid"))
@@ -40,26 +43,30 @@ class State:
 
     step: Count = 0
     epoch: Count = 0
-    best: float = -math.inf
-    elbo: float = -math.inf
-    best_epoch: Count = -1
+    best: Figure = -math.inf
+    elbo: Figure = -math.inf
+    best_epoch: Annotated[int, Field(ge=-1, lt=1 << 53)] = -1
     waited: Count = 0
     rollbacks: Count = 0
     skipped: Count = 0
-    seconds: Annotated[float, Field(ge=-1, lt=1 << 53)] = 0.0
+    seconds: Annotated[float, Field(ge=0, lt=1 << 53)] = 0.0
     stopped: bool = False
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any]) -> State:
+    def of(cls, saved: Checkpoint) -> State:
         """Return the state stored in a checkpoint, without its key `select`.
 
-        Raises ValueError if an entry is invalid.
+        Raises ValueError, which names the entry, if one is invalid.
         """
         try:
-            return cls(**{key: value for key, value in saved.items() if key != "select"})
+            state = cls(**{key: value for key, value in saved.state.items() if key != "select"})
         except ValidationError as error:
             wrong = error.errors()[0]
             raise ValueError(f"state.json has {wrong['loc'][0]} = {wrong['input']!r}") from error
+        late = [key for key in ("epoch", "best_epoch", "waited") if getattr(state, key) > saved.step]
+        for key in late or ["step"] * (state.step != saved.step):
+            raise ValueError(f"state.json has {key} = {getattr(state, key)} in a checkpoint of step {saved.step}")
+        return state
 
 
 class Trainer:
@@ -83,6 +90,7 @@ class Trainer:
         self, plan: Plan, pair: Pair, data: Dataset, files: RunDirectory, device: torch.device, engine: str, show: bool
     ) -> None:
         self.plan, self.train, self.files, self.device = plan, plan.train, files, device
+        self.sealed = seal(files, plan.to_toml())
         self.engine, self.show = engine, show
         self.data = data.to(device)
         self.pair = pair.to(device, plan.objective.dtype)

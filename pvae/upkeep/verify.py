@@ -1,6 +1,5 @@
 """Command `verify`: check of every file of a run."""
 
-import hashlib
 import json
 import os
 import re
@@ -17,9 +16,11 @@ from pvae.runs import checkpoint
 from pvae.runs.find import is_stale, leftovers
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory, state_of
+from pvae.runs.seal import edits
+from pvae.training.resume import changed_keys, own_plan
 from pvae.upkeep import weights
 from pvae.util.checks import Check, Checks, Level, attempt
-from pvae.util.files import MIB, read_inside, read_lines, walk
+from pvae.util.files import MIB, digest, read_inside, read_lines, walk
 
 FILES = ("manifest.json", "spec.toml", "status.json", "metrics.jsonl", "events.jsonl", ".lock")
 FOLDERS = ("checkpoints", "analysis", "report", "exports")
@@ -110,8 +111,11 @@ class _Inspection:
         if "data" not in found:
             yield Check("manifest.json", "warning", "the fit was stopped before it said what its data are", "Fit anew.")
             return
-        _shape(found)
-        yield Check("manifest.json", "ok", f"{found['name']}, started {found['started']}")
+        _ = self.run.shape
+        if lines := edits(self.run.files):
+            raise DataError(f"{self.path}: expected {' '.join(lines)} Put back what was edited.")
+        told = "" if "spec" in found else "; not sealed (of an earlier version): edits of the run are not seen"
+        yield Check("manifest.json", "ok", f"{found['name']}, started {found['started']}{told}")
 
     def spec(self) -> Iterator[Check]:
         """Yield the check of spec.toml: it parses, round-trips, was not edited, and agrees with the manifest."""
@@ -125,7 +129,9 @@ class _Inspection:
             if key in manifest and manifest[key] != found:
                 wanted = f"{key} = {manifest[key]!r}, as in the manifest"
                 raise DataError(f"{where}: expected {wanted}; got {found!r}. Put back what was edited.")
-        if text != self.run.files.spec_text:
+        if lines := changed_keys(own_plan(self.run), plan).values():
+            raise DataError(f"{where}: expected {' '.join(lines)} Put back what was edited.")
+        if text != self.run.files.spec_text or not self.run.files.spec_is_own():
             yield Check("spec.toml", "warning", "not as it was written: edited, or of another version of pvae")
         else:
             yield Check("spec.toml", "ok", f"declaration {plan.name}")
@@ -203,7 +209,7 @@ class _Inspection:
         """Yield a check that model and guide can be built; checkpoints are compared with their names and shapes."""
         plan = self.run.plan
         if isinstance(plan, Experiment):
-            self.pair = plan.build(_shape(self.run.files.manifest))
+            self.pair = plan.build(self.run.shape).to("cpu", plan.objective.dtype)
         elif self.run._given_pair is not None:
             self.pair = self.run.fresh_pair()
         if self.pair is None:
@@ -264,9 +270,8 @@ def _compare_digest(path: Path) -> None:
     found = _DIGEST.match(read_inside(path.parent, path.name, 1 << 16).decode(errors="replace"))
     if found is None:
         raise DataError(f"{path}: expected a line of sha256sum; got another. Export the file again.")
-    digest = hashlib.sha256(read_inside(path.parent, found[2], 1 << 40)).hexdigest()
-    if digest != found[1]:
-        raise DataError(f"{path.parent / found[2]}: expected SHA-256 {found[1]}; got {digest}. Export it again.")
+    if (now := digest(read_inside(path.parent, found[2], 1 << 40))) != found[1]:
+        raise DataError(f"{path.parent / found[2]}: expected SHA-256 {found[1]}; got {now}. Export it again.")
 
 
 def _parse_json(path: Path) -> None:
@@ -275,12 +280,3 @@ def _parse_json(path: Path) -> None:
         json.loads(read_inside(path.parent, path.name, 64 * MIB))
     except (ValueError, RecursionError) as problem:
         raise DataError(f"{path}: expected JSON; got {problem}. Run the analysis again.") from problem
-
-
-def _shape(manifest: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the shape of a datum that a run's manifest records; raises DataError if it is invalid."""
-    data = manifest.get("data")
-    shape = data.get("shape") if isinstance(data, dict) else None
-    if not isinstance(shape, list) or not all(isinstance(n, int) and 0 < n <= 1 << 24 for n in shape):
-        raise DataError(f"manifest.json: expected the shape of a datum in data.shape; got {shape!r}.")
-    return tuple(shape)

@@ -1,7 +1,6 @@
 """Checks of a checkpoint's content: tensor names, shapes, finite values, and the validation metrics of its weights."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from pvae.training.evaluation import evaluate
 from pvae.training.recovery import bad_weights
 from pvae.training.trainer import State
 from pvae.util.checks import Check
-from pvae.util.provenance import provenance
+from pvae.util.provenance import surroundings
 
 ELBO_TOLERANCE = 1e-4
 """Largest accepted difference of a recomputed validation metric, relative to the larger of its size and 1 nat; other
@@ -38,11 +37,11 @@ def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
             yield str(problem)
     bad = _not_finite("optimizer", saved.tensors.get("optimizer", {}), None)
     yield from (f"optimizer: {name} is not finite" for name in bad[:LISTED_TENSORS])
-    if str(saved.state.get("select", "weights")) not in saved.tensors:
-        yield f"expected the weights {saved.state['select']!r}, as state.json selects; got {', '.join(saved.tensors)}"
-    unknown = saved.state.keys() - {"select", *(field.name for field in fields(State))}
-    if unknown:
-        yield f"state.json: expected what a fit keeps; got also {', '.join(sorted(unknown))}"
+    for validated in (chosen, State.of):
+        try:
+            validated(saved)
+        except (CheckpointError, ValueError) as problem:
+            yield str(problem)
 
 
 def _not_finite(group: str, tensors: Mapping[str, Tensor], pair: Pair | None) -> list[str]:
@@ -69,8 +68,8 @@ def elbo(run: Run, saved: checkpoint.Checkpoint | None) -> Iterator[Check]:
 
 def _measure(run: Run, saved: checkpoint.Checkpoint, device: str) -> dict[str, float]:
     plan, pair = run.plan, run.fresh_pair()
-    load_weights(pair, chosen(saved), str(saved.path))
     pair = pair.to(torch.device(device), plan.objective.dtype).eval()
+    load_weights(pair, chosen(saved), str(saved.path))
     data = run.data.to(device)
     x, fitted = data.validation.rows, len(data.train)
     return plan.objective.measure(pair, x, plan.seed) or evaluate(pair, x, plan.seed, fitted)
@@ -96,7 +95,7 @@ def _compare(run: Run, device: str, recorded: Mapping[str, Any], measured: Mappi
 
 def _differences(run: Run, device: str) -> str:
     """Return a description of the differences (host, threads, versions) between the fit's machine and this one."""
-    there, here = run.files.manifest, {**provenance(), "threads": torch.get_num_threads()}
+    there, here = run.files.manifest, {**surroundings(), "threads": torch.get_num_threads()}
     keys = [key for key in ("host", "threads", "versions") if there.get(key) != here[key]]
     return f"other {' and '.join(keys)}" if keys else f"same host, threads and versions ({device})"
 

@@ -1,6 +1,7 @@
 """Crash-safe files: atomic replacement, repair of incomplete lines, no reading through links. Standard library only."""
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -199,6 +200,24 @@ def plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin
 def pretty(fields: Mapping[str, Any] | list[Any]) -> str:
     """Return indented JSON text that ends in a newline, with NaN and infinities written as null."""
     return json.dumps(plain(fields), indent=2, allow_nan=False) + "\n"
+
+
+def sealed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``fields`` with ``sha256``, the digest of all others, by which an edit is seen."""
+    content = {key: value for key, value in fields.items() if key != "sha256"}
+    return {**content, "sha256": digest(pretty(content).encode())}
+
+
+def digest(content: bytes) -> str:
+    """Return the SHA-256 digest of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def is_sealed(fields: Mapping[str, Any]) -> bool:
+    """Return True if ``fields`` are as `sealed` returned them."""
+    with suppress(RecursionError):
+        return bool(fields.get("sha256") == sealed(fields)["sha256"])
+    return False
 
 
 def json_line(fields: Mapping[str, Any]) -> bytes:

@@ -7,19 +7,22 @@ from typing import Any
 
 GIT_SECONDS = 5.0
 PACKAGES = ("pvae-pyro", "torch", "pyro-ppl", "numpy", "arviz", "pandas", "pydantic", "safetensors", "scikit-learn")
+UNCOUNTED = frozenset(f"versions.{name}" for name in PACKAGES[4:])
+"""Versions that change no bit of a fit."""
 
 
 def provenance() -> dict[str, Any]:
     """Return package versions, git commit, command line, host and platform, without the user's name; never fails."""
     home = os.path.expanduser("~")
+    argv = [argument.replace(home, "~") if len(home) > 1 else argument for argument in sys.argv]
+    return {**surroundings(), "git": _git_state(), "argv": argv}
+
+
+def surroundings() -> dict[str, Any]:
+    """Return package versions, host and platform; never fails."""
     found = {package: version for package in PACKAGES if (version := installed_version(package))}
-    return {
-        "versions": {"python": platform.python_version(), **found},
-        "git": _git_state(),
-        "argv": [argument.replace(home, "~") if len(home) > 1 else argument for argument in sys.argv],
-        "host": platform.node(),
-        "platform": platform.platform(),
-    }
+    versions = {"python": platform.python_version(), **found}
+    return {"versions": versions, "host": platform.node(), "platform": platform.platform()}
 
 
 def installed_version(package: str) -> str | None:

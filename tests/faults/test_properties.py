@@ -21,6 +21,7 @@ from pvae.data import Data, load
 from pvae.errors import CheckpointError, DataError, DeclarationError, NonFiniteError
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.elbo import TraceMeanFieldELBO
+from pvae.runs.checkpoint import Checkpoint
 from pvae.runs.run import chosen
 from pvae.runs.rundir import RunDirectory
 from pvae.training.recovery import first_bad_site
@@ -330,8 +331,9 @@ def test_reading_lines_takes_no_more_memory_than_the_file(tmp_path: Path) -> Non
 )
 def test_a_state_of_another_kind_is_none(state: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"state.json has {next(iter(state))} = "):
-        State.of(state)
-    assert State.of({"epoch": 3, "best": -1, "select": "best"}) == State(epoch=3, best=-1)
+        State.of(Checkpoint(Path(), 3, {}, state))
+    state = {"step": 3, "epoch": 3, "best": -1, "select": "best"}
+    assert State.of(Checkpoint(Path(), 3, {}, state)) == State(step=3, epoch=3, best=-1)
 
 
 def test_weights_are_asked_for_by_name(tmp_path: Path) -> None:

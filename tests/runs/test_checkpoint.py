@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pvae.errors import CheckpointError, DeclarationError, StorageError
 from pvae.runs import checkpoint
+from pvae.util.files import sealed
 
 HERE = Path(__file__).parents[2]
 
@@ -66,7 +67,7 @@ def forge(path: Path, name: str, content: bytes) -> None:
 def edit_manifest(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     change(manifest)
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    (path / "manifest.json").write_text(json.dumps(sealed(manifest)))
 
 
 # -- what is written comes back
@@ -137,8 +138,6 @@ REFUSED: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"tensor": torch.zeros(2, dtype=torch.complex128)}, CheckpointError, "weights: expected dense tensors"),
     ({"tensor": torch.zeros(2, device="meta")}, CheckpointError, "weights: expected dense tensors"),
     *(({"group": group}, DeclarationError, "safe file name") for group in ("../evil", "", "a/b", ".", "weights\n")),
-    ({"step": -1}, DeclarationError, "at least"),
-    ({"keep": 0}, DeclarationError, "at least"),
 ]
 
 

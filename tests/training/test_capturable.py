@@ -60,7 +60,7 @@ class NoCopies(TorchDispatchMode):
 def one_step(experiment: Experiment) -> Tensor:
     """Loss and gradient of a batch on `meta`; the figures."""
     data = experiment.conditioned(load(experiment.data))
-    pair = attended(experiment.build(data.shape), data.train).to("meta")
+    pair = attended(experiment.build(data.shape), lambda: data.train).to("meta")
     loss = Loss(experiment.objective, pair, len(data.train), experiment.train.precision).to("meta")
     x = torch.empty_like(data.train.rows[:100], device="meta")
     with pyro.validation_enabled(False), NoNumbers(), NoCopies():

@@ -105,7 +105,7 @@ def test_other_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(pvae.DataError, match="fitted on other data"):
         _ = pvae.Run.load(run.path, data=pvae.Dataset.from_tensors(x + 1)).pair
     with pytest.raises(pvae.DataError, match="Pass data="):
-        _ = pvae.Run.load(run.path).pair
+        _ = pvae.Run.load(run.path).data
 
 
 def test_checkpoint_of_another_declaration_lists_the_differences(tmp_path: Path) -> None:

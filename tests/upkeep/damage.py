@@ -35,7 +35,7 @@ def rewritten(run: Path, change: Callable[[dict[str, dict[str, Tensor]]], Any], 
     """Write the newest checkpoint anew, with other tensors or state and the right checksums."""
     saved = checkpoint.read(newest(run))
     change(saved.tensors)
-    checkpoint.write(run / "checkpoints", saved.step, saved.tensors, {**saved.state, **state})
+    checkpoint.write(run / "checkpoints", saved.step, saved.tensors, {**saved.state, **state}, run=saved.run)
 
 
 def flip(path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pvae.data.rows.files import FileArray, version_of
 from pvae.errors import BusyError, DataError, OutputError, StorageError
-from pvae.util.files import pretty, raising, read_object
+from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
 from pvae.util.types import Array
 
 LOCK_SECONDS = 900
@@ -111,7 +111,7 @@ def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
         BusyError: another process holds the lock of the entry for too long.
         StorageError: the disk is full, or the new entry fails its checksums.
     """
-    folder = cache_folder() / "decoded" / _digest({**key, "format": DECODED_FORMAT})[:32]
+    folder = cache_folder() / "decoded" / sealed({**key, "format": DECODED_FORMAT})["sha256"][:32]
     if (found := _opened(folder)) is None:
         with locked(folder):
             if (found := _opened(folder)) is None:
@@ -126,7 +126,7 @@ def _opened(folder: Path) -> Decoded | None:
     """Return the cache entry in a folder if all its checksums match, else None."""
     try:
         index = read_object(folder, INDEX)
-        if index.pop("sha256") != _digest(index):
+        if not is_sealed(index):
             return None
         arrays: dict[str, FileArray] = {}
         for name, kept in index["arrays"].items():
@@ -139,10 +139,6 @@ def _opened(folder: Path) -> Decoded | None:
         return Decoded(arrays, index["notes"])
     except (OSError, DataError, KeyError, AttributeError, TypeError):
         return None
-
-
-def _digest(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(pretty(index).encode()).hexdigest()
 
 
 def _file_digest(path: Path) -> str:
@@ -164,6 +160,6 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
         with room(folder):
             arrays = {name: {**kept, "sha256": _file_digest(part / name)} for name, kept in writer.arrays.items()}
             index = {"arrays": arrays, "notes": writer.notes}
-            (part / INDEX).write_text(pretty({**index, "sha256": _digest(index)}))
+            (part / INDEX).write_text(pretty(sealed(index)))
             shutil.rmtree(folder)
             part.rename(folder)

@@ -2,8 +2,9 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from copy import copy
 from dataclasses import dataclass
 from math import prod
@@ -24,6 +25,9 @@ PIECE_BYTES = 2**21
 """Bytes read from a stream at once, unless one row is larger."""
 MAX_NPY_HEADER_BYTES = 2**16
 MAX_DIMENSIONS = 32
+
+CONFINED: ContextVar[str] = ContextVar("confined", default="")
+"""What names the data that are read, if that is not the user: then only those of the user's data folder are read."""
 
 Index = slice | NDArray[np.int64]
 """Index of rows: a slice of consecutive rows, or row numbers in ascending order."""
@@ -79,14 +83,14 @@ class FileArray(Stored):
         dtype: type of the values.
         shape: (n, *row).
         offset: number of bytes before the first row.
-        version: size and modification time of the file when it was opened, from `version_of`.
+        version: what `version_of` said of the file when it was opened.
     """
 
     path: Path
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     offset: int
-    version: tuple[int, int]
+    version: tuple[int, ...]
 
     def read(self, index: Index) -> Array:
         if isinstance(index, slice):
@@ -114,35 +118,17 @@ class FileArray(Stored):
             os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_WILLNEED)
 
 
-SIGNATURES: Mapping[bytes, str] = {
-    b"PK\x03\x04": "a zip archive (npz, xlsx)",
-    b"\x93NUMPY": "a NumPy array (npy)",
-    b"\x89HDF": "an HDF5 file (hdf5, h5ad, mat)",
-    b"MATLAB": "a MATLAB file (mat; of 7.3 also hdf5)",
-    b"PAR1": "a Parquet file (parquet)",
-    b"\x1f\x8b": "compressed with gzip (csv, idx)",
-}
-"""Kinds of files by their first bytes, with the sources that read them."""
+def version_of(path: Path) -> tuple[int, ...]:
+    """Return size (bytes), times of modification and change (ns) and inode, by which a changed file is recognised.
 
-
-def foreign(path: Path, source: str) -> str:
-    """Return the remark that a file is by its first bytes one for other sources; empty if it is not."""
-    start = b""
-    with suppress(OSError), path.open("rb") as file:
-        start = file.read(8)
-    kinds = (kind for magic, kind in SIGNATURES.items() if start.startswith(magic) and source not in kind)
-    return "".join(f" By its first bytes it is {kind}." for kind in kinds)
-
-
-def version_of(path: Path) -> tuple[int, int]:
-    """Return the size (bytes) and the modification time (ns) of a file, by which a changed file is recognised.
+    A copy that keeps the modification time (`rsync -t`) has another time of change, or another inode.
 
     Raises:
         DataError: the file cannot be found or read.
     """
     with raising(DataError, f"{path}: expected a file of data"):
         found = path.stat()
-    return found.st_size, found.st_mtime_ns
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
 class SparseRows(Stored):
@@ -197,9 +183,20 @@ def user_folder(data_dir: Path | None) -> Path | None:
 
 
 def candidate(path: str, data_dir: Path | None, wanted: Callable[[Path], bool]) -> Path:
-    """Return a declared path: inside the user's data folder if what is `wanted` (a file, a folder) is there."""
+    """Return a declared path: inside the user's data folder if what is `wanted` (a file, a folder) is there.
+
+    Raises:
+        DataError: it leads out of that folder, also by links, and is named by a run that is not the user's own.
+    """
     folder = user_folder(data_dir)
-    return folder / path if folder and wanted(folder / path) else Path(path)
+    found = folder / path if folder and wanted(folder / path) else Path(path)
+    if by := CONFINED.get():
+        if not folder or not wanted(found) or not found.resolve().is_relative_to(folder.resolve()):
+            raise DataError(
+                f"{found}: expected data inside the data folder ({folder or 'none is named'}); got a path of {by}. "
+                f"Name the folder that holds them with --data-dir (data_dir=) to have them read."
+            )
+    return found
 
 
 def located(path: str, data_dir: Path | None) -> Path:
@@ -210,7 +207,7 @@ def located(path: str, data_dir: Path | None) -> Path:
     """
     found = candidate(path, data_dir, Path.is_file)
     if not found.exists():
-        raise DataError(f"Expected a file of data at {found}; got no such file.")
+        raise DataError(f"Expected a file of data at {found}; got no such file. Name its folder with --data-dir.")
     if not found.is_file():
         kind = "a folder" if found.is_dir() else "a device or pipe"
         raise DataError(f"{found}: expected a file of data; got {kind}.")

@@ -6,6 +6,7 @@ of its own in this folder.
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -104,3 +105,23 @@ class FileData(Data):
             DataError: see `Rows` and `joined`.
         """
         return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, **more)
+
+
+SIGNATURES: Mapping[bytes, str] = {
+    b"PK\x03\x04": "a zip archive (npz, xlsx)",
+    b"\x93NUMPY": "a NumPy array (npy)",
+    b"\x89HDF": "an HDF5 file (hdf5, h5ad, mat)",
+    b"MATLAB": "a MATLAB file (mat; of 7.3 also hdf5)",
+    b"PAR1": "a Parquet file (parquet)",
+    b"\x1f\x8b": "compressed with gzip (csv, idx)",
+}
+"""Kinds of files by their first bytes, with the sources that read them."""
+
+
+def foreign(path: Path, source: str) -> str:
+    """Return the remark that a file is by its first bytes one for other sources; empty if it is not."""
+    start = b""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(8)
+    kinds = (kind for magic, kind in SIGNATURES.items() if start.startswith(magic) and source not in kind)
+    return "".join(f" By its first bytes it is {kind}." for kind in kinds)

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from pvae.data.rows.cache import Writer, decoded
-from pvae.data.rows.files import candidate, held
+from pvae.data.rows.files import candidate, held, version_of
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, natural
 from pvae.data.sources.base import FileData
@@ -69,7 +69,7 @@ class Images(FileData):
         if root.is_file():
             raise DataError(f"{root}: expected a folder of images; got a file. Unpack an archive first.")
         if not root.is_dir():
-            raise DataError(f"Expected a folder of images at {root}; got no such folder.")
+            raise DataError(f"Expected a folder of images at {root}; got no such folder. Say where with --data-dir.")
         files, skipped = found(root)
         if not files:
             raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
@@ -82,8 +82,8 @@ class Images(FileData):
         return self.to_rows(x, y, "images", label_names=names, notes=tuple(kept.notes["told"]))
 
 
-ImageFile = tuple[str, int, int]
-"""Candidate image file: its path inside the folder (with slashes), its size (bytes), its modification time (ns)."""
+ImageFile = tuple[str, *tuple[int, ...]]
+"""Candidate image file: its path inside the folder (with slashes), and its version, from `version_of`."""
 
 
 def found(root: Path) -> tuple[list[ImageFile], list[str]]:
@@ -107,8 +107,7 @@ def found(root: Path) -> tuple[list[ImageFile], list[str]]:
             if problem := "a link to a folder" if path in linked else _problem(path, inside):
                 skipped.append(f"{printable(local)} ({problem})")
             else:
-                status = path.stat()
-                files.append((local, status.st_size, status.st_mtime_ns))
+                files.append((local, *version_of(path)))
     return sorted(files), sorted(skipped)
 
 
