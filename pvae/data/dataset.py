@@ -19,7 +19,7 @@ from pvae.component import from_table
 from pvae.data.rows.files import Stored, candidate
 from pvae.data.rows.prepare import ColumnTransforms, Scaled, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
-from pvae.data.sources.base import Data, FileData
+from pvae.data.sources.base import Data, FileData, foreign
 from pvae.data.sources.python import TensorSource, anndata_rows, collected, is_anndata, tensors
 from pvae.data.sources.tabular import FrameSource
 from pvae.data.split import Split, elementwise

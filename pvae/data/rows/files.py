@@ -192,10 +192,8 @@ def candidate(path: str, data_dir: Path | None, wanted: Callable[[Path], bool]) 
     found = folder / path if folder and wanted(folder / path) else Path(path)
     if by := CONFINED.get():
         if not folder or not wanted(found) or not found.resolve().is_relative_to(folder.resolve()):
-            raise DataError(
-                f"{found}: expected data inside the data folder ({folder or 'none is named'}); got a path of {by}. "
-                f"Name the folder that holds them with --data-dir (data_dir=) to have them read."
-            )
+            where = f"{found}: expected data inside the data folder ({folder or 'none is named'})"
+            raise DataError(f"{where}; got a path of {by}. Name its folder with --data-dir (data_dir=).")
     return found
 
 
