@@ -87,7 +87,7 @@ def images(path: Path, x: Array) -> None:
         Image.fromarray((200 * row).astype(np.uint8).reshape(1, 2)).save(path / f"{number:02}.bmp")
 
 
-REWRITTEN: dict[str, tuple[Callable[[Path, Array], None], dict[str, Any]]] = {
+REWRITTEN: dict[str, tuple[Callable[[Path, Array], object], dict[str, Any]]] = {
     "table.csv": (csv, {"source": "csv", "columns": {"a": "continuous", "b": "continuous"}}),
     "x.npz": (npz, {"source": "npz"}),
     "images": (images, {"source": "images"}),
