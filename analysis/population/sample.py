@@ -53,8 +53,9 @@ class NewRows:
     def joined(self, others: NewRows) -> NewRows:
         """Return these rows, followed by others; without parts and groups."""
         q = None if self.q is None or others.q is None else self.q.joined([others.q])
-        both = (torch.cat([getattr(self, name), getattr(others, name)]) for name in ("value", "own", "log_p", "kl"))
-        return NewRows(*both, q)
+        names = ("value", "own", "log_p", "kl")
+        both = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in names}
+        return NewRows(q=q, **both)
 
 
 class HonestScores(NamedTuple):
