@@ -95,8 +95,9 @@ def check(
         raise DeclarationError([f"{name}: {problem}" for problem in problems])
     figures = experiment.objective.measure(pair, rows, experiment.seed)
     if figures is None:
-        figures = evaluate(pair, rows, experiment.seed)
-        said = f"ELBO of {len(rows)} rows before training {figures['elbo']:.2f} nats per datum"
+        figures, total = evaluate(pair, rows, experiment.seed), pair.structure.total
+        what = "ELBO" if total == "elbo" else "log joint"
+        said = f"{what} of {len(rows)} rows before training {figures[total]:.2f} nats per datum"
     else:
         said = f"critic's loss of {len(rows)} rows before training {figures['critic_loss']:.2f} nats; no likelihood"
     count = sum(p.numel() for p in pair.parameters())

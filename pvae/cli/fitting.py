@@ -120,7 +120,7 @@ def _parent(run: Run) -> str | None:
 
 def _facts(run: Run) -> dict[str, Any]:
     """Return folder, name, parent, state and alerts of a run, for JSON."""
-    keys = ("state", "epoch", "epochs", "step", "elbo", "seconds", "skipped", "degraded")
+    keys = ("state", "epoch", "epochs", "step", "elbo", "log_joint", "seconds", "skipped", "degraded")
     figure = run.files.manifest.get("figure", "elbo")
     status = {key: run.status.get(key) for key in (*keys, figure)}
     return {"run": str(run.path), "name": run.name, "parent": _parent(run), **status, "alerts": run.files.alerts()}
@@ -171,9 +171,9 @@ def runs(shared: Shared) -> None:
     rows = list_runs(shared.run_dir)
     lines = [] if rows else [f"no runs in {shared.run_dir}; make one with: pvae fit vae"]
     for row in rows:
-        elbo = f"elbo {row['elbo']:>10.3f}" if isinstance(row.get("elbo"), float) else ""
+        known = [f"{name} {row[name]:>10.3f}" for name in ("elbo", "log_joint") if isinstance(row.get(name), float)]
         epochs = f"{row.get('epoch') if row.get('epoch') is not None else '-'}/{row.get('epochs') or '-'}"
-        lines.append(f"{row['state']:12} {epochs:>9}  {elbo:15}  {row['path']}")
+        lines.append(f"{row['state']:12} {epochs:>9}  {''.join(known):15}  {row['path']}")
     shared.answer(rows, "\n".join(lines))
 
 

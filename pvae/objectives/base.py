@@ -28,7 +28,7 @@ FITTED = "train_log_p"
 
 def named(figure: str) -> str:
     """Return the name of a validation figure in words."""
-    known = {"elbo": "validation ELBO", FITTED: "log p of the training data"}
+    known = {"elbo": "validation ELBO", "log_joint": "validation log joint", FITTED: "log p of the training data"}
     return known.get(figure, f"validation {figure}")
 
 
@@ -166,6 +166,12 @@ class Objective(Component):
     def stepper(self, fitting: Fitting) -> Stepper | None:
         """Return the objective's own stepper for a fit; None for ordinary gradient steps."""
         return None
+
+
+def ranked_by(objective: Objective, epochs: int, pair: Pair) -> str:
+    """Return the name of the figure that ranks the weights of a pair (`Objective.figure`), as its metrics name it."""
+    figure = objective.figure(epochs)
+    return pair.structure.total if figure == "elbo" else figure
 
 
 def known_apart(pair: Pair) -> frozenset[str]:

@@ -76,6 +76,11 @@ class Structure:
             () if self.determined else tuple(n for n in (*self.layout.latents, *self.layout.shared) if n in self.points)
         )
 
+    @property
+    def total(self) -> str:
+        """Name of reconstruction - KL as a metric: "elbo", or "log_joint" where the guide has `estimated` points."""
+        return "log_joint" if self.estimated else "elbo"
+
     def rows_at_once(self, most: int | None = None) -> int:
         """Return the largest batch size, at most `most`, with up to `PROBABILITIES_AT_ONCE` parameters per latent."""
         if self.rows is not None:

@@ -20,6 +20,7 @@ from pvae.data.sources.tabular import FrameSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
+from pvae.objectives.base import named
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.rundir import RunDirectory
@@ -274,9 +275,10 @@ class Run:
             ("run", self.path),
             ("state", f"{status.get('state')}, epoch {status.get('epoch')} of {status.get('epochs')}"),
         ]
-        if "elbo" in status:  # a run without a likelihood has none
-            elbo = status["elbo"]
-            rows.append(("validation ELBO", f"{elbo:.3f} nats" if isinstance(elbo, float) else "not yet"))
+        for name in ("elbo", "log_joint"):  # a run without a likelihood has neither
+            if name in status:
+                value = status[name]
+                rows.append((named(name), f"{value:.3f} nats" if isinstance(value, float) else "not yet"))
         cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
         return f"<b>{html.escape(self.name)}</b><table>{cells}</table>"
 

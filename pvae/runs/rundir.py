@@ -304,8 +304,8 @@ def state_of(run: RunDirectory, status: Mapping[str, Any]) -> str:
 def list_runs(root: Path) -> list[dict[str, Any]]:
     """Return one row (dict) for every run under ``root``, in the order in which they were begun; never raises.
 
-    The keys of a row are name, id, path, state, epoch, epochs, elbo, started, seconds, why. ``state`` is the state in
-    the run's status; ``created`` before the first status; ``stale`` for a running one whose process is dead (or, on
+    The keys of a row are name, id, path, state, epoch, epochs, elbo, log_joint (in its place where the guide sets a
+    continuous latent to a point), started, seconds, why. ``state`` is the state in the run's status; ``created`` before the first status; ``stale`` for a running one whose process is dead (or, on
     another host, has written no heartbeat for five minutes); ``broken`` if files are damaged (``why`` is the reason).
     """
     rows = [(find.begun(run), _row(run)) for name in find.folders(Path(root)) for run in find.folders(name)]
@@ -313,7 +313,7 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
 
 
 def _row(path: Path) -> dict[str, Any]:
-    nothing = dict.fromkeys(("epoch", "epochs", "elbo", "seconds", "why"))
+    nothing = dict.fromkeys(("epoch", "epochs", "elbo", "log_joint", "seconds", "why"))
     row = {"name": path.parent.name, "id": path.name, "path": str(path), **nothing}
     row["started"] = find.started_by(path)
     run = RunDirectory(path)
@@ -325,7 +325,7 @@ def _row(path: Path) -> dict[str, Any]:
     return {
         **row,
         **{key: manifest[key] for key in ("name", "started") if key in manifest},
-        **{key: _number(status.get(key)) for key in ("epoch", "epochs", "elbo")},
+        **{key: _number(status.get(key)) for key in ("epoch", "epochs", "elbo", "log_joint")},
         "state": "stale" if state == "running" and find.is_stale(status) else state,
         "seconds": _seconds(status),
     }

@@ -274,7 +274,8 @@ class Board(ExitStack):
             if task.state in ("running", "held", "failed"):
                 status = task.now(self.root) if task.state == "running" else {}
                 epoch = f"{status['epoch']}/{status.get('epochs')}" if "epoch" in status else ""
-                elbo = f"{status['elbo']:.2f}" if isinstance(status.get("elbo"), float) else ""
+                total = status.get("elbo", status.get("log_joint"))
+                elbo = f"{total:.2f}" if isinstance(total, float) else ""
                 drawn.add_row(*(Text(printable(cell)) for cell in (task.case.title, told(task), epoch, elbo)))
         return drawn
 

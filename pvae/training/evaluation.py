@@ -1,7 +1,7 @@
 """Evaluation of a pair: ELBO terms on held-out data in nats per datum, and alerts at the end of a fit."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,11 +14,12 @@ from pvae.distributions.relaxed import Discretised
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.nn.codebook import NearestCodebook
-from pvae.objectives.base import Objective
+from pvae.objectives.base import Objective, known_apart
 from pvae.pair.code_usage import SILENT, Tally, codebook_of, silence, tallies
 from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
+from pvae.pair.terms import Terms
 from pvae.util import seeds
 
 ROWS_AT_ONCE = 1000
@@ -37,7 +38,9 @@ SCALE_BOUNDS = (1e-6, 1e6)
 diverged."""
 
 
-def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = None) -> dict[str, float]:
+def evaluate(
+    pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = None, closed: Collection[str] | None = None
+) -> dict[str, float]:
     """Return the mean ELBO terms of `x` with one sample of z per datum; changes no weight and no random state.
 
     Relaxed (Concrete) latents are replaced by categorical ones with the same logits; `relaxed_elbo` is the ELBO of the
@@ -49,32 +52,46 @@ def evaluate(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = Non
         seed: seed of the samples; the same seed gives the same values.
         rows: size of the data set over which the KL of global latents is divided, that of the training set; default:
             the number of rows of `x`.
+        closed: latents whose KL is in closed form where there is one; default: those of which it has the mean of
+            log q - log p (`known_apart`), as in training.
 
     Returns:
-        `elbo`, `reconstruction`, `kl` and `kl/<latent>`, estimates in nats per datum, and `penalty/<factor>` of the
-        observed sites of a hand-written guide, which are no part of the ELBO.
+        `elbo` (`log_joint` where the guide sets a continuous latent to a point), `reconstruction`, `kl` and
+        `kl/<latent>`, estimates in nats per datum, and `penalty/<factor>` of the observed sites of a hand-written
+        guide, which are no part of the ELBO.
     """
     with quiet(pair, x[:1]):
         with Discretised(pair.relaxed):
-            row = _mean_terms(pair, x, seed, rows)
+            row = _mean_terms(pair, x, seed, rows, closed)
         if pair.layout.relaxed:
-            row["relaxed_elbo"] = _mean_terms(pair, x, seed, rows)["elbo"]
+            relaxed = _mean_terms(pair, x, seed, rows, closed)
+            row["relaxed_elbo"] = relaxed["reconstruction"] - relaxed["kl"]
     return row
 
 
-def _mean_terms(pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None) -> dict[str, float]:
+def _mean_terms(
+    pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None, closed: Collection[str] | None
+) -> dict[str, float]:
     totals: dict[str, float] = {}
-    chunk = max(1, min(ROWS_AT_ONCE, DECODED_AT_ONCE // pair.adopt(x[:2]).structure.states))
+    structure = pair.adopt(x[:2]).structure
+    chunk = max(1, min(ROWS_AT_ONCE, DECODED_AT_ONCE // structure.states))
+    closed = known_apart(pair) if closed is None else closed
     for start in range(0, len(x), chunk):
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
         terms = pair.terms(pair.accept(x[start : start + chunk]), rows=rows or len(x), expected=True)
-        parts = {f"kl/{name}": value for name, value in terms.kl.items()}
+        parts = {f"kl/{name}": _known(terms, name) if name in closed else terms.kl[name] for name in terms.kl}
         parts |= {f"penalty/{name}": terms.penalties[name] for name in pair.layout.factors if name in terms.penalties}
         for key, value in {"reconstruction": terms.reconstruction, **parts}.items():
             totals[key] = totals.get(key, 0.0) + float(value.expand_as(terms.reconstruction).double().sum())
     means = {key: value / len(x) for key, value in totals.items()}
     total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
-    return {"elbo": means["reconstruction"] - total_kl, "kl": total_kl, **means}
+    return {structure.total: means["reconstruction"] - total_kl, "kl": total_kl, **means}
+
+
+def _known(terms: Terms, name: str) -> Tensor:
+    """Return the closed-form KL of a latent, at least 0 despite rounding; the estimate where it is infinite."""
+    kl = terms.closed(name)
+    return terms.kl[name] if kl is None or not bool(kl.isfinite().all()) else kl.clamp(min=0)
 
 
 def maximised(name: str, objective: Objective, figures: Mapping[str, float], beta: float) -> float | None:

@@ -12,6 +12,7 @@ from pvae.data import Dataset
 from pvae.errors import DeclarationError, DeviceError
 from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
+from pvae.objectives.base import ranked_by
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting
@@ -66,7 +67,7 @@ def launch(
             "seed": plan.seed,
             "device": str(where),
             "engine": engine,
-            "figure": plan.objective.figure(plan.train.epochs),
+            "figure": ranked_by(plan.objective, plan.train.epochs, pair),
             "precision": resolved(plan.train.precision, where),
             "threads": torch.get_num_threads(),
             "parent": parent,
@@ -108,7 +109,9 @@ def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) ->
     files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
     tensors = {"weights": dict(pair.state_dict()), "optimizer": {}}
     checkpoint.write(files.path / "checkpoints", 0, tensors, {"select": "weights"}, run=seal(files, plan.to_toml()))
-    files.update_status(state="finished", epoch=0, epochs=0, step=0, elbo=row["elbo"], engine="none", seconds=0.0)
+    total = pair.structure.total
+    ended = {"epoch": 0, "epochs": 0, "step": 0, "engine": "none", "seconds": 0.0, total: row[total]}
+    files.update_status(state="finished", **ended)
 
 
 def engine_of(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> str:

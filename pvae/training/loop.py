@@ -203,7 +203,7 @@ def end_epoch(trainer: Trainer, bar: ProgressBar) -> None:
         row |= {"beta": float(trainer.loss.beta)}
     elif trainer.plan.objective.scores:
         kl = sum(value for name, value in row.items() if name.startswith("kl/"))
-        row |= {"kl": kl, "elbo": row["reconstruction"] - kl, "beta": float(trainer.loss.beta)}
+        row |= {"kl": kl, trainer.total: row["reconstruction"] - kl, "beta": float(trainer.loss.beta)}
     state.epoch += 1
     common = {"epoch": state.epoch, "step": state.step, "seconds": round(state.seconds, 3)}
     lr = float(trainer.optimizer.param_groups[0]["lr"])
@@ -219,8 +219,9 @@ def end_epoch(trainer: Trainer, bar: ProgressBar) -> None:
 
 
 def in_words(row: Mapping[str, float]) -> str:
-    """Return an epoch's metrics as text for the progress bar: the ELBO, or all metrics but norms if there is none."""
-    shown = {"elbo": row["elbo"]} if "elbo" in row else {k: v for k, v in row.items() if "norm" not in k}
+    """Return an epoch's metrics as text for the progress bar: the ELBO (log joint), or all but norms without one."""
+    total = [name for name in ("elbo", "log_joint") if name in row]
+    shown = {name: row[name] for name in total or row if "norm" not in name}
     return " ".join(f"{name} {value:.2f}" for name, value in shown.items())
 
 
@@ -272,7 +273,7 @@ def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
         score = judged(trainer, figures, loss)
         better = score > state.best + (CONVERGED if trainer.figure == FITTED else 0.0)
         if better:
-            state.best, state.best_epoch, state.waited, state.elbo = score, state.epoch, 0, figures["elbo"]
+            state.best, state.best_epoch, state.waited, state.elbo = score, state.epoch, 0, figures[trainer.total]
             if train.keep == "best":
                 trainer.best = {name: value.detach().clone() for name, value in trainer.pair.state_dict().items()}
     if not better and beta_rests(trainer):
@@ -283,7 +284,7 @@ def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
         trainer.tell(
             "stop", f"{named(trainer.figure)} not better for {state.waited} validations: stopped at epoch {state.epoch}"
         )
-    return f"{figures['elbo']:.2f}"
+    return f"{figures[trainer.total]:.2f}"
 
 
 def beta_rests(trainer: Trainer) -> bool:

@@ -14,6 +14,7 @@ from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
+from pvae.objectives.base import ranked_by
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint, find
@@ -122,7 +123,7 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
     engine = str(files.manifest.get("engine", "eager"))
     judged, is_old = _judged(own_plan(run)) != _judged(plan), "spec" not in files.manifest
     if changed:
-        own = {"figure": _judged(plan)[0]} if judged or not is_old else {}
+        own = {"figure": ranked_by(plan.objective, plan.train.epochs, pair)} if judged or not is_old else {}
         own |= {} if is_old else {"spec": digest(plan.to_toml().encode())}
         files.write_manifest({**files.manifest, **computing(run, plan, where), **own})
     trainer = Trainer(plan, pair, data, files, where, engine, progress)

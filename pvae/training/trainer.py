@@ -96,8 +96,11 @@ class Trainer:
         self.pair = pair.to(device, plan.objective.dtype)
         self.dtype = plan.objective.dtype or data.train.rows.dtype
         self.precision = str(files.manifest.get("precision", resolved(self.train.precision, device)))
-        self.figure = str(files.manifest.get("figure", "elbo"))
-        """Name of the validation figure that ranks weights; the ELBO in runs of earlier versions."""
+        self.total = self.pair.structure.total
+        """Name of reconstruction - KL among the metrics."""
+        figure = str(files.manifest.get("figure", "elbo"))
+        self.figure = self.total if figure == "elbo" else figure
+        """Name of the validation figure that ranks weights; the total in runs of earlier versions."""
         self.loss = Loss(plan.objective, self.pair, len(data.train), self.precision).to(device)
         self.names = [name for name, p in self.pair.named_parameters() if p.requires_grad]
         self.parameters = learned(self.pair)
@@ -131,7 +134,7 @@ class Trainer:
         s = self.state
         if self.plan.objective.scores:
             less = "_less_penalties" if self.pair.layout.factors else ""
-            found = {"elbo": s.elbo, self.figure: s.best} if not less else {f"{self.figure}{less}": s.best}
+            found = {self.total: s.elbo, self.figure: s.best} if not less else {f"{self.figure}{less}": s.best}
             fields |= {name: value if math.isfinite(value) else None for name, value in found.items()}
         self.files.update_status(
             state=state, epoch=s.epoch, epochs=self.train.epochs, step=s.step, engine=self.engine,

@@ -1,6 +1,6 @@
 """Checks of a checkpoint's content: tensor names, shapes, finite values, and the validation metrics of its weights."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -63,16 +63,21 @@ def elbo(run: Run, saved: checkpoint.Checkpoint | None) -> Iterator[Check]:
     elif (recorded := _recorded(run.files.metrics_rows(), saved)) is None:
         yield Check("elbo", "ok", "not computed: no validation was recorded of these weights")
     else:
-        yield _compare(run, device, recorded, _measure(run, saved, device))
+        found = _compare(run, device, recorded, _measure(run, saved, device))
+        # earlier versions recorded KLs of one sample
+        earlier = found if found.level == "ok" else _compare(run, device, recorded, _measure(run, saved, device, ()))
+        yield found if earlier.level == "failed" else earlier
 
 
-def _measure(run: Run, saved: checkpoint.Checkpoint, device: str) -> dict[str, float]:
+def _measure(
+    run: Run, saved: checkpoint.Checkpoint, device: str, closed: Collection[str] | None = None
+) -> dict[str, float]:
     plan, pair = run.plan, run.fresh_pair()
     pair = pair.to(torch.device(device), plan.objective.dtype).eval()
     load_weights(pair, chosen(saved), str(saved.path))
     data = run.data.to(device)
     x, fitted = data.validation.rows, len(data.train)
-    return plan.objective.measure(pair, x, plan.seed) or evaluate(pair, x, plan.seed, fitted)
+    return plan.objective.measure(pair, x, plan.seed) or evaluate(pair, x, plan.seed, fitted, closed)
 
 
 def _compare(run: Run, device: str, recorded: Mapping[str, Any], measured: Mapping[str, float]) -> Check:
@@ -84,7 +89,7 @@ def _compare(run: Run, device: str, recorded: Mapping[str, Any], measured: Mappi
         text = ", ".join(f"{name} {recorded[name]:.6f} recorded, {measured[name]:.6f} computed" for name in wrong)
         advice = "Weights, declaration or data are not those that were measured; fit anew."
         return Check("elbo", "failed", text, advice, facts)
-    unit = " nats per datum" if "elbo" in names else ""
+    unit = " nats per datum" if {"elbo", "log_joint"}.intersection(names) else ""
     first = f"{names[0]} {recorded[names[0]]:.6f}{unit}" if names else "nothing"
     largest = max(off.values(), default=0.0)
     same = (

@@ -37,14 +37,15 @@ def fitted(run: Run) -> dict[str, object]:
     """Return columns that identify a run and its data, and describe its fit: epochs, seconds, device, parameters ..."""
     status, manifest, train = run.status, run.files.manifest, run.plan.train
     validated = run.metrics.query("split == 'validation'")
-    figure = validated.get(manifest.get("figure", "elbo"), validated["elbo"])
+    total = "elbo" if "elbo" in validated else "log_joint"
+    figure = validated.get(manifest.get("figure", total), validated[total])
     kept = validated.iloc[int(figure.argmax()) if train.keep == "best" else -1]
     return {
         "run": run.name, "id": run.path.name, "data": run.data.source, "fingerprint": run.data.fingerprint[:16],
         "epochs": status["epoch"], "best_epoch": kept["epoch"], "fit_seconds": status["seconds"],
         "device": manifest["device"], "threads": manifest["threads"], "engine": status["engine"],
         "precision": manifest.get("precision", train.precision),
-        "parameters": sum(p.numel() for p in run.pair.parameters()), "validation_elbo": kept["elbo"],
+        "parameters": sum(p.numel() for p in run.pair.parameters()), "validation_elbo": kept[total],
     }  # fmt: skip
 
 

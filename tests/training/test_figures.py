@@ -22,7 +22,7 @@ from pvae.objectives.elbo import IWAE, PyroELBO, TraceELBO
 from pvae.objectives.em import EM
 from pvae.runs import checkpoint
 from pvae.training import loop
-from pvae.training.evaluation import held_out
+from pvae.training.evaluation import evaluate, held_out
 from tests.runs_shared import TINY_TABLE, fit, resume
 
 X = torch.randn(60, 1, generator=torch.Generator().manual_seed(0)) * math.sqrt(2)
@@ -222,7 +222,22 @@ def test_a_collapsed_latent_has_no_negative_kl() -> None:
         drawn.append(float(pair.terms(X).kl["z"].mean().detach()))
         torch.manual_seed(seed)
         assert 0 <= float(loss(X)[1][loss.names.index("kl/z")]) < 1e-5
+        assert 0 <= evaluate(pair, X, seed)["kl/z"] < 1e-5
     assert min(drawn) < 0
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0])
+def test_the_total_of_a_point_is_a_log_joint_everywhere(beta: float, tmp_path: Path) -> None:
+    """Earlier versions named it `elbo` in the metrics, where it is still read."""
+    table = {**TINY_TABLE, "objective": {"beta": beta}, "latents": {"z": {"dim": 2, "posterior": "delta"}}}
+    run = fit(Experiment.from_dict(table), tmp_path)
+    metrics, name = run.files.path / "metrics.jsonl", "log_joint" if beta else "reconstruction"
+    assert run.files.manifest["figure"] == name
+    assert all(isinstance(row["log_joint"], float) and "elbo" not in row for row in run.files.metrics_rows())
+    assert run.status["log_joint"] == run.files.metrics_rows()[-1]["log_joint"]
+    assert "log joint" in run._repr_html_()
+    metrics.write_text(metrics.read_text().replace("log_joint", "elbo"))
+    assert len(curves.series(run.files.metrics_rows(), "validation", "log_joint")[0]) == 3
 
 
 def test_a_metric_never_stops_a_fit() -> None:

@@ -17,16 +17,20 @@ from pvae.util.types import Array
 MetricsRow = Mapping[str, Any]
 """Type of the training metrics of one epoch and one split, by name."""
 
+JOINT = {"elbo": "log_joint", "log_joint": "elbo"}
+"""The other name of a metric: the total of a pair with points was named an ELBO by earlier versions."""
+
 # ---------------------------------------------------------------------- over epochs
 
 
 def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[Array, Array]:
-    """Return epochs and values, both `(m,)`, of one metric of one split; values that are not finite are left out."""
-    pairs = [
-        (float(row["epoch"]), float(row[key]))
-        for row in rows
-        if row.get("split") == split and all(_is_number(row.get(name)) for name in ("epoch", key))
-    ]
+    """Return epochs and values, both `(m,)`, of one metric of one split; values that are not finite are left out.
+
+    Where the guide sets a latent to a point, `elbo` is the log joint, as earlier versions named it.
+    """
+    mine = [row for row in rows if row.get("split") == split]
+    found = [(row.get("epoch"), row.get(key, row.get(JOINT.get(key, key)))) for row in mine]
+    pairs = [pair for pair in found if all(map(_is_number, pair))]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
 
@@ -53,11 +57,14 @@ def over_epochs(grid: Sequence[Axes], *, widened: bool = False) -> None:
 
 
 @style()
-def training(rows: Sequence[MetricsRow], latents: Sequence[str], figure: str = "elbo") -> Figure:
-    """Plot the ELBO of train and validation, the validation `figure` that ranks weights, KLs and beta over epochs."""
+def training(rows: Sequence[MetricsRow], latents: Sequence[str], figure: str = "elbo", total: str = "ELBO") -> Figure:
+    """Plot the ELBO of train and validation, the validation `figure` that ranks weights, KLs and beta over epochs.
+
+    `total` names reconstruction - KL: "ELBO", or "log joint".
+    """
     made, grid = panels(6.6, (3, 2, 1), sharex=True)
     top, middle, bottom = grid
-    _elbo_curves(top, rows, figure)
+    _elbo_curves(top, rows, figure, total)
     for i, name in enumerate(latents):
         colour = SERIES[i % len(SERIES)]
         middle.plot(*series(rows, "train", f"kl/{name}"), color=colour, label=plain(name))
@@ -73,13 +80,13 @@ def training(rows: Sequence[MetricsRow], latents: Sequence[str], figure: str = "
     return made
 
 
-def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow], figure: str) -> None:
+def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow], figure: str, total: str) -> None:
     train = curve(axes, rows, "train", "elbo", color=BLUE, label="train")
     epochs, values = curve(axes, rows, "validation", "elbo", color=RED, linestyle="--", label="validation")
-    shown, title, colour = [train, (epochs, values)], "ELBO", RED
-    if figure != "elbo" and len(series(rows, "validation", figure)[0]):
+    shown, title, colour = [train, (epochs, values)], total, RED
+    if figure not in JOINT and len(series(rows, "validation", figure)[0]):
         epochs, values = curve(axes, rows, "validation", figure, color=GREEN, linestyle="--", label=figure)
-        shown, title, colour = [*shown, (epochs, values)], f"ELBO and {figure}", GREEN
+        shown, title, colour = [*shown, (epochs, values)], f"{total} and {figure}", GREEN
     if len(values):
         best = int(values.argmax())
         look: dict[str, Any] = {"color": colour, "markersize": 7, "markerfacecolor": "white", "markeredgewidth": 2}

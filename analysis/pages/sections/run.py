@@ -50,13 +50,14 @@ def _elbo(exam: Examination) -> Part:
     figure = str(exam.run.files.manifest.get("figure", "elbo"))
     epochs, best = curves.series(exam.metrics, "validation", figure)
     ranked = f" Best {named(figure)} {nats(best.max())} at epoch {int(epochs[best.argmax()])}." if len(best) else ""
+    total = exam.held.total_name
     return picture(
         "training",
-        curves.training(exam.metrics, [*exam.collapse.latents, *exam.pair.layout.shared], figure),
-        f"Three charts over epochs: ELBO of train and validation, KL of every latent, beta.{ranked}",
-        "The ELBO is that of beta = 1, whatever beta the loss used. Its first epochs may lie below the frame. Look for "
-        "a validation curve that falls while train still rises (overfitting), for curves that still rise at the end "
-        "(train longer), and for a KL that falls to zero (collapse).",
+        curves.training(exam.metrics, [*exam.collapse.latents, *exam.pair.layout.shared], figure, total),
+        f"Three charts over epochs: {total} of train and validation, KL of every latent, beta.{ranked}",
+        f"The {total} is that of beta = 1, whatever beta the loss used. Its first epochs may lie below the frame. Look "
+        "for a validation curve that falls while train still rises (overfitting), for curves that still rise at the "
+        "end (train longer), and for a KL that falls to zero (collapse).",
     )
 
 

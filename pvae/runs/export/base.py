@@ -111,7 +111,7 @@ class Exporter(ABC):
         """Export everything up to the end of the run; return a description of the export's place."""
         status = self.files.status()
         time, step = self.started + float(status.get("seconds") or 0.0), int(status.get("step") or 0)
-        figures = {name: status.get(name) for name in ("elbo", "epoch", "skipped")}
+        figures = {name: status.get(name) for name in ("elbo", "log_joint", "epoch", "skipped")}
         last = (MetricPoint(self.key("last", k), step, float(v), time) for k, v in figures.items() if v is not None)
         self._send(*last)
         return self.finish()
