@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.bounds.weights import WeightSampler, pareto_k, squared_error, tail_length
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate
+from pvae.analysis.figures.estimate import Estimate, over_noisy_rows
 from pvae.util.progress import Progress
 
 CURVE_POINTS = 10
@@ -135,14 +135,10 @@ class Accumulated:
 
     def curve(self) -> tuple[tuple[int, Estimate], ...]:
         """Return pairs (K, mean over the data of the bound with K samples) for every number of samples K."""
-        return tuple(zip(self.sizes, map(self._mean, self.bounds, self.squared_errors), strict=True))
-
-    def _mean(self, values: Tensor, squared_errors: Tensor) -> Estimate:
-        n = len(values)
-        spread = float(values.std() / math.sqrt(n)) if n > 1 else math.nan
-        if self.sizes[-1] == 1:  # one sample cannot separate noise from spread
-            return Estimate(float(values.mean()), spread, "lower_bound", spread, CONSERVATIVE)
-        return Estimate(float(values.mean()), float(squared_errors.sum().sqrt() / n), "lower_bound", spread)
+        known = 1.0 if self.sizes[-1] > 1 else math.nan  # one sample cannot separate noise from spread
+        errors = self.squared_errors.sum(1).sqrt() / len(self.ess) * known
+        figures = zip(self.bounds, errors.tolist(), strict=True)
+        return tuple(zip(self.sizes, (over_noisy_rows(v, e, "lower_bound") for v, e in figures), strict=True))
 
 
 class Accumulator:
@@ -197,7 +193,8 @@ def accumulate_weights(
         chunk = x[start : start + rows]
         parts.append(_of_chunk(chunk, samples, block // len(chunk), draw))
         on_progress(start + len(chunk), len(x))
-    return _joined(parts)
+    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Accumulated)[1:]}
+    return Accumulated(parts[0].sizes, **{name: torch.cat(column, -1) for name, column in columns.items()})
 
 
 def _of_chunk(x: Tensor, samples: int, most: int, draw: WeightSampler) -> Accumulated:
@@ -213,9 +210,3 @@ def block_size(x: Tensor) -> int:
     """Return the number of samples, over all rows together, that are decoded at a time."""
     elements = ELEMENTS_ON_GPU if x.is_cuda else ELEMENTS
     return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, elements // max(1, x[0].numel())))
-
-
-def _joined(parts: list[Accumulated]) -> Accumulated:
-    """Concatenate the results of consecutive chunks of rows."""
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Accumulated)[1:]}
-    return Accumulated(parts[0].sizes, **{name: torch.cat(column, -1) for name, column in columns.items()})

@@ -12,7 +12,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, sim
 from pvae.analysis.bounds.annealing import anneal, pilot, schedule
 from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, finite, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 from pvae.pair.structure import PairData
@@ -50,8 +50,7 @@ class _Annealing(Figures):
         return "no transitions" if math.isnan(mean) else f"mean acceptance {mean:.2f}"
 
     def to_dict(self) -> dict[str, Any]:
-        acceptance = finite(self.acceptance.mean())
-        return {"unit": "nats per datum", **self.facts(), "figures": self.figures(), "acceptance": acceptance}
+        return self.nested(acceptance=self.acceptance.mean())
 
 
 @final
@@ -169,20 +168,20 @@ def ais(
     x = accept(pair, x, guide=False)
     plan = AnnealingPlan("ais", temperatures, chains, leapfrog, start)
     plan.check(pair)
-    chunks = x.split(pair.structure.rows or _rows(chains))
-    tick = _counter(2 * temperatures * len(chunks), on_progress)
+    chunks = x.split(pair.structure.rows or max(1, STATES_PER_CHUNK // chains))
+    tick = counter(2 * temperatures * len(chunks), on_progress)
     with quiet(pair, x, seed):
         require_likelihood(pair, "ais")
         parts = [_lower(Target(pair, rows, plan), plan, tick)[:2] for rows in chunks]
     log_weights, acceptance = (torch.cat(column, -1).cpu() for column in zip(*parts, strict=True))
-    log_p, inverse = log_mean(log_weights), inverse_ess(log_weights)
+    log_p = log_mean(log_weights)
     return Annealed(
         n=len(x),
         **plan.settings,
-        lower=_bound(log_p, _error(log_weights), "lower_bound"),
+        lower=over_noisy_rows(log_p, _error(log_weights), "lower_bound"),
         log_p=log_p,
         log_weights=log_weights,
-        ess=1 / inverse,
+        ess=1 / inverse_ess(log_weights),
         acceptance=acceptance,
     )
 
@@ -249,8 +248,8 @@ def bracket(
     if len(pair.layout.observed) != 1:
         names = ", ".join(pair.layout.observed)
         raise DataError(f"bracket: expected one observed site to simulate; got {names}. Use ais on data.")
-    chunks = x_like[torch.arange(rows, device=x_like.device) % len(x_like)].split(_rows(chains))
-    tick = _counter(3 * temperatures * len(chunks), on_progress)
+    chunks = x_like[torch.arange(rows, device=x_like.device) % len(x_like)].split(max(1, STATES_PER_CHUNK // chains))
+    tick = counter(3 * temperatures * len(chunks), on_progress)
     with quiet(pair, x_like, seed):
         require_likelihood(pair, "bracket")
         parts = [_both(pair, like, plan, tick) for like in chunks]
@@ -258,12 +257,12 @@ def bracket(
         torch.cat(column, -1 if i else 0) for i, column in enumerate(zip(*parts, strict=True))
     )
     lower, upper = log_mean(forward.cpu()), -log_mean(-backward.cpu())
-    width = _bound(upper - lower, over_rows(upper - lower).standard_error, "estimate")
+    width = over_noisy_rows(upper - lower, over_rows(upper - lower).standard_error, "estimate")
     return Bracket(
         n=rows,
         **plan.settings,
-        lower=_bound(lower, _error(forward.cpu()), "lower_bound"),
-        upper=_bound(upper, width.standard_error, "upper_bound"),
+        lower=over_noisy_rows(lower, _error(forward.cpu()), "lower_bound"),
+        upper=over_noisy_rows(upper, width.standard_error, "upper_bound"),
         width=width,
         x=x,
         lower_per_datum=lower,
@@ -272,11 +271,7 @@ def bracket(
     )
 
 
-def _rows(chains: int) -> int:
-    return max(1, STATES_PER_CHUNK // chains)
-
-
-def _counter(total: int, on_progress: Progress) -> Callable[[], None]:
+def counter(total: int, on_progress: Progress) -> Callable[[], None]:
     """Return a function that reports the number of its calls so far, and `total`, to `on_progress`."""
     count = iter(range(1, total + 1))
     return lambda: on_progress(next(count), total)
@@ -287,14 +282,6 @@ def _error(log_weights: Tensor) -> float:
     chains, n = log_weights.shape
     found = squared_error(log_weights.sort(0, True).values, log_mean(log_weights), inverse_ess(log_weights), chains)
     return float(found.sum().sqrt() / n) if chains > 1 else math.nan
-
-
-def _bound(values: Tensor, error: float, kind: Kind) -> Estimate:
-    mean = over_rows(values)
-    data_error = mean.standard_error if len(values) > 1 else None
-    if math.isnan(error):
-        return Estimate(mean.value, mean.standard_error, kind, data_error, CONSERVATIVE)
-    return Estimate(mean.value, error, kind, data_error)
 
 
 def _lower(

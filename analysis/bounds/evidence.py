@@ -154,11 +154,8 @@ def _joint_evidence(pair: Pair, x: Tensor, samples: int, on_progress: Progress) 
     at_once = n <= pair.structure.rows_at_once() and pair.way_of_particles(x) == "plate"
 
     def weight(terms: Terms) -> Tensor:
-        total = terms.reconstruction.double()
-        for name, value in terms.kl.items():
-            if name not in pair.layout.shared:
-                total = total - value.double()
-        return total.reshape(-1, total.shape[-1]).sum(1)
+        found = log_weights(terms, pair.layout.shared)
+        return found.reshape(-1, found.shape[-1]).sum(1)
 
     def ratio(terms: Terms) -> Tensor:
         shares = [terms.kl[name].double() for name in pair.layout.shared if name not in pair.structure.points]

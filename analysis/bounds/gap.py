@@ -10,9 +10,10 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood
 from pvae.analysis.bounds.accumulate import Accumulator
+from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws, over_noisy_rows
 from pvae.errors import DataError
 from pvae.nn.optimizers import LeanAdam
 from pvae.pair.pair import Pair
@@ -35,7 +36,7 @@ OPTIMISE, CHOOSE, MEASURE, EVIDENCE = range(1, 5)
 class Gap(Figures):
     """Gaps between the ELBO and log p(x), nats per datum; `inference = approximation + amortisation`, exactly."""
 
-    counts = ("n", "steps", "samples", "evidence_samples")
+    counts = ("n", "steps", "samples", "evidence_samples", "refined", "unconverged")
 
     n: int
     """Number of data."""
@@ -85,15 +86,8 @@ class Gap(Figures):
         return (f"{100 * self.refined:.0f} % of data refined in {self.steps} steps{more}; {ess}",)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "unit": "nats per datum",
-            **self.facts(),
-            "figures": self.figures(),
-            "refined": self.refined,
-            "unconverged": self.unconverged,
-            "ess_median": float(self.per_datum["ess"].median()),
-            "ess_min": float(self.per_datum["ess"].min()),
-        }
+        ess = self.per_datum["ess"]
+        return self.nested(ess_median=ess.median(), ess_min=ess.min())
 
 
 def gap(
@@ -160,16 +154,13 @@ def gap(
         if count < 1:
             raise DataError(f"gap: expected {name} of at least 1; got {count}.")
     x = accept(pair, x)
-    if pair.layout.shared:
-        names = ", ".join(pair.layout.shared)
+    if names := ", ".join(pair.layout.shared):
         raise DataError(f"gap: expected latents of single data only; got global {names}.")
     if not pair.layout.latents:
         names = ", ".join(pair.layout.enumerated)
         raise DataError(f"gap: expected latents in the guide; {names} are summed out exactly, so there is no gap.")
     chunks = x.split(pair.structure.rows or max(1, OPTIMISED_SAMPLES // particles))
-    total = steps * len(chunks)
-    done = iter(range(1, total + 1))
-    plan = RefinePlan(steps, samples, evidence_samples, particles, seed, lambda: on_progress(next(done), total))
+    plan = RefinePlan(steps, samples, evidence_samples, particles, seed, counter(steps * len(chunks), on_progress))
     with quiet(pair, x, seed):
         require_likelihood(pair, "gap")
         draw = _sampler(pair, x)
@@ -244,8 +235,9 @@ def _unconverged(x: Tensor, handler: Refined, draw: WeightSampler, particles: in
     of a scale; the product of two independent gradients has no bias by their noise.
     """
     slopes = [_slopes(x, handler, draw, particles) for _ in range(2)]
+    axes = [member.axis for member in handler.members.values() for _ in member.free]
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
-    for i, (axis, one, other) in enumerate(zip(handler.axes, *slopes, strict=True)):
+    for i, (axis, one, other) in enumerate(zip(axes, *slopes, strict=True)):
         gain = one.double() * other.double()
         total += gain.movedim(axis, 0).reshape(len(x), -1).sum(1) * (0.25 if i % 2 else 0.5)
     return total
@@ -283,10 +275,9 @@ def _measure(pair: Pair, x: Tensor, draw: WeightSampler, plan: RefinePlan, chunk
 def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
     found = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
     own, other, log_p = (found[name] for name in ("elbo", "refined_elbo", "log_p"))
-    log_p_figure = over_draws(log_p[None], "lower_bound")
-    if plan.evidence_samples > 1:  # one sample cannot separate noise from spread
-        error = float(found["squared_error"].sum().sqrt() / len(log_p))
-        log_p_figure = Estimate(log_p_figure.value, error, "lower_bound", log_p_figure.data_error)
+    error = float(found["squared_error"].sum().sqrt() / len(log_p))
+    # one sample cannot separate noise from spread
+    log_p_figure = over_noisy_rows(log_p, error if plan.evidence_samples > 1 else math.nan, "lower_bound")
     data = {"log_p": log_p, "refined_elbo": other.mean(0), "elbo": own.mean(0)}
     data["approximation"] = data["log_p"] - data["refined_elbo"]
     data["amortisation"] = data["refined_elbo"] - data["elbo"]
@@ -319,4 +310,4 @@ def _difference(values: Tensor, one: Estimate, other: Estimate, kind: Kind) -> E
     """Return the mean of `values` `(n,)`, the differences by datum of two estimates with independent noise."""
     error = math.hypot(one.standard_error, other.standard_error)
     note = CONSERVATIVE if CONSERVATIVE in (one.note, other.note) else ""
-    return Estimate(float(values.mean()), error, kind, over_draws(values[None]).data_error, note)
+    return replace(over_noisy_rows(values, error, kind), note=note)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, final
 from torch import Tensor
 
 from pvae.analysis.bounds.weights import SMALLEST_TAIL, khat_limit, tail_length
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, finite
+from pvae.analysis.figures.estimate import Estimate, Figures, Row
 
 UNRELIABLE_PROPORTION = 0.1
 """Proportion of data with k-hat above its limit beyond which importance sampling is called not reliable."""
@@ -18,6 +18,7 @@ UNRELIABLE_PROPORTION = 0.1
 class Bounds(Figures):
     """Lower bounds on the mean log p(x) with 1, ..., `samples` importance samples, nats per datum."""
 
+    counts = ("n", "samples")
     what: ClassVar[str]
     """Name of the estimated quantity, for the title of the table."""
     names: ClassVar[tuple[str, str]]
@@ -96,20 +97,16 @@ class Bounds(Figures):
     def to_dict(self) -> dict[str, Any]:
         """Return bounds and diagnostics as plain numbers and strings, for JSON; None for values that are not finite."""
         khat = self.khat[~self.khat.isnan()]
-        return {
-            "unit": "nats per datum",
-            "n": self.n,
-            "samples": self.samples,
-            "figures": self.figures(),
-            "curve": [{"samples": k, **e.to_dict()} for k, e in self.curve],
-            "gap": finite(self.gap),
-            "ess_median": float(self.ess.median()),
-            "ess_min": float(self.ess.min()),
-            "khat_limit": self.khat_limit,
-            "khat_share": finite(self.khat_share),
-            "khat_median": finite(khat.median()) if len(khat) else None,
-            "khat_max": finite(khat.max()) if len(khat) else None,
-        }
+        return self.nested(
+            curve=[{"samples": k, **e.to_dict()} for k, e in self.curve],
+            gap=self.gap,
+            ess_median=self.ess.median(),
+            ess_min=self.ess.min(),
+            khat_limit=self.khat_limit,
+            khat_share=self.khat_share,
+            khat_median=khat.median() if len(khat) else None,
+            khat_max=khat.max() if len(khat) else None,
+        )
 
 
 @final

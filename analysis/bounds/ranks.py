@@ -92,9 +92,7 @@ def holm(p: Array) -> Array:
     """Return p-values `(m,)` adjusted by Holm's method, which holds under any dependence."""
     order = np.argsort(p, kind="stable")
     stepped = np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))
-    out = np.empty_like(stepped)
-    out[order] = stepped
-    return out
+    return stepped[order.argsort()]
 
 
 def _verdict(width: Estimate, shift: Estimate) -> str:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import finite
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.files import plain
 from pvae.util.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ class RateDistortion:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rows as plain numbers and strings, for JSON; a standard error that is not defined is None."""
-        rows = [{key: finite(v) if isinstance(v, float) else v for key, v in row.items()} for row in self.rows]
-        return {"unit": "nats per datum", "split": self.split, "runs": rows}
+        return {"unit": "nats per datum", "split": self.split, "runs": plain(self.rows)}
 
     def __rich__(self) -> Table:
         from rich.table import Table
@@ -142,13 +141,10 @@ def rate_distortion_of(split: str, found: Mapping[str, Surgery]) -> RateDistorti
 
 
 def _row(name: str, s: Surgery) -> dict[str, Any]:
-    shared = 0.0 if s.global_kl is None else s.global_kl.value
-    shared_error = 0.0 if s.global_kl is None else s.global_kl.standard_error
-    figures = (
-        s.kl.value + shared, math.hypot(s.kl.standard_error, shared_error),
-        -s.reconstruction.value, s.reconstruction.standard_error, s.total.value, s.total.standard_error,
-    )  # fmt: skip
-    return dict(zip(RATE_COLUMNS, (name, *figures, s.n), strict=True))
+    kl = [s.kl] if s.global_kl is None else [s.kl, s.global_kl]
+    rate, error = sum(e.value for e in kl), math.hypot(*(e.standard_error for e in kl))
+    fit = -s.reconstruction.value, s.reconstruction.standard_error
+    return dict(zip(RATE_COLUMNS, (name, rate, error, *fit, s.total.value, s.total.standard_error, s.n), strict=True))
 
 
 def named(runs: Sequence[Run]) -> list[str]:

@@ -125,11 +125,6 @@ class Refined(Messenger):
         """Shift and scale parameters of all latents; every tensor has a dimension for the rows."""
         return [t for member in self.members.values() for t in member.free]
 
-    @property
-    def axes(self) -> list[int]:
-        """Dimension of the rows in each of the tensors of `free`."""
-        return [member.axis for member in self.members.values() for _ in member.free]
-
     def _pyro_sample(self, msg: Any) -> None:
         # Model sites have the same names; replay, which acts before an outer handler, has already given them values.
         if msg["name"] in self.members and not msg["done"] and not msg["is_observed"]:

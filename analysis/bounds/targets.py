@@ -43,11 +43,9 @@ class AnnealingPlan:
                 raise DataError(f"{self.caller}: expected {name} of at least 1; got {getattr(self, name)}.")
         if self.start not in ("guide", "prior"):
             raise DataError(f"{self.caller}: expected start 'guide' or 'prior'; got {self.start!r}.")
-        if pair.layout.shared:
-            names = ", ".join(pair.layout.shared)
+        if names := ", ".join(pair.layout.shared):
             raise DataError(f"{self.caller}: expected latents of single data only; got global {names}.")
-        if pair.layout.enumerated:
-            names = ", ".join(pair.layout.enumerated)
+        if names := ", ".join(pair.layout.enumerated):
             raise DataError(
                 f"{self.caller}: expected continuous latents; got {names}, which the model sums out. Use evidence."
             )
@@ -83,11 +81,6 @@ class Coordinate:
     value: SiteShape
     free: SiteShape
     """Shape of the unconstrained value (of a simplex one element less)."""
-
-    @property
-    def event_dim(self) -> int:
-        """Number of event dimensions of the value, over which its log Jacobian is a sum."""
-        return int(self.transform.codomain.event_dim)
 
 
 @final
@@ -226,7 +219,7 @@ def _gather(value: Tensor, shape: SiteShape) -> Tensor:
 
 def _rows_last(part: Tensor, c: Coordinate, n: int) -> Tensor:
     """Sum a log Jacobian over all batch dimensions except chains and rows, `(chains, n)`."""
-    axis = part.dim() - 1 - (len(c.value.right) - c.event_dim)
+    axis = part.dim() - 1 - (len(c.value.right) - c.transform.codomain.event_dim)
     return part.movedim(axis, 1).reshape(len(part), n, -1).sum(-1)
 
 

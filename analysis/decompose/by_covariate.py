@@ -45,7 +45,7 @@ def by_group(
         x: rows.
         labels: class labels of the rows, or None.
         train: other rows, whose q_agg(z | y) is evaluated as the prior, or None.
-        take_apart: function that returns the surgery of one group from `(rows, labels, train, seed)`.
+        take_apart: function that returns the surgery of one group from its rows, `labels`, `train` and `seed`.
         seed: seed of the samples; groups have seeds of their own, so that their errors are independent.
     """
     groups = pair.groups(x)
@@ -128,7 +128,8 @@ def _apart(
         same = None if others is None or other_groups is None else others[other_groups == group]
         same = same if same is not None and len(same) else None
         own = seeds.mix(seed, seeds.ANALYSIS, GROUP_SEEDS + group)
-        found.append(take_apart(x[mine], None if labels is None else labels[mine], same, own))
+        y = None if labels is None else labels[mine]
+        found.append(take_apart(x[mine], labels=y, train=same, seed=own))
         sizes.append(int(mine.sum()))
     return found, sizes
 
@@ -185,9 +186,8 @@ def _mean(parts: Sequence[Estimate | None], sizes: Sequence[int]) -> Any:
     spreads = [part.standard_error**2 * size for size, part in zip(sizes, known, strict=True)]
     finite = [spread for spread in spreads if math.isfinite(spread)]
     usual = sum(finite) / len(finite) if finite else math.nan
-    variance = sum(
-        size * (spread if math.isfinite(spread) else usual) for size, spread in zip(sizes, spreads, strict=True)
-    )
+    filled = [spread if math.isfinite(spread) else usual for spread in spreads]
+    variance = sum(size * spread for size, spread in zip(sizes, filled, strict=True))
     kinds = {part.kind for part in known}
     kind = next(kind for kind in ("upper_bound", "lower_bound", "estimate", "exact") if kind in kinds)
     note = next((part.note for part in known if part.note), "")

@@ -49,11 +49,6 @@ class CodeUse:
     alert: str | None = None
     """Alert that the latent as a whole carries no information, and what to change; None if it carries some."""
 
-    @property
-    def active_share(self) -> float | None:
-        """Proportion of the K codes that are in use; None for binary codes."""
-        return None if self.used is None else self.used / self.states
-
 
 @dataclass(frozen=True)
 class LatentCollapse:
@@ -98,10 +93,9 @@ class Collapse:
         }
 
     def __str__(self) -> str:
-        lines = [f"active units (variance of the posterior mean over {self.n} rows > {SILENT.variance})"]
-        for name, latent in self.latents.items():
-            lines.append(f"{name}: {_of(latent)}")
-        return "\n".join([*lines, *(f"alert: {text}" for text in self.alerts)])
+        head = f"active units (variance of the posterior mean over {self.n} rows > {SILENT.variance})"
+        lines = [f"{name}: {_of(latent)}" for name, latent in self.latents.items()]
+        return "\n".join([head, *lines, *(f"alert: {text}" for text in self.alerts)])
 
     def _repr_html_(self) -> str:
         rows = "".join(
@@ -139,12 +133,6 @@ def active_units(d: LatentDraw) -> int | None:
     """Return the number of active units, whose posterior mean has a variance above 0.01; None unless normal."""
     variance = activity(d)
     return None if variance is None else int((variance > SILENT.variance).sum())
-
-
-def kl_per_dimension(d: LatentDraw) -> tuple[float, ...] | None:
-    """Return the mean closed-form KL of every coordinate, nats; None where posterior or prior is not normal."""
-    kl = d.coordinate_kl
-    return None if kl is None else tuple(kl.mean(0).tolist())
 
 
 def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
@@ -208,7 +196,8 @@ def _code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None) 
 def _read(name: str, d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:
     if d.tally is not None:
         return LatentCollapse(d.tally.positions, None, None, None, None, (), _code_use(name, d.tally, book))
-    variance, kl, dim, prior = activity(d), kl_per_dimension(d), d.value.shape[1], d.normal_prior
+    variance, each, dim, prior = activity(d), d.coordinate_kl, d.value.shape[1], d.normal_prior
+    kl = None if each is None else tuple(each.mean(0).tolist())
     total = None if d.point else float((d.log_q - d.log_p if d.kl is None else d.kl).mean())
     if variance is None:
         return LatentCollapse(dim, None, kl, None, None, (), kl=total)

@@ -107,7 +107,6 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
             if first and name in account.model_roots
             else account.over(torch.stack(level.closed))
         )
-    per_dimension = torch.tensor(level.kl_per_dimension, dtype=torch.float64)
     counted = latent.tally if first else None
     pooled = None if counted is None or counted.bits else counted
     assert group["kl"] is not None  # noqa: S101 - every group has one
@@ -116,7 +115,7 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
         kl_exact=kl_exact,
         mutual_information=group["mutual_information"],
         marginal_kl=group["marginal_kl"] if prior_first else None,
-        kl_per_dimension=tuple(per_dimension.mean(0).tolist()) if len(per_dimension) else None,
+        kl_per_dimension=tuple(torch.stack(columns).mean(0).tolist()) if (columns := level.kl_per_dimension) else None,
         active_units=active_units(latent),
         dimensions=_dimensions(account, name, group["mutual_information"]),
         perplexity=None if counted is None else tuple(perplexity(counted.share).tolist()),

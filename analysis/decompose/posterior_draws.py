@@ -86,11 +86,6 @@ class LatentDraw:
         return None if self.normal is None else self.normal.loc
 
     @property
-    def scale(self) -> Tensor | None:
-        """Standard deviations of a normal posterior, `(n, D)`; None for other posteriors."""
-        return None if self.normal is None else self.normal.scale
-
-    @property
     def normal_prior(self) -> Normals | None:
         """Means and standard deviations of a diagonal normal prior; None for other priors."""
         return self.p if isinstance(self.p, Normals) else None

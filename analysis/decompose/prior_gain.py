@@ -18,6 +18,7 @@ from pvae.analysis.figures.estimate import Estimate, over_draws
 from pvae.analysis.population.result import Population
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
+from pvae.util.files import plain
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,13 +48,8 @@ class Gain:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the gain, the interval before it and both surgeries as plain numbers and strings for JSON."""
-        return {
-            "unit": "nats per datum",
-            "gained": self.gained.to_dict(),
-            "interval": None if self.interval is None else self.interval.to_dict(),
-            "before": self.before.to_dict(),
-            "after": self.after.to_dict(),
-        }
+        parts = ("gained", "interval", "before", "after")
+        return dict(plain({"unit": "nats per datum", **{name: getattr(self, name) for name in parts}}))
 
     def __str__(self) -> str:
         return self.sentence()
@@ -100,16 +96,14 @@ def gain(
     """
     accept(after, x)
     x = accept(before, x)
-    differences = []
     terms = []
     for pair in (before, after):
         with quiet(pair, x, seed):
             terms.append([_nats(pair, x) for _ in range(samples)])
-    for (z_before, one), (z_after, other) in zip(*terms, strict=True):
-        if not torch.equal(z_before, z_after):
-            raise DataError("gain: expected one encoder under two priors; got guides that draw different latents.")
-        differences.append(other - one)
-    gained = over_draws(torch.stack(differences))
+    pairs = list(zip(*terms, strict=True))
+    if not all(torch.equal(one[0], other[0]) for one, other in pairs):
+        raise DataError("gain: expected one encoder under two priors; got guides that draw different latents.")
+    gained = over_draws(torch.stack([other[1] - one[1] for one, other in pairs]))
     found = []
     for i, pair in enumerate((before, after)):
         asked: Asked | None = None if i else "rows"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, plain
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, scaled
 from pvae.analysis.population.result import ON_NEW_DATA, Population
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ class Surgery(Figures):
     hold exactly, because all terms are computed from the same samples (or from the same sum over all states).
     """
 
+    counts = ("n", "samples")
+
     n: int
     samples: int
     reconstruction: Estimate
@@ -143,9 +145,8 @@ class Surgery(Figures):
         """Bits per dimension, -elbo / (elements log 2), at least -log2 P(x) / elements; None for continuous data."""
         if self.elements is None or self.elbo is None:
             return None
-        bits, e = self.elements * math.log(2), self.elbo
-        data_error = None if e.data_error is None else e.data_error / bits
-        return Estimate(-e.value / bits, e.standard_error / bits, e.kind, data_error, e.note)
+        found = scaled(self.elbo, 1 / (self.elements * math.log(2)))
+        return replace(found, value=-found.value)
 
     @property
     def total(self) -> Estimate:
@@ -204,19 +205,8 @@ class Surgery(Figures):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all terms, by latent and by class, as plain numbers and strings for JSON."""
-        return {
-            "unit": "nats per datum",
-            "n": self.n,
-            "samples": self.samples,
-            "log_n": self.log_n.value,
-            "figures": self.figures(),
-            "latents": {name: plain(latent) for name, latent in self.latents.items()},
-            "classes": {str(label): plain(c) for label, c in self.classes.items()},
-            "shared": {name: value if math.isfinite(value) else None for name, value in self.shared.items()},
-            "seen": self.seen,
-            "population": None if self.population is None else self.population.to_dict(),
-            "notes": list(self.notes),
-        }
+        terms = ("latents", "classes", "shared", "seen", "population", "notes")
+        return self.nested(log_n=self.log_n.value, **{name: getattr(self, name) for name in terms})
 
     def headline(self) -> str:
         """Return sentences on what a better prior wins: on new data, an interval; on these rows, the marginal KL."""

@@ -119,14 +119,7 @@ def surgery(
     train = None if train is None else accept(pair, train)
     y = _labels(labels, x)
 
-    def apart(
-        rows: Tensor, y: Tensor | None, other: Tensor | None, own: int, population: Asked | None = None
-    ) -> Surgery:
-        return surgery(
-            pair, rows, samples, own, labels=y, train=other, components=components, memory=memory, seen=seen,
-            population=population,
-        )  # fmt: skip
-
+    apart = partial(surgery, pair, samples=samples, components=components, memory=memory, seen=seen, population=None)
     pooled = by_group(pair, x, y, train, apart, seed)
     if pooled is not None and (seen or population is None):
         return replace(pooled, seen=seen)

@@ -1,6 +1,7 @@
 """Terms of an ELBO surgery, computed from the log densities that an `Account` has collected."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -25,12 +26,13 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
     whole = group_figures(account, account.names)
     latents = {name: latent_surgery(account, name) for name in account.names}
     closed = [latent.kl_exact for latent in latents.values()]
-    reconstruction = _reconstruction(account)
+    reconstruction = _mean(account, torch.stack(account.reconstruction))
     total = _elbo(account, reconstruction, whole["kl"])
-    points = account.pair.structure.estimated
+    points, samples = account.pair.structure.estimated, len(account.reconstruction)
+    relaxed = relaxed_terms(account.pair, account.x, samples, account.seed)
     return Surgery(
         n=len(account.x),
-        samples=len(account.reconstruction),
+        samples=samples,
         reconstruction=reconstruction,
         **whole,  # type: ignore[arg-type]
         kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
@@ -44,13 +46,13 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
         shared={name: sum(d[name] for d in account.shared) / len(account.shared) for name in account.first.shared},
         global_kl=_global_kl(account),
         elements=account.pair.structure.elements,
-        relaxed_elbo=_relaxed_elbo(account),
+        relaxed_elbo=None if relaxed is None else account.over(relaxed),
         notes=tuple(_notes(account)),
     )
 
 
-def _reconstruction(account: Account) -> Estimate:
-    terms = torch.stack(account.reconstruction)
+def _mean(account: Account, terms: Tensor) -> Estimate:
+    """Return the mean of terms `(samples, n)`; exact where nothing is drawn."""
     return exact_mean(terms[0]) if account.nothing_drawn else account.over(terms)
 
 
@@ -58,14 +60,7 @@ def _elbo(account: Account, reconstruction: Estimate, kl: Estimate | None) -> Es
     """Return the ELBO, reconstruction - kl - global KL; its standard error is computed from the ELBO of every datum."""
     assert kl is not None  # noqa: S101 - every group has one
     terms = torch.stack(account.reconstruction) - account.kl_terms() - account.shares()
-    found = exact_mean(terms[0]) if account.nothing_drawn else account.over(terms)
-    return replace(found, value=reconstruction.value - kl.value - float(account.shares().mean()))
-
-
-def _relaxed_elbo(account: Account) -> Estimate | None:
-    """Return the mean ELBO of relaxed latents, from as many samples as the surgery; None where no latent is relaxed."""
-    found = relaxed_terms(account.pair, account.x, len(account.reconstruction), account.seed)
-    return None if found is None else account.over(found)
+    return replace(_mean(account, terms), value=reconstruction.value - kl.value - float(account.shares().mean()))
 
 
 def _global_kl(account: Account) -> Estimate | None:
@@ -146,17 +141,16 @@ def _train_gain(account: Account, train: Tensor) -> Estimate | None:
     return replace(found, standard_error=error, kind="lower_bound")
 
 
-def _notes(account: Account) -> list[str]:
-    """Return remarks on subsets of samples and components, on rounding errors and on deterministic codes."""
-    notes = []
+def _notes(account: Account) -> Iterator[str]:
+    """Yield remarks on subsets of samples and components, on rounding errors and on deterministic codes."""
     if estimated := account.pair.structure.estimated:
-        notes.append(f"{', '.join(estimated)}: set to a point, so that the total is a log joint density, no ELBO")
+        yield f"{', '.join(estimated)}: set to a point, so that the total is a log joint density, no ELBO"
     if varying := account.by_row:
-        notes.append(
+        yield (
             f"{', '.join(sorted(varying))}: the prior differs from row to row, so that there is no one KL(q_agg || p)"
         )
     if parts := [name for name in account.names if account.first.latents[name].partial]:
-        notes.append(
+        yield (
             f"{', '.join(parts)}: absent or masked in some rows, whose latents are of other sizes: no mutual "
             f"information and no marginal KL"
         )
@@ -164,30 +158,29 @@ def _notes(account: Account) -> list[str]:
     if scored is not None and (len(scored.rows) < n or scored.once):
         levels = f" over {len(account.names)} levels" if len(account.names) > 1 else ""
         components = f"all {n}" if scored.whole else f"{len(scored.mixture)} of {n}"
-        notes.append(f"joint I_q{levels}: {len(scored.rows)} of {n} draws, each under {components} components")
+        yield f"joint I_q{levels}: {len(scored.rows)} of {n} draws, each under {components} components"
     if scored is not None and not scored.whole:
         bias = float((torch.stack(scored.upper) - torch.stack(scored.lower)).mean())
-        notes.append(f"components are a subset: I_q stands between two bounds {bias:.4f} nats apart")
+        yield f"components are a subset: I_q stands between two bounds {bias:.4f} nats apart"
     if scored is not None and isinstance(scored.mixture.components, Kept):
         rounding = scored.mixture.components.rounding(account.first.flat(account.names)[scored.rows])
         if rounding > 1e-3:
-            notes.append(f"scales are very small: log q_agg is known to {rounding:.1e} nats")
+            yield f"scales are very small: log q_agg is known to {rounding:.1e} nats"
     if points := [name for name, latent in account.first.latents.items() if latent.point]:
-        notes.append(
+        yield (
             f"{', '.join(points)}: a deterministic code, so that kl is -log p(z), less a log determinant where z "
             f"determines x; the marginal KL of points to a density is not defined"
         )
     certain = [name for name, latent in account.first.latents.items() if latent.certain and name in account.guide_roots]
     if certain:
         distinct = len(account.first.flat(certain).unique(dim=0))
-        notes.append(
+        yield (
             f"{', '.join(certain)}: certain codes ({distinct} distinct ones), so that kl is -log p(c) and I_q the "
             f"entropy of the joint code"
         )
     for name, level in account.levels.items():
         if level.grid_error is not None and level.grid_error > 1e-3:
-            notes.append(f"{name}: densities of single coordinates are known to {level.grid_error:.1e} nats")
-    return notes
+            yield f"{name}: densities of single coordinates are known to {level.grid_error:.1e} nats"
 
 
 def _total(parts: list[Estimate]) -> Estimate:

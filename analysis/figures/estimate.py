@@ -6,10 +6,12 @@ import html
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, is_dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
+
+from pvae.util.files import plain
 
 if TYPE_CHECKING:
     import pandas
@@ -59,7 +61,7 @@ class Estimate:
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain numbers and strings, for JSON; values that are not finite are None."""
-        return {k: finite(v) if isinstance(v, float) else v for k, v in asdict(self).items()}
+        return dict(plain(asdict(self)))
 
 
 def scaled(estimate: Estimate, factor: float) -> Estimate:
@@ -69,20 +71,6 @@ def scaled(estimate: Estimate, factor: float) -> Estimate:
     return replace(estimate, value=value, standard_error=error, data_error=data_error)
 
 
-def finite(value: float | Tensor) -> float | None:
-    """Return a number as a float that JSON can represent: None if it is NaN or infinite."""
-    return float(value) if math.isfinite(value) else None
-
-
-def plain(part: Any) -> Any:
-    """Return an estimate, or a dataclass of estimates and numbers, as nested dicts and lists; else the value itself."""
-    if isinstance(part, Estimate):
-        return part.to_dict()
-    if isinstance(part, tuple | list):
-        return [plain(value) for value in part]
-    return {name: plain(value) for name, value in vars(part).items()} if is_dataclass(part) else part
-
-
 def exact(value: float) -> Estimate:
     """Return a value as an `Estimate` of kind "exact", without Monte Carlo error."""
     return Estimate(value, 0.0, "exact")
@@ -90,14 +78,24 @@ def exact(value: float) -> Estimate:
 
 def exact_mean(terms: Tensor) -> Estimate:
     """Return the mean of terms `(n,)` that are exact for every datum, without Monte Carlo error."""
-    n = len(terms)
-    return Estimate(float(terms.mean()), 0.0, "exact", float(terms.std() / math.sqrt(n)) if n > 1 else None)
+    return over_noisy_rows(terms, 0.0, "exact")
 
 
 def over_rows(values: Tensor) -> Estimate:
     """Return the mean of independent values `(n,)`, one per row, with its standard error."""
     error = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
     return Estimate(float(values.mean()), error, "estimate")
+
+
+def proportion(hits: Tensor) -> Estimate:
+    """Return the mean of independent zeros and ones `(n,)`, one per row (ties 1/2), with its standard error.
+
+    With k ones it is sqrt(p (1 - p) / n) of p = (k + 1) / (n + 2): a proportion that was found to be 0 or 1 is not
+    known without error.
+    """
+    n = len(hits)
+    p = (float(hits.sum()) + 1) / (n + 2)
+    return Estimate(float(hits.double().mean()), math.sqrt(p * (1 - p) / n))
 
 
 def over_whole_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
@@ -108,23 +106,33 @@ def over_whole_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
     return replace(found, standard_error=float(terms.mean(1).std() / math.sqrt(len(terms))))
 
 
+def over_noisy_rows(values: Tensor, error: float, kind: Kind) -> Estimate:
+    """Return the mean of values `(n,)`, one per row, that are known up to noise by which their mean has an `error`.
+
+    The spread of the values over rows, divided by sqrt(n), holds noise and data: the error of the data is what remains
+    of it without that noise. If the error is NaN, as noise and spread cannot be told apart, the spread takes its place,
+    which is too large on average, and the note says "conservative".
+    """
+    found = over_rows(values)
+    spread = found.standard_error if len(values) > 1 else None
+    if math.isnan(error):
+        return replace(found, kind=kind, data_error=spread, note=CONSERVATIVE)
+    data_error = None if spread is None else math.sqrt(max(spread**2 - error**2, 0.0))
+    return Estimate(found.value, error, kind, data_error)
+
+
 def over_draws(terms: Tensor, kind: Kind = "estimate", of: int | None = None) -> Estimate:
     """Return the mean of terms `(samples, n)` with its errors; the n rows may be a random subset of `of` rows.
 
-    With several samples the Monte Carlo error comes from the variance within each datum, sqrt(sum_i var_i / S) / n.
-    A single sample cannot separate noise from the spread over data: the total spread is given, which is too large on
-    average, and the note says "conservative".
+    With several samples the Monte Carlo error comes from the variance within each datum, sqrt(sum_i var_i / S) / n. A
+    single sample cannot separate noise from the spread over data (`over_noisy_rows`).
     """
     draws, n = terms.shape
-    value = float(terms.mean())
-    data_error = float(terms.mean(0).std() / math.sqrt(n)) if n > 1 else None
-    if draws > 1:
-        error = float((terms.var(0).sum() / draws).sqrt() / n)
-        if of is not None and n < of and data_error is not None:
-            error = math.hypot(error, data_error * math.sqrt(1 - n / of))
-        return Estimate(value, error, kind, data_error)
-    spread = float(terms.std() / math.sqrt(n)) if n > 1 else math.nan
-    return Estimate(value, spread, kind, data_error, CONSERVATIVE)
+    error = float((terms.var(0).sum() / draws).sqrt() / n) if draws > 1 else math.nan
+    found = replace(over_noisy_rows(terms.mean(0), error, kind), value=float(terms.mean()))
+    if draws == 1 or of is None or n >= of or found.data_error is None:
+        return found
+    return replace(found, standard_error=math.hypot(error, found.data_error * math.sqrt(1 - n / of)))
 
 
 def jackknife(left_out: Tensor, size: int, units: int) -> float:
@@ -215,6 +223,10 @@ class Figures(ABC):
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes in `counts` and all estimates, as plain numbers and strings for JSON."""
         return {**self.facts(), **self.figures()}
+
+    def nested(self, **more: Any) -> dict[str, Any]:
+        """Return the attributes in `counts`, the estimates under "figures", and `more`, as plain values for JSON."""
+        return dict(plain({"unit": "nats per datum", **self.facts(), "figures": self.figures(), **more}))
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a data frame with one row per term: value, errors, kind and note."""

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, plain
+from pvae.analysis.figures.estimate import Estimate, Figures, Row
+from pvae.util.files import plain
 
 ON_NEW_DATA = "on new data"
 """Words that a remark on a missing interval contains."""

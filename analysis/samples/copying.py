@@ -9,7 +9,7 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, proportion
 from pvae.analysis.samples.features import Features, affordable
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
 from pvae.analysis.samples.running import observed_rows, opened
@@ -221,7 +221,7 @@ def data_copying(
     held_distance = nearest_of(held, train)[1]
     on_progress(total, total)
     z, p_value = _farther(distance, held_distance)
-    share, nearer = over_rows((distance <= close(held_distance)).double()), _nearer(train, held, fake, seed)
+    share, nearer = _share(distance, held_distance), _nearer(train, held, fake, seed)
     where = "the elements of x" if space is None else space.note
     return Copying(z, p_value, share, nearer, nearest, distance, held_distance, len(train), space=where)
 
@@ -251,6 +251,18 @@ def nearest_of(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
             least[rows] = torch.where(is_nearer, distance, least[rows])
             found[rows] = torch.where(is_nearer, best + start, found[rows])
     return found, least
+
+
+def _share(distance: Tensor, held: Tensor) -> Estimate:
+    """Return the proportion of samples as near to a training row as the nearest `CLOSE_PROPORTION` of held-out rows.
+
+    The limit is that of the c nearest of h held-out rows, so that the proportion p of samples below it moves with it:
+    by p sqrt((1 - c / h) / c) where it is in proportion to that of held-out rows, in addition to its own error.
+    """
+    limit = close(held)
+    found, count = proportion(distance <= limit), int((held <= limit).sum())
+    p = (found.value * len(distance) + 1) / (len(distance) + 2)
+    return replace(found, standard_error=math.hypot(found.standard_error, p * math.sqrt(1 / count - 1 / len(held))))
 
 
 def _farther(distance: Tensor, held: Tensor) -> tuple[Estimate, Estimate]:

@@ -151,7 +151,8 @@ def frechet_floor(data: Tensor, m: int, seed: int = 0) -> Estimate:
         seed: seed of the halves.
 
     Returns:
-        An estimate; its standard error is the standard deviation of one such distance, not that of their mean.
+        An estimate; its standard error is the standard deviation of one such distance, not that of their mean, and is
+        known from a few halvings only.
     """
     half = len(data) // 2
     generator = seeds.generator(seed, seeds.ANALYSIS, 14)

@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
 from pvae.analysis.samples.running import opened
@@ -164,8 +164,8 @@ def probe(
     readings = []
     for name, found in right.items():
         gains = [] if name == RAW else [over_rows(mine - raw) for mine, raw in zip(found, right[RAW], strict=True)]
-        readings.append(Reading(name, *map(over_rows, found), *gains))
-    majority = over_rows(torch.from_numpy(labels == np.bincount(y).argmax()).double())
+        readings.append(Reading(name, *map(proportion, found), *gains))
+    majority = proportion(torch.from_numpy(labels == np.bincount(y).argmax()))
     return Probe(tuple(readings), majority, len(y), len(labels), split)
 
 

@@ -10,7 +10,7 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows, proportion
 from pvae.analysis.samples.distances import Distances, distances
 from pvae.analysis.samples.features import MAX_CLASSES, Features, affordable, classify, features, in_chunks, sharpness
 from pvae.analysis.samples.fidelity import FIDELITY_NEIGHBOURS, Fidelity, among, ratio_of
@@ -73,6 +73,9 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
     exact test; the binomial of the paper is its limit). In expectation accuracy <= 1/2 + TV / 2 with TV the total
     variation distance: 2 accuracy - 1 is a lower bound of it, attained by the best classifier.
 
+    The standard error of the accuracy is that of a given classifier, from the proportions of data and of samples that
+    it calls data: sqrt(v_1 + v_2) / 2 of their variances.
+
     Warning: with enough rows any two distributions differ significantly; compare accuracies, not p-values.
 
     References:
@@ -114,7 +117,8 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
     called = in_chunks(classify(x, y, 2, seed, watched if len(watched[0]) else None), asked).argmax(1).bool()
     hits, named = int(called[truth.cpu().bool()].sum()), int(called.sum())
     accuracy = (hits + held - (named - hits)) / (2 * held)
-    error = math.sqrt(accuracy * (1 - accuracy) / (2 * held))
+    rates = [proportion(part) for part in called.split(held)]
+    error = math.hypot(*(rate.standard_error for rate in rates)) / 2
     p_value = exact(by_chance(hits, named, held))
     variation = Estimate(2 * accuracy - 1, 2 * error, "lower_bound", note="in expectation")
     return TwoSample(Estimate(accuracy, error, "estimate"), p_value, variation, half, held)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli
 
 from pvae.analysis.aggregate.entry import accept
-from pvae.analysis.decompose.collapse import activity, kl_per_dimension
+from pvae.analysis.decompose.collapse import activity
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.sites import as_value
 from pvae.analysis.samples import running
@@ -199,9 +199,9 @@ def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
     if name in layout.enumerated or (layout.enumerated and len(layout.latents) > 1):
         return None, "their own order"
     drawn = draw(pair, x).latents[name]
-    kl = kl_per_dimension(drawn)
+    kl = drawn.coordinate_kl
     if kl is not None:
-        return torch.tensor(kl), "KL"
+        return kl.mean(0), "KL"
     variance = activity(drawn)
     return variance, "their own order" if variance is None else "variance of the posterior mean"
 

@@ -218,7 +218,6 @@ class GANStepper(Stepper):
         self.critic = critic_of(self.pair)
         self.clip_norm, self.average = fitting.clip_norm, fitting.average
         self.learned = [p for p in self.pair.parameters() if p.requires_grad]
-        self.sound = torch.ones((), dtype=torch.bool)
         critic = {id(p) for p in self.critic.parameters()}
         self.sides = [p for p in self.learned if id(p) in critic], [p for p in self.learned if id(p) not in critic]
 

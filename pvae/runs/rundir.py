@@ -305,8 +305,9 @@ def list_runs(root: Path) -> list[dict[str, Any]]:
     """Return one row (dict) for every run under ``root``, in the order in which they were begun; never raises.
 
     The keys of a row are name, id, path, state, epoch, epochs, elbo, log_joint (in its place where the guide sets a
-    continuous latent to a point), started, seconds, why. ``state`` is the state in the run's status; ``created`` before the first status; ``stale`` for a running one whose process is dead (or, on
-    another host, has written no heartbeat for five minutes); ``broken`` if files are damaged (``why`` is the reason).
+    continuous latent to a point), started, seconds, why. ``state`` is the state in the run's status; ``created`` before
+    the first status; ``stale`` for a running one whose process is dead (or, on another host, has written no heartbeat
+    for five minutes); ``broken`` if files are damaged (``why`` is the reason).
     """
     rows = [(find.begun(run), _row(run)) for name in find.folders(Path(root)) for run in find.folders(name)]
     return [row for _, row in sorted(rows, key=lambda found: found[0])]

@@ -12,6 +12,7 @@ import stat
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,10 @@ def _json_object(content: bytes) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin comes out)
-    """Return ``value`` as JSON values: NaN and infinity become null, other numbers floats, others `to_dict` or text."""
+    """Return ``value`` as JSON values: NaN and infinity become null, other numbers floats, dataclasses their fields.
+
+    Others are their `to_dict`, or text.
+    """
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, Mapping):
@@ -190,6 +194,8 @@ def plain(value: Any) -> Any:  # noqa: ANN401  (any value goes in, its JSON twin
         return [plain(item) for item in value]
     if hasattr(value, "to_dict"):
         return plain(value.to_dict())
+    if is_dataclass(value):
+        return plain(vars(value))
     try:
         number = float(value)
     except (TypeError, ValueError, RuntimeError, OverflowError):

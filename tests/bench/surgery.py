@@ -71,14 +71,14 @@ def grid(pair: pvae.Pair, x: Tensor) -> str:
     """Errors of the densities of single coordinates against the sum over all pairs."""
     with quiet(pair, x, 0):
         z = draw(pair, x).latents["z"]
-    assert z.loc is not None
-    assert z.scale is not None
-    found = marginal_log_prob(z.loc, z.scale, z.value)
-    columns = [all_pairs(z.loc[:, d], z.scale[:, d], z.value[:, d]) for d in range(z.loc.shape[1])]
+    q = z.normal
+    assert q is not None
+    found = marginal_log_prob(q.loc, q.scale, z.value)
+    columns = [all_pairs(q.loc[:, d], q.scale[:, d], z.value[:, d]) for d in range(q.loc.shape[1])]
     error = found - torch.stack(columns, 1)
     return (
         f"coordinates on a grid at n = {len(x)}: largest error {float(error.abs().max()):.1e} nats, mean "
-        f"{float(error.mean()):+.1e}; smallest scale {float(z.scale.min()):.1e}"
+        f"{float(error.mean()):+.1e}; smallest scale {float(q.scale.min()):.1e}"
     )
 
 

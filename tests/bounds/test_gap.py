@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.distributions import transforms
 
-from pvae.analysis.bounds.gap import Gap, gap
+from pvae.analysis.bounds.gap import gap
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
@@ -175,16 +175,6 @@ def test_data_do_not_share_members():
     assert abs(alone.refined_elbo.value - among.per_datum["refined_elbo"][0]) < 4 * error + OPTIMISER
 
 
-# The spread of a deviation estimated from 100 seeds is 7 %: 30 % is 4 of them, one new set in 10 000 each.
-@pytest.mark.parametrize("figure", ["log_p", "refined_elbo", "elbo", "amortisation", "inference"])
-def test_standard_error_is_the_spread_over_seeds(figure, spreads):
-    found = [getattr(one, figure) for one in spreads]
-    spread = np.std([e.value for e in found], ddof=1)
-    refined = figure in ("refined_elbo", "amortisation")  # whose errors include what the refinement still lacks
-    noise = [e.standard_error**2 - refined * one.unconverged**2 for e, one in zip(found, spreads, strict=True)]
-    assert math.sqrt(np.mean(noise)) == pytest.approx(spread, rel=0.3)
-
-
 def test_what_the_refinement_lacks_is_part_of_its_error():
     """A refinement of many steps shows what one of few steps lacked, within a factor of two."""
     pair = pair_of(off).adopt(X)
@@ -193,13 +183,6 @@ def test_what_the_refinement_lacks_is_part_of_its_error():
     assert lacked / 2 < few.unconverged < 2 * lacked
     assert many.unconverged < few.unconverged / 10
     assert few.amortisation.standard_error > few.unconverged
-
-
-@pytest.fixture(scope="module")
-def spreads() -> list[Gap]:
-    """A gap with a hundred seeds."""
-    pair = pair_of(off).adopt(X)
-    return [gap(pair, X[:20], steps=15, samples=10, evidence_samples=100, seed=seed) for seed in range(100)]
 
 
 # ---------------------------------------------------------------------- other shapes

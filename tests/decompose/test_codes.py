@@ -388,7 +388,6 @@ def test_dead_codes_and_duplicates_are_told_with_the_knob():
     alert = collapse(pair, x).alerts[0]
     use = collapse(pair, x).latents["c"].codes
     assert use.used < 64
-    assert use.active_share == use.used / 64
     assert f"c: {64 - use.used} of 64 codes are dead" in alert
     assert "posterior.restart" in alert
     assert 'start = "kmeans"' in alert

@@ -74,7 +74,7 @@ def test_a_mixture_run_by_the_guide_is_the_product_normal_when_levels_are_indepe
         d = draw(pair, x)
     z = d.flat(["z2", "z1"])
     got = AggregatedPosterior.of(pair, x).log_prob(z)
-    loc, scale = (torch.cat([getattr(z, side) for z in d.latents.values()], 1) for side in ("loc", "scale"))
+    loc, scale = (torch.cat([getattr(z.normal, side) for z in d.latents.values()], 1) for side in ("loc", "scale"))
     product = AggregatedPosterior(Normals(loc, scale))
     torch.testing.assert_close(got, product.log_prob(z), rtol=0, atol=1e-10)
 

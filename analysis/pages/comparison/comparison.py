@@ -11,7 +11,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.bounds.rate_distortion import named, require_alike
 from pvae.analysis.decompose.posterior_draws import draw
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion
 from pvae.analysis.pages.document.document import Stages
 from pvae.analysis.pages.document.text import Value
 from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
@@ -109,7 +109,7 @@ def paired(elbo: Tensor, other: Tensor, log_p: Tensor | None = None, other_log_p
     difference = (elbo - other).double().cpu()
     judged = difference if bound is None else bound
     wins = (judged > 0).double() + 0.5 * (judged == 0)
-    return Paired(len(elbo), over_rows(difference), None if bound is None else over_rows(bound), over_rows(wins))
+    return Paired(len(elbo), over_rows(difference), None if bound is None else over_rows(bound), proportion(wins))
 
 
 # ---------------------------------------------------------------------- runs
