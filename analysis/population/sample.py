@@ -55,7 +55,7 @@ class NewRows:
         q = None if self.q is None or others.q is None else self.q.joined([others.q])
         names = ("value", "own", "log_p", "kl")
         both = {name: torch.cat([getattr(self, name), getattr(others, name)]) for name in names}
-        return NewRows(q=q, **both)
+        return replace(self, **both, q=q, information=None, parts=(), group=None)
 
 
 class HonestScores(NamedTuple):
