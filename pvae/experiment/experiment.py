@@ -26,6 +26,7 @@ from pvae.models.graph import Decoder, GraphModel
 from pvae.models.priors.base import Prior
 from pvae.models.priors.factorised import prior_of
 from pvae.nn.schedules import Constant, Scheduled
+from pvae.objectives.base import weigh_step
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.util import toml
@@ -192,16 +193,22 @@ class Experiment(Plan):
         values = {name: len(prompts[name]) if name in prompts else c.labels for name, c in self.covariates.items()}
         return Frame(tuple(x), values, prompts)
 
-    def build(self, x: Shape) -> Pair:
+    def build(self, x: Shape, rows: int = 0, device: torch.device | None = None) -> Pair:
         """Return the Pyro pair of model and guide for data of event shape `x`.
 
         Its weights are a function of `seed`; the global random state stays unchanged.
 
+        Arguments:
+            x: event shape of a datum.
+            rows: number of rows of a batch, 0 if the pair is not going to be trained.
+            device: device of the training.
+
         Raises:
-            DeclarationError: the pair would not fit into memory; nothing large has been allocated.
+            DeclarationError: the pair, or a training step of it, would not fit into memory; nothing large has been
+                allocated.
         """
         with torch.random.fork_rng():
-            pair = build_pair(self, self.frame(x))
+            pair = build_pair(self, self.frame(x), rows, device)
         return pair if self.objective.dtype is None else pair.to(self.objective.dtype)
 
     def to_pyro(self, x: Shape | None = None) -> str:
@@ -228,18 +235,28 @@ class Experiment(Plan):
         return experiment_html(self)
 
 
-def build_pair(experiment: Experiment, frame: Frame) -> Pair:
-    """Return the pair of model and guide of a declaration, ready to run.
+def build_pair(experiment: Experiment, frame: Frame, rows: int = 0, device: torch.device | None = None) -> Pair:
+    """Return the pair of model and guide of a declaration, ready to run, and to be trained in batches of `rows` rows.
 
     Its weights are initialised after `torch.manual_seed(experiment.seed)`.
 
     Raises:
         DeclarationError: it would not fit into memory, or a distribution is not finite before training.
     """
-    link = weighed(lambda: linked_parts(experiment, frame))
-    link.building = True
-    try:
+
+    def make() -> Pair:
+        link = linked_parts(experiment, frame)
+        link.building = True
         pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
+        experiment.objective.attach(pair)
+        link.building = False
+        return pair
+
+    def step(pair: Pair) -> None:
+        weigh_step(experiment.objective, pair, frame.row, rows)
+
+    try:
+        return weighed(make, step if rows else None, rows * getattr(experiment.objective, "particles", 1), device)
     except (RuntimeError, ValueError) as error:
         if not is_refused_draw(error):
             raise
@@ -247,9 +264,6 @@ def build_pair(experiment: Experiment, frame: Frame) -> Pair:
             f"Expected distributions that are finite before training; got: {str(error).splitlines()[0][:200]}. "
             f"Look at scales, log_variance bounds and temperatures."
         ) from error
-    experiment.objective.attach(pair)
-    link.building = False
-    return pair
 
 
 def linked_parts(experiment: Experiment, frame: Frame) -> Link:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import pyro
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pvae.component import Component
+from pvae.component import Component, Shape
 from pvae.data import Split
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
@@ -187,6 +188,13 @@ def known_apart(pair: Pair) -> frozenset[str]:
     sites = pair.model.sites
     guide, model = {s.name: names & {*s.guide_given} for s in sites}, {s.name: names & {*s.given} for s in sites}
     return names - Dependencies(guide, model).bottom_up
+
+
+def weigh_step(objective: Objective, pair: Pair, row: Shape, rows: int) -> None:
+    """Run the loss of a batch on the meta device and its gradient, whose tensors `pvae.util.memory` counts."""
+    with pyro.validation_enabled(False):
+        loss, _ = Loss(objective, pair, rows)(torch.empty(rows, *row, dtype=objective.dtype, device="meta"))
+    torch.autograd.grad(loss, [p for p in pair.parameters() if p.requires_grad], allow_unused=True)
 
 
 class Loss(nn.Module):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
-from pvae.objectives.base import Objective
+from pvae.objectives.base import Objective, weigh_step
 from pvae.objectives.elbo import PyroELBO, TraceELBO, TraceMeanFieldELBO, same_step
 from pvae.pair.pair import CHECKED_ROWS, Pair
 from pvae.pair.running import evaluating, quiet
@@ -103,10 +104,13 @@ def fit(
         )
     else:
         read = what.with_overrides(*overrides) if isinstance(what, Experiment) else Experiment.load(what, overrides)
-        plan, dataset, pair = _declared(read.with_changes(changes), data, data_dir)
-    rows = min(plan.train.batch_size, len(dataset.train)) * getattr(plan.objective, "particles", 1)
-    require_training_memory(pair, math.prod(dataset.shape), rows, where)
+        plan, dataset, pair = _declared(read.with_changes(changes), data, data_dir, where)
     attended(pair, lambda: dataset.train)
+    rows = min(plan.train.batch_size, len(dataset.train))
+    step = partial(weigh_step, plan.objective, row=dataset.train.rows.shape[1:], rows=rows)
+    particles = getattr(plan.objective, "particles", 1)
+    of_data = step if pair.made_of_data() else None
+    require_training_memory(pair, math.prod(dataset.shape), rows * particles, where, of_data)
     given_pair = what if isinstance(what, Pair) else None
     _require_fittable(plan, pair, dataset, given_pair is not None)
     run = launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, export=kinds, progress=progress)
@@ -173,7 +177,9 @@ def objective_of(loss: Any, pair: Pair, dataset: Dataset) -> Objective:
         return own if same_step(single, one, pair, x) else stock
 
 
-def _declared(plan: Experiment, data: Any, data_dir: str | Path | None) -> tuple[Experiment, Dataset, Pair]:
+def _declared(
+    plan: Experiment, data: Any, data_dir: str | Path | None, device: torch.device
+) -> tuple[Experiment, Dataset, Pair]:
     """Return the data set to fit, the pair built for it, and the declaration with the source of data passed in."""
     if data is None:
         dataset = load(plan.data, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
@@ -182,7 +188,7 @@ def _declared(plan: Experiment, data: Any, data_dir: str | Path | None) -> tuple
         plan, dataset = plan.model_copy(update={"data": source}), Dataset.of(data, source)
     dataset = plan.conditioned(dataset)
     dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
-    return plan, dataset, plan.build(dataset.shape)
+    return plan, dataset, plan.build(dataset.shape, min(plan.train.batch_size, len(dataset.train)), device)
 
 
 def passed_source(plan: Experiment) -> TensorSource | FrameSource:
