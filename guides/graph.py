@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 from torch import Tensor, nn
@@ -77,7 +77,6 @@ class SharedModule(EncoderModule):
         return self.network({OBSERVED: x})
 
 
-@final
 class SharedEncoder(Encoder):
     """One network on x for all latents; each posterior adds its own head."""
 
@@ -103,7 +102,6 @@ class PerLatentModule(EncoderModule):
         return {FEATURES: self.networks[site.name](super().inputs_of(site, features, seen))}
 
 
-@final
 class PerLatentEncoder(Encoder):
     """One network per latent, on x and the latents that its posterior is conditioned on.
 
@@ -146,7 +144,6 @@ class BottomUpModule(EncoderModule):
         return {FEATURES: features[site.name], **others} if site.name in features else others
 
 
-@final
 class BottomUpEncoder(Encoder):
     """Deterministic features of x, level by level from the lowest latent to the top, for ladder or top-down posteriors.
 

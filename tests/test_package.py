@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 import pvae
+from pvae.component import Component
 
 ROOT = Path(__file__).parents[1]
 
@@ -156,6 +157,20 @@ def test_no_folder_and_no_file_grows_too_large():
 def test_a_class_name_stands_for_one_class():
     names = Counter(node.name for _, tree in sources() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     assert {name: count for name, count in names.items() if count > 1} == {}
+
+
+def test_no_member_of_a_family_is_a_subclass_of_another():
+    families = [kind for kind in subclasses(Component) if kind.is_family()]
+    assert len(families) >= 10
+    members = [member for family in families for member in family.members.values()]
+    assert {member.__name__: found for member in members if (found := list(subclasses(member)))} == {}
+
+
+def subclasses(kind: type) -> Iterator[Any]:
+    """All classes below a class."""
+    for child in kind.__subclasses__():
+        yield child
+        yield from subclasses(child)
 
 
 def test_a_docstring_opens_with_a_verb_or_a_noun():

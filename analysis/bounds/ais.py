@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +53,6 @@ class _Annealing(Figures):
         return self.nested(acceptance=self.acceptance.mean())
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class Annealed(_Annealing):
     """Lower bound on the mean log p(x) by annealed importance sampling, nats per datum; the result of `ais`."""
@@ -81,7 +80,6 @@ class Annealed(_Annealing):
         return {**super().to_dict(), "ess_median": float(self.ess.median()), "ess_min": float(self.ess.min())}
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class Bracket(_Annealing):
     """Lower and upper bound on the mean log p(x) of simulated data, nats per datum; the result of `bracket`."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, final
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +35,6 @@ SHOWN = 12
 JOINT = "all jointly"
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class Calibration(Figures):
     """Ranks of the latents that made simulated data among samples of q(z | x); the result of `calibration`."""

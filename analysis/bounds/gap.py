@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +31,6 @@ OPTIMISE, CHOOSE, MEASURE, EVIDENCE = range(1, 5)
 """Numbers of the noise streams: the refined posterior is selected on other samples than its ELBO is measured on."""
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class Gap(Figures):
     """Gaps between the ELBO and log p(x), nats per datum; `inference = approximation + amortisation`, exactly."""
@@ -168,7 +167,6 @@ def gap(
     return _assemble(parts, plan)
 
 
-@final
 @dataclass(frozen=True)
 class RefinePlan:
     """Settings of the refinement and of the measurements."""

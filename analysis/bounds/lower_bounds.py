@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -109,7 +109,6 @@ class Bounds(Figures):
         )
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class Evidence(Bounds):
     """Lower bounds on the mean log p(x) with samples of the guide, nats per datum; the result of `evidence`."""
@@ -148,7 +147,6 @@ class Evidence(Bounds):
         return self.curve[-1][1]
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class PriorEvidence(Bounds):
     """Lower bounds on the mean log p(x) with samples of the prior, nats per datum; the result of `prior_evidence`."""

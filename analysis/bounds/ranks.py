@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +23,6 @@ SURE = 2.5
 FINE = "fine"
 
 
-@final
 @dataclass(frozen=True)
 class RankTest:
     """Ranks of the true values of one coordinate among samples, uniform for an exact posterior, and what they show."""

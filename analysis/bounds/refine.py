@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, final
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -46,7 +46,6 @@ def rebuild(site: str, fn: Any, edit: Edit) -> Any:
     )
 
 
-@final
 class Pathwise(dist.TorchDistribution):
     """Distribution that scores its samples under a detached copy: a pathwise gradient without the score term.
 
@@ -79,7 +78,6 @@ class Pathwise(dist.TorchDistribution):
         return self.fixed.log_prob(value)
 
 
-@final
 class RefinedNormal:
     """Shift and scale parameters per row that refine the normal posterior of one latent; initially the identity.
 
@@ -108,7 +106,6 @@ class RefinedNormal:
         return dist.MultivariateNormal(loc, scale_tril=base.scale_tril @ factor)
 
 
-@final
 class Refined(Messenger):
     """Pyro handler that replaces the guide's normal posteriors by refined ones, with parameters for every row.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import pyro
 import torch
@@ -20,7 +20,6 @@ Start = Literal["guide", "prior"]
 ProgramRunner = Callable[[Callable[..., Any], "dict[str, Tensor]", int], Trace]
 
 
-@final
 @dataclass(frozen=True)
 class AnnealingPlan:
     """Settings of annealed importance sampling, and the name of the calling function for error messages."""
@@ -54,7 +53,6 @@ class AnnealingPlan:
 # ---------------------------------------------------------------------- the annealed densities
 
 
-@final
 @dataclass(frozen=True)
 class States:
     """Latents of all annealing chains in unconstrained space, with their log densities."""
@@ -71,7 +69,6 @@ class States:
         return (1 - beta) * self.base + beta * self.joint
 
 
-@final
 @dataclass(frozen=True)
 class Coordinate:
     """One latent and the map from unconstrained values to its support."""
@@ -83,7 +80,6 @@ class Coordinate:
     """Shape of the unconstrained value (of a simplex one element less)."""
 
 
-@final
 class Target:
     """Log densities log p0(z) and log p(x, z) of a chunk of rows as functions of unconstrained latents.
 

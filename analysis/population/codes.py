@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -260,7 +260,6 @@ class CodeMixture(NamedTuple):
         return ", ".join(f"{name} ({100 * share:.0f} %)" for name, share in shares.items() if share >= 0.005)
 
 
-@final
 class CodePrior(HonestPrior):
     """Mixture of discounted counts of joint codes, a product of positions, latent classes and the prior p.
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -153,7 +153,6 @@ def lost(e: Tensor, scale: Tensor) -> Tensor:
     return out.index_add_(0, j, -torch.log1p(-share) - share)
 
 
-@final
 class KernelPrior(HonestPrior):
     """Mixture of kernels on the other rows, their posteriors widened, with one normal and the prior p."""
 
@@ -189,7 +188,6 @@ def _words(widths: list[float], which: str = "the other") -> str:
     return f"kernels on {which} rows, widened by {found} standard deviations, mixed with a normal and p"
 
 
-@final
 class FullPrior(HonestPrior):
     """Mixture of kernels on all train rows, one normal, a mixture of normals, a flow and the prior p.
 

@@ -1,7 +1,6 @@
 """Priors of several latents made of priors of some of them, priors by covariate value, and mixtures of priors."""
 
 from collections.abc import Sequence
-from typing import final
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ ROWS_WEIGHED = 4000
 """Largest number of train rows on which the weights of a mixture are chosen."""
 
 
-@final
 class RootPrior(HonestPrior):
     """New priors of the latents without parents, r(roots) p(the others | roots): the others cancel in r / p.
 
@@ -38,7 +36,6 @@ class RootPrior(HonestPrior):
         )
 
 
-@final
 class GroupPrior(HonestPrior):
     """Priors r(z | y) made of the rows with the same covariate value; -inf for values of few rows."""
 
@@ -58,7 +55,6 @@ class GroupPrior(HonestPrior):
         return out
 
 
-@final
 class MixedPrior(HonestPrior):
     """Mixture of priors, with weights by EM; a prior without a density (-inf) for some covariate values has none there.
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, final, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pyro
@@ -17,7 +17,6 @@ from pvae.analysis.truths import truth
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Programs, Truth, normal_nodes
 
 
-@final
 @dataclass(frozen=True, eq=False)
 class LinearGaussian:
     r"""Linear Gaussian model and guide: p(z) = N(0, V), p(x|z) = N(W z + b, s^2 I), q(z|x) = N(G x + c, S).

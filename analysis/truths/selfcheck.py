@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
 from rich.text import Text
@@ -38,7 +38,6 @@ ANNEALED_ROWS = 20
 """Number of rows whose log p(x) is estimated by annealed importance sampling, the slowest estimator."""
 
 
-@final
 @dataclass(frozen=True)
 class FigureCheck:
     """Comparison of one estimate with the exactly known value of the same quantity."""
@@ -104,7 +103,6 @@ class FigureCheck:
         return (self.truth, f"{self.estimator}.{self.figure}", *numbers, self.verdict)
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class SelfCheck:
     """Comparisons of this installation's estimates with exactly known values; the result of `selfcheck`."""

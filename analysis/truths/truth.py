@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ GRID_STEP, GRID_REACH = 0.1, 11.0
 """Step and reach of the trapezoidal rule in standard deviations; for analytic integrands it converges exponentially."""
 
 
-@final
 @dataclass(frozen=True, eq=False)
 class Truth:
     """Test model: a model-guide pair and data, with their ELBO terms, evidence and information known exactly.

@@ -7,7 +7,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self
 
 import pyro.distributions as dist
 import torch
@@ -129,7 +129,6 @@ class EstimatedPosterior(Posterior):
 BASELINE_DECAY = 0.9
 
 
-@final
 class CategoricalPosterior(EstimatedPosterior):
     """Amortised posterior of codes, q(c | x) = Categorical(pi(x)), independent at every position of a grid."""
 
@@ -140,7 +139,6 @@ class CategoricalPosterior(EstimatedPosterior):
         return (space.states, *space.grid), partial(codes, grid=len(space.grid))
 
 
-@final
 class BernoulliPosterior(EstimatedPosterior):
     """Amortised posterior of a vector of bits, q(b | x) = prod_d Bernoulli(pi_d(x))."""
 
@@ -183,7 +181,6 @@ class RelaxedModule(Linked):
         return RelaxedCodes(logits, tau, grid, kl=kl, noise=noise, has_twin=site.has_twin)
 
 
-@final
 class RelaxedOneHotPosterior(RelaxedPosterior):
     r"""Gumbel-softmax posterior c_k = softmax((log pi_k(x) + g_k) / tau), which the decoder reads as it is.
 
@@ -198,7 +195,6 @@ class RelaxedOneHotPosterior(RelaxedPosterior):
         return space.relaxed(is_hard=False)
 
 
-@final
 class StraightThroughPosterior(RelaxedPosterior):
     """Straight-through posterior: the decoder reads a hard one-hot, with the (biased) gradient of the relaxed one-hot.
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import log
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self
 
 import pyro.distributions as dist
 import torch
@@ -123,7 +123,6 @@ class PushedNormal(Pushed):
         return (score + self.base.log_prob(value)).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-@final
 class FlowPosterior(Posterior):
     """Inverse autoregressive flow posterior over N(mu(x), diag sigma^2(x)): coordinates may be dependent given x.
 
@@ -180,7 +179,6 @@ class InverseModule(Linked):
         return Determined(z, -log_det)
 
 
-@final
 class InversePosterior(Posterior):
     """Deterministic posterior z = g^-1(x), the inverted decoder: the ELBO equals log p(x) = log p(z) + log|det dz/dx|.
 
@@ -261,7 +259,6 @@ class DequantisedModule(nn.Module):
         return Dequantised(self.link.model.decoder.network, inputs[OBSERVED], self.levels, logits)
 
 
-@final
 class DequantisedPosterior(Posterior):
     """Dequantisation posterior z = g^-1((k + u) / levels) of data on levels k, noise u: the ELBO bounds log P(x).
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from math import prod
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -25,7 +25,6 @@ class NearestCodes(Certain):
     point: Tensor
 
 
-@final
 class NearestCodePosterior(Posterior):
     r"""Vector-quantisation posterior: point mass on k* = argmin_k |z(x) - e_k| at every position, with KL -log p(k*).
 

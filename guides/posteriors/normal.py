@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 from pydantic import Field, field_validator
@@ -17,7 +17,6 @@ from pvae.guides.posteriors.base import Linked, Posterior, head
 from pvae.nn.network import Head, LogVarianceBounds, Network, NormalHead, lower_factor
 
 
-@final
 class NormalPosterior(Posterior):
     """Amortised mean-field normal posterior N(mu(x), diag sigma^2(x)).
 
@@ -41,7 +40,6 @@ def full_rank_normal(parameters: Tensor, dim: int, bounds: tuple[float, float]) 
     return dist.MultivariateNormal(loc, scale_tril=lower_factor(scale, below), validate_args=False)
 
 
-@final
 class FullRankNormalPosterior(Posterior):
     r"""Normal posterior N(mu(x), L(x) L(x)^T) of full covariance, with L = diag(s) (I + strictly lower triangle).
 
@@ -61,7 +59,6 @@ class FullRankNormalPosterior(Posterior):
         return Head(network, partial(full_rank_normal, dim=d, bounds=self.log_variance))
 
 
-@final
 class DeltaPosterior(Posterior):
     """Deterministic posterior z = mu(x) of an autoencoder; it has no density, and its "ELBO" log p(x, z) is no bound.
 
@@ -143,7 +140,6 @@ class LadderModule(nn.Module):
         return Event(PlainNormal(merged, total.rsqrt()), 1)
 
 
-@final
 class LadderPosterior(Posterior):
     r"""Ladder posterior q(z_l | z_above, x) = N(m, s^2), proportional to N(mu(x), sigma^2(x)) p(z_l | z_above).
 
@@ -171,7 +167,6 @@ class LadderPosterior(Posterior):
         return LadderModule(NormalHead(head(self.network, read, (2 * site.event[0],)), self.log_variance), site, link)
 
 
-@final
 class BidirectionalPosterior(Posterior):
     r"""Residual posterior q(z_l | z_above, x) = N(mu_p + sigma_p d, sigma_p^2 e^2), for a prior N(mu_p, sigma_p^2).
 
@@ -229,7 +224,6 @@ class UninferredModule(Linked):
         return self.link.model.prior(self.site.name, seen)
 
 
-@final
 class PriorPosterior(Posterior):
     """Posterior equal to the prior, q(z | x) = p(z | parents): nothing is inferred from x. For objective `gan` only.
 
@@ -254,7 +248,6 @@ class PriorPosterior(Posterior):
         return UninferredModule(site, link, self)
 
 
-@final
 class ExactPosterior(Posterior):
     """Exact posterior p(c | x) by Bayes' rule: the model sums over all codes, and the ELBO is log p(x) (exact E-step).
 

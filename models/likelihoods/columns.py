@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, Literal, final
+from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -311,7 +311,6 @@ class Reader(ReaderModule):
         return torch.cat([*parts, self.masked(x).isnan().to(x.dtype)], -1)
 
 
-@final
 class ColumnsLikelihood(Likelihood):
     """Likelihood of table rows: each column has the distribution declared in `data.columns`; missing values add 0."""
 

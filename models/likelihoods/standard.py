@@ -3,7 +3,7 @@
 import math
 from abc import abstractmethod
 from math import prod
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -51,7 +51,6 @@ class ElementsModule(LikelihoodModule):
         return Event(self.declared.element(*self.split(h)), len(self.x))
 
 
-@final
 class Bernoulli(Elements):
     """Bernoulli likelihood: elements of x are independent and binary."""
 
@@ -64,7 +63,6 @@ class Bernoulli(Elements):
         return dist.Bernoulli(logits=parameters[0])
 
 
-@final
 class Categorical(Elements):
     """Categorical likelihood: elements of x are independent, with unordered levels 0 .. levels - 1."""
 
@@ -88,7 +86,6 @@ class Categorical(Elements):
         return dist.Categorical(logits=torch.stack(parameters, -1))
 
 
-@final
 class Poisson(Elements):
     """Poisson likelihood: elements of x are independent counts 0, 1, 2, ..."""
 
@@ -122,7 +119,6 @@ class NegativeBinomialModule(LikelihoodModule):
         return Event(dispersed(h, self.log_count), len(self.x))
 
 
-@final
 class NegativeBinomial(Likelihood):
     """Negative binomial likelihood of independent counts (RNA, say): variance m + m^2 / r, one learned r per element.
 
@@ -138,7 +134,6 @@ class NegativeBinomial(Likelihood):
         return NegativeBinomialModule(x)
 
 
-@final
 class DiscretizedLogisticLikelihood(Elements):
     """Discretised logistic likelihood of pixels: a logistic density integrated over the bin of each grey value."""
 
@@ -160,7 +155,6 @@ class DiscretizedLogisticLikelihood(Elements):
         return DiscretizedLogistic(loc + 0.5, (log_scale - 2.0).clamp(min=self.floor), self.levels)
 
 
-@final
 class Normal(Likelihood):
     """Normal likelihood of independent elements; a fixed scale makes the reconstruction a scaled squared error."""
 
@@ -204,7 +198,6 @@ class NormalModule(LikelihoodModule):
         return Event(dist.Normal(loc, log_scale.exp().clamp(min=self.floor)), len(self.x))
 
 
-@final
 class MultivariateNormal(Likelihood):
     """Multivariate normal likelihood over all of x; for a code and the network `table` it gives a Gaussian mixture."""
 
@@ -255,7 +248,6 @@ class MultivariateNormalModule(LikelihoodModule):
         return FactoredNormal(loc, lower_factor(scale, below), self.x)
 
 
-@final
 class DeterminedLikelihood(Likelihood):
     """Point-mass likelihood x = g(z): with the posterior `inverse`, log p(x | z) is 0 without comparing x to g(z).
 
@@ -281,7 +273,6 @@ class DeterminedLikelihood(Likelihood):
         return PointModule(x, self)
 
 
-@final
 class RoundedLikelihood(Likelihood):
     """Point-mass likelihood: x is g(z) in [0, 1] rounded down to a grey value; the posterior must be `dequantised`."""
 

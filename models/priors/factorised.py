@@ -1,7 +1,7 @@
 """Priors of independent coordinates: normal (standard, or given parents), categorical, Bernoulli and uniform."""
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
@@ -30,7 +30,6 @@ class StandardNormalModule(nn.Module):
         return Event(UnitNormal(self.loc, self.scale), self.loc.dim())
 
 
-@final
 class StandardNormal(Prior):
     """Standard normal prior N(0, I), the default."""
 
@@ -40,7 +39,6 @@ class StandardNormal(Prior):
         return StandardNormalModule(site.event)
 
 
-@final
 class ConditionalNormal(Prior):
     """Diagonal normal prior N(mu(parents), diag sigma^2(parents)), for the latents below the top of a hierarchy."""
 
@@ -83,7 +81,6 @@ class WeightsPrior(Prior):
     ignores_parents: ClassVar[bool] = True
 
 
-@final
 class CategoricalPrior(WeightsPrior):
     """Categorical prior with learned probabilities, separate for each position of a grid; it ignores the parents."""
 
@@ -94,7 +91,6 @@ class CategoricalPrior(WeightsPrior):
         return WeightsModule(site, learned=True, link=link)
 
 
-@final
 class BernoulliPrior(WeightsPrior):
     """Bernoulli prior with one learned probability for each bit; it ignores the parents of the latent."""
 
@@ -105,7 +101,6 @@ class BernoulliPrior(WeightsPrior):
         return WeightsModule(site, learned=True, link=link)
 
 
-@final
 class UniformPrior(WeightsPrior):
     """Uniform prior: 1 / K for each of K codes, 1 / 2 for each bit; it ignores the parents of the latent.
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from math import log, prod
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal
 
 import pyro.distributions as dist
 import pyro.distributions.transforms as bijections
@@ -124,7 +124,6 @@ class FlowPrior(Prior):
         return RelaxedFlowModule(flow, site.event) if relaxed else flow
 
 
-@final
 class RealNVP(FlowPrior):
     """RealNVP flow prior of affine couplings: half of the coordinates shifts and scales the other; fast both ways.
 
@@ -138,7 +137,6 @@ class RealNVP(FlowPrior):
         return bijections.affine_coupling(dim, list(self.hidden))
 
 
-@final
 class MAF(FlowPrior):
     """Masked autoregressive flow prior, affine: densities are fast; a sample takes D passes through each bijection.
 
@@ -155,7 +153,6 @@ class MAF(FlowPrior):
         return bijections.affine_autoregressive(dim, list(self.hidden))
 
 
-@final
 class IAF(FlowPrior):
     """Inverse autoregressive flow prior, affine: samples are fast; a density takes D passes through each bijection.
 
@@ -171,7 +168,6 @@ class IAF(FlowPrior):
         return bijections.affine_autoregressive(dim, list(self.hidden))
 
 
-@final
 class SplineCoupling(FlowPrior):
     """Neural spline flow prior with couplings: rational splines, the identity outside [-bound, bound]; fast both ways.
 
@@ -187,7 +183,6 @@ class SplineCoupling(FlowPrior):
         return bijections.spline_coupling(dim, dim // 2, list(self.hidden), count_bins=self.bins, bound=self.bound)
 
 
-@final
 class SplineAutoregressive(FlowPrior):
     """Autoregressive neural spline flow prior: densities are fast; a sample takes D passes through each bijection.
 
@@ -207,7 +202,6 @@ class SplineAutoregressive(FlowPrior):
         return transform
 
 
-@final
 class BlockAutoregressive(FlowPrior):
     """Block neural autoregressive flow prior: one monotone network per coordinate, averaged with the identity.
 
@@ -228,7 +222,6 @@ class BlockAutoregressive(FlowPrior):
         return bijections.block_autoregressive(dim, hidden_factors=list(self.hidden), residual="gated")
 
 
-@final
 class NeuralAutoregressive(FlowPrior):
     """Neural autoregressive flow prior: logits of mixtures of logistic units that depend on the coordinates before.
 
@@ -283,7 +276,6 @@ FLOW_SCHEMA = WithJsonSchema({"type": ["string", "object"], "description": "A fl
 """JSON schema of the field `flow`, not expanded, because priors contain networks and this network a prior."""
 
 
-@final
 class BijectionNetwork(Network):
     """Invertible decoder made of a flow's bijections; the latent has as many coordinates as x has elements.
 

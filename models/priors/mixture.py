@@ -1,7 +1,7 @@
 """Mixture priors: of learned normals, or of the guide's posteriors at pseudo-inputs or at training data."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self
 
 import pyro.distributions as dist
 import torch
@@ -36,7 +36,6 @@ class NormalMixtureModule(nn.Module):
         return Mixture(Normals(self.loc, scale), self.logits.log_softmax(0))
 
 
-@final
 class MixturePrior(Prior):
     """Mixture-of-normals prior sum_k w_k N(m_k, diag s_k^2), with learned weights, means and variances."""
 
@@ -77,7 +76,6 @@ class VampModule(Begun):
         return Mixture(posteriors_at(read, self.name, self.link))
 
 
-@final
 class VampPrior(Prior):
     r"""VampPrior 1/K sum_k q(z | u_k): mixture of the guide's posteriors at learned pseudo-inputs u_k.
 
@@ -97,7 +95,6 @@ class VampPrior(Prior):
         return VampModule(self.components, site.name, link)
 
 
-@final
 class AggregatedPrior(Prior):
     r"""Aggregated posterior 1/n sum_i q(z | x_i) of the training data as prior: the best for their ELBO; overfits most.
 
@@ -120,7 +117,6 @@ class AggregatedPrior(Prior):
         return DataMixtureModule(site.name, link, self)
 
 
-@final
 class ExemplarPrior(Prior):
     r"""Exemplar prior 1/M sum_m N(mu(x_m), s^2 I): posterior means of training data, with one learned scale s.
 

@@ -1,7 +1,7 @@
 """Gated PixelCNN prior over a grid of codes; padding makes its convolutions causal, so that no weight is masked."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,6 @@ def gate(h: Tensor) -> Tensor:
     return a.tanh() * b.sigmoid()
 
 
-@final
 class PixelCNNPrior(Prior):
     r"""Gated PixelCNN prior: prod_p p(c_p | codes above and before it, parents), by causal convolutions.
 

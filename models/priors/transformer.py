@@ -1,7 +1,7 @@
 """Decoder-only transformer prior over a grid of codes after a prompt, sampled with a key-value cache."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self, final
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -97,7 +97,6 @@ class AttentionBlock(nn.Module):
         return F.dropout(h, self.dropout, self.training)
 
 
-@final
 class TransformerPrior(Prior):
     r"""Decoder-only transformer prior: prod_p p(c_p | prompt, c_1 .. c_{p-1}), by causal attention.
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, pairwise
 from math import prod
-from typing import Literal, final
+from typing import Literal
 
 from pydantic import Field
 from torch import Tensor, nn
@@ -65,7 +65,6 @@ def no_image(wanted: str, inputs: Mapping[str, Shape]) -> DeclarationError:
     )
 
 
-@final
 class Conv(Network):
     """Convolutional network: stride-2 convolutions for image inputs, transposed ones for an image output; any size.
 
@@ -254,7 +253,6 @@ class Upscale(nn.Module):
         return cropped(self.layers(h), self.size)
 
 
-@final
 class Resnet(Network):
     """Residual convolutional network between images, grids of codes and vectors of any size.
 

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial, reduce
 from math import prod
-from typing import Annotated, Any, Literal, final
+from typing import Annotated, Any, Literal
 
 import pyro.distributions as dist
 import torch
@@ -126,7 +126,6 @@ class Dense(NetworkModule):
         return self.shaped(self.head(self.features(inputs)))
 
 
-@final
 class MLP(Network):
     """Multilayer perceptron: dense layers with an activation; `hidden = []` is a linear map."""
 
@@ -140,7 +139,6 @@ class MLP(Network):
         return Dense(inputs, output, self.hidden, lambda a, b: nn.Sequential(nn.Linear(a, b), act()))
 
 
-@final
 class GatedMLP(Network):
     """Gated dense layers, `(W h + b) * sigmoid(V h + c)`: the networks of the VampPrior papers.
 
@@ -182,7 +180,6 @@ class TableModule(NetworkModule):
         return self.shaped(flatten(inputs[self.name], self.inputs[self.name]).to(self.weight) @ self.weight)
 
 
-@final
 class TableNetwork(Network):
     """Lookup table with one learned output for every code, such as the parameters of mixture components."""
 

@@ -1,7 +1,7 @@
 """Declarations of torch's optimisers in their fused implementations, and a lean Adam for fits inside an analysis."""
 
 from collections.abc import Iterable, Sequence
-from typing import Annotated, Any, ClassVar, Literal, final
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,6 @@ class Optimizer(Component):
         return self.implementation(parameters, fused=True, **self.model_dump(exclude={"kind"}))
 
 
-@final
 class Adam(Optimizer):
     """Adam (Kingma, Ba, 2015), https://arxiv.org/abs/1412.6980."""
 
@@ -37,7 +36,6 @@ class Adam(Optimizer):
     eps: float = Field(default=1e-8, gt=0)
 
 
-@final
 class AdamW(Optimizer):
     """Adam with decoupled weight decay (Loshchilov, Hutter, 2019), https://arxiv.org/abs/1711.05101."""
 
@@ -48,7 +46,6 @@ class AdamW(Optimizer):
     weight_decay: float = Field(default=1e-2, ge=0)
 
 
-@final
 class SGD(Optimizer):
     """Stochastic gradient descent with momentum."""
 

@@ -2,7 +2,7 @@
 
 import math
 from abc import abstractmethod
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -34,7 +34,6 @@ class Schedule(Component):
         return tuple(epochs * part / 20 for part in range(21))
 
 
-@final
 class Constant(Schedule):
     """Constant schedule: always `value`."""
 
@@ -50,7 +49,6 @@ def progress(epoch: float, span: float) -> float:
     return min(max(epoch / span, 0.0), 1.0) if span > 0 else 1.0
 
 
-@final
 class Linear(Schedule):
     """Linear schedule from `start` to `end` over `epochs` (default: the whole training), then `end`."""
 
@@ -63,7 +61,6 @@ class Linear(Schedule):
         return self.start + (self.end - self.start) * progress(epoch, self.epochs or epochs)
 
 
-@final
 class Exponential(Schedule):
     """Exponential schedule, as of a temperature: `start` to `end` over `epochs` (default: all of training), then `end`.
 
@@ -80,7 +77,6 @@ class Exponential(Schedule):
         return self.start * (self.end / self.start) ** progress(epoch, self.epochs or epochs)
 
 
-@final
 class Cosine(Schedule):
     """Cosine schedule from `start` to `end` over `epochs` (default: the whole training), then `end`."""
 
@@ -94,7 +90,6 @@ class Cosine(Schedule):
         return self.start + (self.end - self.start) * turn
 
 
-@final
 class Cyclical(Schedule):
     """Cyclical schedule: in each cycle of `epochs`, goes from `start` to `end` during a proportion `ramp`, then stays.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import Any, ClassVar, Literal, Self, final, get_args
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import pyro.infer
 import torch
@@ -70,7 +70,6 @@ class ELBO(Objective):
         return [f"objective.free_bits: expected 0 beside a score function ({names}); got {self.free_bits}."]
 
 
-@final
 class TraceELBO(ELBO):
     """Monte Carlo ELBO, E_q[log p(x, z) - log q(z | x)] from `particles` samples: Pyro's `Trace_ELBO` divided by n.
 
@@ -86,7 +85,6 @@ class TraceELBO(ELBO):
         return pair.terms(x, particles=self.particles, rows=rows, expected=True)
 
 
-@final
 class TraceMeanFieldELBO(ELBO):
     """ELBO with KL(q(z_l | .) || p(z_l | .)) in closed form for all pairs of distributions for which torch has one.
 
@@ -100,7 +98,6 @@ class TraceMeanFieldELBO(ELBO):
         return pair.terms(x, closed_form=True, rows=rows, expected=True)
 
 
-@final
 class IWAE(Objective):
     """The importance-weighted bound, E log 1/K sum_k p(x, z_k) / q(z_k | x).
 
@@ -179,7 +176,6 @@ ELBOName = Literal["Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO", "Trace
 NAMES: tuple[ELBOName, ...] = get_args(ELBOName)
 
 
-@final
 class PyroELBO(Objective):
     """An ELBO of `pyro.infer` with its own gradient estimator, per row of data; for hand-written pairs.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, final
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,6 @@ BLOCK_NUMBERS = 2**22
 """Largest number of elements of a temporary tensor, when the training data are processed in pieces."""
 
 
-@final
 class EM(Objective):
     """Expectation-maximisation of a mixture: an epoch is one exact iteration, whatever the batch size.
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NoReturn, final
+from typing import ClassVar, Literal, NoReturn
 
 import torch
 from pydantic import Field
@@ -103,7 +103,6 @@ def critic_of(pair: Pair) -> Critic:
     return found
 
 
-@final
 class GAN(Objective):
     """GAN objective: min over the model, max over a critic D, of E log D(x) + E log(1 - D(g(z))), z ~ p(z).
 

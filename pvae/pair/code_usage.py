@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
@@ -31,7 +31,6 @@ Nodes = Mapping[str, Any]
 """Nodes of the sample sites of a Pyro trace, by name."""
 
 
-@final
 @dataclass(frozen=True)
 class Silence:
     """Limits up to which a latent carries no information: the one table that alerts of fits and reports read."""

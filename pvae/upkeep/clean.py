@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.table import Column, Table
@@ -27,7 +27,6 @@ Doomed = tuple[Path, str]
 """File or folder that can be removed, and the reason."""
 
 
-@final
 @dataclass(frozen=True)
 class Removal:
     """File or folder that can be removed.
@@ -43,7 +42,6 @@ class Removal:
     why: str
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class Cleaning:
     """Result of `clean`: the files and folders that it removed or would remove.

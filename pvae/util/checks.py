@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal
 
 from pvae.errors import PvaeError, printable
 
@@ -30,7 +30,6 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
-@final
 @dataclass(frozen=True)
 class Check:
     """Result of one check of an installation or of a run.
@@ -60,7 +59,6 @@ class Check:
         return {**texts, "facts": dict(self.facts)}
 
 
-@final
 @dataclass(frozen=True, repr=False)
 class Checks:
     """Results of several checks, in the order in which they were made.

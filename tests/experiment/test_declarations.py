@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
@@ -253,7 +253,6 @@ def test_a_kind_belongs_to_one_class() -> None:
     class Family(Component):
         """A family."""
 
-    @final
     class One(Family):
         """A member."""
 

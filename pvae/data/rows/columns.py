@@ -6,7 +6,7 @@ A new type of column is one final class with ``type: Literal["name"] = "name"``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, final
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -90,7 +90,6 @@ class Column(Component):
         return Law(self.family, max(1, len(self.words)), self.missing == "mask", name)
 
 
-@final
 class ContinuousColumn(Column):
     """Column of real numbers."""
 
@@ -136,7 +135,6 @@ class ContinuousColumn(Column):
         return (values > low) & (values < high)
 
 
-@final
 class CountColumn(Column):
     """Column of counts 0, 1, 2, ..."""
 
@@ -174,7 +172,6 @@ class WordColumn(Column):
         return self
 
 
-@final
 class BinaryColumn(WordColumn):
     """Column with two levels, coded 0 and 1."""
 
@@ -193,7 +190,6 @@ class BinaryColumn(WordColumn):
         return next((code for code, words in enumerate(TRUTH) if word.removesuffix(".0") in words), None)
 
 
-@final
 class CategoricalColumn(WordColumn):
     """Column with several unordered levels."""
 

@@ -13,7 +13,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal, cast, final
+from typing import IO, Any, Literal, cast
 
 import numpy as np
 
@@ -33,7 +33,6 @@ LABEL_KINDS = "biufUS"
 GZIP = b"\x1f\x8b"
 
 
-@final
 class Npy(FileData):
     """Array (n, ...) of a `.npy` file; with `stream` it is memory-mapped, so that its size is not limited by memory.
 
@@ -50,7 +49,6 @@ class Npy(FileData):
         return self.to_rows(files.read_npy(path, self.stream), y, "x")
 
 
-@final
 class Idx(FileData):
     """IDX file, the format of MNIST: an array of any of its six number types, plain or gzipped.
 
@@ -238,7 +236,6 @@ class NamedArrays(FileData):
         return joined(given, self.split_seed, wanted, largest=self.largest, notes=tuple(notes))
 
 
-@final
 class Npz(NamedArrays):
     """Arrays of a NumPy archive (`.npz`). Object arrays are refused: reading them could run code."""
 

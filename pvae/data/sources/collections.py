@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal, final
+from typing import Literal
 
 import numpy as np
 
@@ -90,7 +90,6 @@ MNIST_FILES = Collection(
 )
 
 
-@final
 class FashionMNIST(Data):
     """Fashion-MNIST: 70 000 images (1, 28, 28) of clothes in ten classes.
 
@@ -104,7 +103,6 @@ class FashionMNIST(Data):
         return read_collection(FASHION_MNIST, data_dir)
 
 
-@final
 class MNIST(Data):
     """MNIST: 70 000 handwritten digits (1, 28, 28).
 
@@ -118,7 +116,6 @@ class MNIST(Data):
         return read_collection(MNIST_FILES, data_dir)
 
 
-@final
 class Digits(Data):
     """Handwritten digits of scikit-learn: 1797 images (1, 8, 8) with grey levels 0 to 16; needs no download."""
 

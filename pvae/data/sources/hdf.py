@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import Any, Literal
 
 import h5py
 import numpy as np
@@ -66,7 +66,6 @@ class ArrayFile(NamedArrays):
         return unpacked(pieces, layout, stream, f"{path}, {name!r}", key)
 
 
-@final
 class Hdf5(ArrayFile):
     """Arrays of an HDF5 file (`.h5`, `.hdf5`), named by their paths within the file, such as `images/x`."""
 
@@ -79,7 +78,6 @@ class Hdf5(ArrayFile):
         return _read(self, path, name, text, reverse=False)
 
 
-@final
 class Mat(ArrayFile):
     """Arrays of a MATLAB file (`.mat`) of any version; cells, structs and objects are not read."""
 
@@ -195,7 +193,6 @@ def _read(source: ArrayFile, path: Path, name: str, text: bool, reverse: bool) -
         return source.in_rows(node.shape, reverse, lambda at: node[at], path, name, source.stream and not text)
 
 
-@final
 class H5ad(FileData):
     """AnnData file (`.h5ad`): the matrix `X` or a layer, dense or sparse, and labels from a column of `obs`.
 

@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal, final
+from typing import Annotated, Literal
 
 import numpy as np
 import PIL
@@ -39,7 +39,6 @@ Side = Annotated[int, Field(gt=0, le=2**13)]
 """Number of pixels along one side of an image."""
 
 
-@final
 class Images(FileData):
     """Images (PNG, JPEG, BMP, GIF, PPM, TIFF, WebP) of a folder and its sub-folders, in the order of their names.
 

@@ -4,7 +4,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Sized
 from pathlib import Path
-from typing import IO, Any, Literal, final
+from typing import IO, Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ LARGEST_GAP = 4
 """Largest number of rows read for each row wanted: a sparser selection of rows is read row by row."""
 
 
-@final
 class TensorSource(Data):
     """Source of tensors passed in Python: `pvae.fit(experiment, data=...)`, or `Dataset.from_tensors`."""
 

@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self, final
+from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -103,7 +103,6 @@ class TableFile(Tabular, FileData):
         writer.notes |= {"labels": list(decoder.labels), "notes": decoder.notes}
 
 
-@final
 class CSV(TableFile):
     """Table in a delimited text file, plain or compressed (gzip, bzip2, xz), decoded once into the cache."""
 
@@ -128,7 +127,6 @@ class CSV(TableFile):
         return text_pieces(TextTable(path, self.separator, self.encoding, self.header), decoder)
 
 
-@final
 class Parquet(TableFile):
     """Table in a Parquet file, decoded once into the cache; needs pyarrow."""
 
@@ -138,7 +136,6 @@ class Parquet(TableFile):
         return parquet_pieces(path, decoder)
 
 
-@final
 class FrameSource(Tabular):
     """Source of a pandas DataFrame passed in Python: `pvae.fit(experiment, data=frame)`, or `Dataset.from_frame`."""
 

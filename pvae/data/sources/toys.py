@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, final, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 from numpy.random import Generator
@@ -140,7 +140,6 @@ DENSITIES = {
 }
 
 
-@final
 class Toy(Data):
     """Samples (x1, x2) of a two-dimensional toy density, labelled by the component (arm, ring, square) of each sample.
 

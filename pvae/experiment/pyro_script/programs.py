@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, final
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from torch import nn
@@ -48,7 +48,6 @@ def pyro_script(experiment: Experiment, x: Shape) -> str:
         return PairScript(experiment, pair).text()
 
 
-@final
 class PlainScript(Script):
     """Script whose components are each written out in torch and Pyro, or constructed from their pvae classes."""
 
@@ -201,7 +200,6 @@ class PlainScript(Script):
         return f"torch.tensor(tau_{name})"
 
 
-@final
 class PairScript(Script):
     """Script whose modules come from the pair that pvae builds; its `model` and `guide` are written out."""
 

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 from functools import partial
 from threading import Thread
 from time import time_ns
-from typing import Any, final
+from typing import Any
 
 from pvae.errors import printable
 from pvae.runs.export.base import LONGEST_KEY, LONGEST_VALUE, Exported, Exporter, MetricPoint, safe_key
@@ -16,7 +16,6 @@ from pvae.runs.rundir import RunDirectory
 from pvae.util.files import read_inside, write_atomic
 
 
-@final
 class TensorBoard(Exporter):
     """Exporter of a run to TensorBoard event files in the run's folder `exports/tensorboard/`.
 
@@ -111,7 +110,6 @@ SUPERSEDED = "pvae.superseded"
 """Tag of the MLflow runs of a run that do not hold, because another has its values."""
 
 
-@final
 class _Bounded:
     """MLflow client whose methods raise TimeoutError if they have not returned after `ANSWER_SECONDS`."""
 
@@ -140,7 +138,6 @@ def _answer(asked: Callable[..., Any], *args: Any, **options: Any) -> Any:
     return future.result()
 
 
-@final
 class MLflow(Exporter):
     """Exporter of a run to an MLflow run, at MLFLOW_TRACKING_URI or in `mlflow.db` in the folder of all runs.
 
