@@ -359,8 +359,8 @@ def _sources(home: Path) -> dict[str, Surface]:
     )
     found["images"] = Surface(pictures[:1], partial(_load_images, pictures))
     for name, (file, declared, seeds) in seeds_of_sources().items():
-        table = {**declared, "path": file.partition("/")[0]}
-        found[name] = Surface(seeds, partial(_load, table, file))
+        whole = {**declared, "path": file.partition("/")[0]}
+        found[name] = Surface(seeds, partial(_load, whole, file))
     return found
 
 

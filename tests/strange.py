@@ -157,7 +157,23 @@ def _images(spec: Spec, x: np.ndarray, folder: Path) -> tuple[Spec, None]:
 # ---------------------------------------------------------------------- runs that were tampered with
 
 TEXTS = ("spec.toml", "manifest.json", "status.json", "metrics.jsonl", "state.json", "checkpoint manifest.json")
-VALUES = (0, 1, -1, True, None, "x", "../../etc/passwd", 1e300, [], {}, [1], "float64", "0" * 64, "cuda", float("inf"))
+VALUES: tuple[Any, ...] = (
+    0,
+    1,
+    -1,
+    True,
+    None,
+    "x",
+    "../../etc/passwd",
+    1e300,
+    [],
+    {},
+    [1],
+    "float64",
+    "0" * 64,
+    "cuda",
+    float("inf"),
+)
 
 
 @st.composite
@@ -298,7 +314,7 @@ def _edit(path: Path, spec: Spec, random: np.random.RandomState) -> None:
     """Replace or drop one value of a JSON or TOML file, at any depth."""
     text = path.read_text()
     rows = [json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else None
-    table = rows if rows is not None else tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    table: Any = rows if rows is not None else tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     place: Any = table
     while True:
         keys = list(place) if isinstance(place, dict) else list(range(len(place)))

@@ -168,6 +168,7 @@ def test_no_member_of_a_family_is_a_subclass_of_another():
 
 def subclasses(kind: type) -> Iterator[Any]:
     """All classes below a class."""
+    child: type
     for child in kind.__subclasses__():
         yield child
         yield from subclasses(child)

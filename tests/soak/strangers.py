@@ -5,7 +5,6 @@ python -m tests.soak.strangers
 
 import gzip
 import json
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -93,8 +92,9 @@ def linked(path: Path) -> None:
 
 def cells(path: Path, *, labels: Any = None) -> None:
     """Write an AnnData file with raw counts and an embedding beside X."""
-    h5ad(path, sparse.csr_array(COUNTS), pandas.DataFrame({"type": pandas.Categorical.from_codes(
-        Y if labels is None else labels, ["B", "NK", "T"])}))  # fmt: skip
+    words = ["B", "NK", "T"]
+    kinds = pandas.Categorical([words[i] if i >= 0 else None for i in (Y if labels is None else labels)], words)
+    h5ad(path, sparse.csr_array(COUNTS), pandas.DataFrame({"type": kinds}))
     with h5py.File(path, "r+") as file:
         file["obsm/X_umap"], file["raw/X"] = X[:, :2], COUNTS
 
@@ -113,6 +113,12 @@ def ghost(path: Path) -> None:
     Image.fromarray(np.dstack([PIXELS[11], alpha])).save(path / "11.png")
 
 
+def scan(path: Path) -> None:
+    """Write a picture of 16 bits, and a text."""
+    Image.fromarray(PIXELS[0, ..., 0].astype(np.uint16) * 200).save(path / "11.tif")
+    (path / "README.txt").write_text("scanned in May")
+
+
 def written(save: Callable[..., None], **arrays: Any) -> bytes:
     """Return what a function saves, whatever name the file is to have."""
     save(stream := BytesIO(), **arrays)
@@ -127,8 +133,9 @@ def spreadsheet(path: Path) -> None:
 
 STRANGERS = (
     Stranger("medical.npz", "splits and labels (n, 1) in MedMNIST's names; no labels asked for", {"source": "npz"},
-        lambda path: np.savez(path, **{f"{s}_{k}": v[:n] for s, n in (("train", 40), ("val", 8), ("test", 9))
-                                       for k, v in (("images", PIXELS), ("labels", Y[:, None]))})),
+        lambda path: path.write_bytes(written(np.savez, **{
+            f"{s}_{k}": v[:n] for s, n in (("train", 40), ("val", 8), ("test", 9))
+            for k, v in (("images", PIXELS), ("labels", Y[:, None]))}))),
     Stranger("onehot.npz", "labels are one-hot floats", {"source": "npz", "y": "y"},
         lambda path: np.savez_compressed(path, x=X, y=np.eye(3)[Y])),
     Stranger("objects.npz", "the array holds Python objects, which could run code", {"source": "npz"},
@@ -183,9 +190,7 @@ STRANGERS = (
     Stranger("sprites", "a folder with a picture that is half transparent", {"source": "images"},
         lambda path: pictures(path, ghost)),
     Stranger("scans", "a folder with a TIFF of 16 bits and a text", {"source": "images", "mode": "L"},
-        lambda path: pictures(path, lambda folder: (
-            Image.fromarray(PIXELS[0, ..., 0].astype(np.uint16) * 200).save(folder / "11.tif"),
-            (folder / "README.txt").write_text("scanned in May")))),
+        lambda path: pictures(path, scan)),
 )  # fmt: skip
 
 
@@ -225,4 +230,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
