@@ -157,14 +157,14 @@ MAKING = (
 MADE = ("analysis", "report")
 STUDY = ("study", "tiny.toml", "--device=cpu", "--jobs=2", "--out=page", "--no-page", "--quiet")
 WORKS: Mapping[str, Work] = {
-    "fit": Work(TINY, fitted, 0.28, 20),
-    "rollback": Work(TINY, fitted, 0.14, 14, injected=True),
-    "second stage": Work(TINY + SECOND, fitted, 0.16, 16, epochs=8),
+    "fit": Work(TINY, fitted, 0.34, 30),
+    "rollback": Work(TINY, fitted, 0.16, 20, injected=True),
+    "second stage": Work(TINY + SECOND, fitted, 0.22, 24, epochs=8),
     "refit": Work(TINY, refitted, 0.08, 8, epochs=3, prepared=True),
     "pages and exports": Work(
-        TINY, lambda _, chance: list(chance.choice(MAKING)), 0.18, 20, MAKING, 3, True, moments=(BEGUN, WRITE)
+        TINY, lambda _, chance: list(chance.choice(MAKING)), 0.08, 24, MAKING, 3, True, moments=(BEGUN, BEGUN, WRITE)
     ),
-    "study": Work(TINY + SWEEP, lambda *_: list(STUDY), 0.08, 6, epochs=4, moments=(BEGUN,)),
+    "study": Work(TINY + SWEEP, lambda *_: list(STUDY), 0.04, 8, epochs=4, moments=(BEGUN,)),
 }
 EARLY = 0.08
 """Share of kills that hit a process of its own within its first seconds."""
