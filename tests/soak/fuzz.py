@@ -139,9 +139,11 @@ class Report:
             self.kinds |= kinds_in(Experiment.from_dict(content.raw))
         self.slowest = max(self.slowest, (answer.seconds, name))
         self.peak = max(self.peak, (answer.peak, name))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.counts.total() % 100 == 0:
+            (self.folder / "counts.txt").write_text(f"{self}\n")
         if answer.outcome.startswith("UNTYPED"):
             self.bad += 1
-            self.folder.mkdir(parents=True, exist_ok=True)
             text = f"{name}: {answer.outcome}\n\n{answer.trace}\n{content!r}\n"
             (self.folder / f"{self.bad:04d}-{name.replace(' ', '-')}.txt").write_text(text)
 
