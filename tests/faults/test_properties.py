@@ -29,7 +29,7 @@ from pvae.training.trainer import State
 from pvae.util.files import read_lines
 from tests.drawn import Drawn, sound, wild
 from tests.hostile import mangled, surfaces, try_bytes, try_declaration
-from tests.strange import files, try_file
+from tests.strange import Tampered, files, tampering, try_file
 
 MANY = settings(
     deadline=None,
@@ -106,6 +106,20 @@ def test_files_that_are_right_are_read_right_or_refused(tmp_path: Path) -> None:
 
     hold()
     assert 2 * outcomes["read right"] >= outcomes.total(), outcomes
+
+
+@pytest.mark.parametrize("examples", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_tampered_runs_are_refused_or_end_as_they_would_have(examples: int, tmp_path: Path) -> None:
+    """FAULTS 36, 46, 63, 64."""
+    runs, outcomes = Tampered(tmp_path / "home"), Counter[str]()
+
+    @settings(MANY, max_examples=examples)
+    @given(tampering())
+    def hold(spec: dict[str, Any]) -> None:
+        outcomes[runs.attempt(spec, tmp_path / str(outcomes.total()))] += 1
+
+    hold()
+    assert outcomes["refused"] > 0
 
 
 # ---------------------------------------------------------------------- what was found, and must not come back
