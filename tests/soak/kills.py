@@ -401,6 +401,8 @@ def torn(here: Path, exported: set[Path]) -> Iterator[str]:
         if not path.read_bytes().rstrip().endswith(b"</html>"):
             yield f"{path.relative_to(here)} is torn"
     for path in here.rglob("*.json"):
+        if path.parent.name.startswith((".tmp-", ".old-")):
+            continue
         try:
             json.loads(path.read_text())
         except ValueError:
