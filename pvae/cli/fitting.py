@@ -46,7 +46,8 @@ def resume(
 ) -> None:
     """Continue a run where it stopped, bit for bit on a CPU."""
     opened = shared.open(run)
-    second = getattr(opened.plan, "refit", None) is not None
+    unmeasured = _parent(opened) is not None and not (opened.path / "analysis" / "refit.json").exists()
+    second = getattr(opened.plan, "refit", None) is not None or unmeasured
     if opened.status.get("state") != "finished" or overrides or second:
         _finish(shared, pvae.resume(opened, *(overrides or ()), allow_changes=allow_changes, **shared.fitting()))
         return

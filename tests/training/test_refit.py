@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from typing import Any
 
 import pytest
@@ -193,7 +194,13 @@ def test_command_line(parent, tmp_path):
     assert out.count("this is no gain on new data") == 1  # on train
     assert out.count("new data before the refit was") + out.count("there is no interval for new data") == 1
     child = Run.load("small_refit", root=tmp_path)
-    assert set(json.loads((child.path / "analysis" / "refit.json").read_text())["splits"]) == {"train", "test"}
+    gains = child.path / "analysis" / "refit.json"
+    assert set(json.loads(gains.read_text())["splits"]) == {"train", "test"}
+    shutil.copytree(parent.path, tmp_path / "small" / parent.path.name)
+    gains.unlink()  # as after a kill between the fit and its comparison
+    assert "new data" in run_cli("resume", str(child.path))[0]
+    assert gains.exists()
+    assert "nothing to resume" in run_cli("resume", str(child.path))[0]
 
 
 # ---------------------------------------------------------------------- second stages that are not what they seem
