@@ -106,12 +106,18 @@ class Products(Components):
         They come in the `order` of indices `(n,)`; default: as they are.
         """
 
-    @torch.no_grad()
+    def log_sum(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
+        return nothing_as_infinite(self._sums(value, skip, 1, None)[0])
+
     def log_sums(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
-        value, sums = value.to(self.device, torch.float64), LogSums(len(value), self.groups.count, self.device)
         place = None if skip is None else torch.where(skip < 0, -1, self.order.argsort()[skip])
+        return self._sums(value, place, self.groups.count, self.order)
+
+    @torch.no_grad()
+    def _sums(self, value: Tensor, place: Tensor | None, groups: int, order: Tensor | None) -> Tensor:
+        value, sums = value.to(self.device, torch.float64), LogSums(len(value), groups, self.device)
         tile, start = value.new_empty(self.rows, self.columns), 0
-        for chunk in self.chunks(self.order):
+        for chunk in self.chunks(order):
             score = chunk.scorer()
             for at in range(0, len(value), self.rows):
                 rows = slice(at, at + self.rows)
