@@ -311,10 +311,7 @@ def at(path: str) -> Iterator[None]:
     try:
         yield
     except DeclarationError as error:
-        raise DeclarationError([_located(problem, path) for problem in error.problems]) from None
-
-
-def _located(problem: str, path: str) -> str:
-    if problem.startswith("latents."):
-        return problem
-    return f"{path}.{problem}" if re.match(r"\w+: ", problem) else f"{path}: {problem}"
+        below = [f"{path}." if re.match(r"\w+: ", problem) else f"{path}: " for problem in error.problems]
+        pairs = zip(below, error.problems, strict=True)
+        found = [problem if problem.startswith("latents.") else place + problem for place, problem in pairs]
+        raise DeclarationError(found) from None

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from pvae.analysis.pages.document.blocks import Listing, Note, PageTable, Part, Sentence, columns, picture, section
 from pvae.analysis.pages.document.text import nats
@@ -119,7 +118,8 @@ def left_out(exam: Examination) -> Iterator[Part]:
 def environment_of(run: Run) -> tuple[tuple[str, str], ...]:
     """Return (name, value) pairs on state, device, seed, data and versions of a run, from its manifest and status."""
     manifest, status = run.files.manifest, run.status
-    data, git, versions = (_mapping(manifest.get(key)) for key in ("data", "git", "versions"))
+    entries = map(manifest.get, ("data", "git", "versions"))
+    data, git, versions = (found if isinstance(found, Mapping) else {} for found in entries)
     facts = {**manifest, "engine": status.get("engine", manifest.get("engine"))}
     told = [
         ("run", f"{run.name} / {run.path.name}"),
@@ -134,7 +134,3 @@ def environment_of(run: Run) -> tuple[tuple[str, str], ...]:
         *versions.items(),
     ]
     return tuple((str(what), str(value)) for what, value in told if value is not None)
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
