@@ -325,13 +325,8 @@ def fit_stage(
     weights = {k: v for k, v in run.pair.state_dict().items() if not k.startswith(trainable)}
     fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
     load_weights(pair, {**weights, **fresh}, str(run.path))
-    parent = parent_of(run)
+    parent = {"run": f"{run.path.parent.name}/{run.files.id}", "epoch": run.status.get("epoch")}
     return launch(
         stage, pair, run.data, run_dir, pick_device(device),
         parent=parent, trainable=trainable, export=export, progress=progress,
     )  # fmt: skip
-
-
-def parent_of(run: Run) -> dict[str, Any]:
-    """Return the manifest entry that names the first run of a second stage: `run` (`name/id`) and its last `epoch`."""
-    return {"run": f"{run.path.parent.name}/{run.files.id}", "epoch": run.status.get("epoch")}
