@@ -121,7 +121,8 @@ SIGNATURES: Mapping[bytes, str] = {
 def foreign(path: Path, source: str) -> str:
     """Return the remark that a file is by its first bytes one for other sources; empty if it is not."""
     start = b""
-    with suppress(OSError), path.open("rb") as file:
-        start = file.read(8)
+    if path.is_file():  # a pipe would be waited for
+        with suppress(OSError), path.open("rb") as file:
+            start = file.read(8)
     kinds = (kind for magic, kind in SIGNATURES.items() if start.startswith(magic) and source not in kind)
     return "".join(f" By its first bytes it is {kind}." for kind in kinds)
