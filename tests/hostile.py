@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
@@ -360,7 +360,8 @@ def _sources(home: Path) -> dict[str, Surface]:
     found["images"] = Surface(pictures[:1], partial(_load_images, pictures))
     for name, (file, declared, seeds) in seeds_of_sources().items():
         whole = {**declared, "path": file.partition("/")[0]}
-        found[name] = Surface(seeds, partial(_load, whole, file))
+        beside = {f"{Path(file).parent}/{i}.png": picture for i, picture in enumerate(pictures)} if "/" in file else {}
+        found[name] = Surface(seeds, partial(_load, whole, file, beside=beside))
     return found
 
 
@@ -384,6 +385,8 @@ def _load_images(pictures: tuple[bytes, ...], folder: Path, content: bytes) -> N
     load(Data.parse({"source": "images", "path": "images", "mode": "L"}), data_dir=folder)
 
 
-def _load(table: Raw, name: str, folder: Path, content: bytes) -> None:
-    _put(folder, name, content)
+def _load(table: Raw, name: str, folder: Path, content: bytes, beside: Mapping[str, bytes] | None = None) -> None:
+    """A file, with sound ones beside it."""
+    for other, sound in {**(beside or {}), name: content}.items():
+        _put(folder, other, sound)
     load(Data.parse(table), data_dir=folder)

@@ -98,7 +98,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
             require_same(dict(zip(trainer.names, trainer.average, strict=True)), average, f"{saved.path}, average")
             torch._foreach_copy_(trainer.average, [average[name].to(device) for name in trainer.names])
         progress = {name: value.to(device) for name, value in tensors.get("progress", {}).items()}
-        trainer.sums = progress.pop("sums", torch.zeros(0, dtype=torch.float64, device=device))
+        trainer.sums = progress.pop("sums", torch.zeros_like(trainer.sums, dtype=torch.float64))
         if trainer.sums.dtype != torch.float64 or trainer.sums.dim() != 1:
             raise ValueError(f"progress has sums of shape {list(trainer.sums.shape)}, {trainer.sums.dtype}")
         trainer.gathered.clear()  # in place: the stepper holds it

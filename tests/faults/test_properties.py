@@ -90,7 +90,7 @@ def test_any_bytes_are_read_or_refused_by_a_typed_error(tmp_path: Path) -> None:
         hold()
         (tmp_path / name).mkdir()
         assert try_bytes(surface, surface.seeds[0], tmp_path / name) == "read", name
-        assert outcomes["refused"] > 0 or name == "source images", name  # a broken image is skipped
+        assert outcomes["refused"] > 0 or name.startswith("source images"), name  # a broken image is skipped
 
 
 def test_files_that_are_right_are_read_right_or_refused(tmp_path: Path) -> None:

@@ -185,7 +185,7 @@ def test_q_agg_as_the_prior_wins_the_marginal_kl():
     before = surgery(pair, x, samples=3)
     with quiet(pair, x, 0):
         z = draw(pair, x).latents["z"]
-    pair.model.priors["z"] = Aggregated(z.loc, z.scale)
+    pair.model.priors["z"] = Aggregated(z.normal.loc, z.normal.scale)
     after = surgery(pair, x, samples=3)
     assert after.elbo.value - before.elbo.value == pytest.approx(before.marginal_kl.value, abs=1e-9)
     assert after.marginal_kl.value == pytest.approx(0, abs=1e-9)

@@ -552,7 +552,7 @@ def test_runs_are_listed_by_start(tmp_path: Path) -> None:
     rows = list_runs(tmp_path)
     assert [row["name"] for row in rows] == ["b", "c", "a"]
     place = {"name": "c", "id": run.path.name, "path": str(run.path), "started": starts[2]}
-    figures = {"epoch": 3, "epochs": 10, "elbo": -90.5, "seconds": 12.0}
+    figures = {"epoch": 3, "epochs": 10, "elbo": -90.5, "log_joint": None, "seconds": 12.0}
     assert rows[1] == {**place, **figures, "state": "finished", "why": None}
     assert rows[0]["state"] == "created"
     assert list_runs(tmp_path / "missing") == []

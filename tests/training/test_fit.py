@@ -155,7 +155,7 @@ def test_early_stopping_keeps_the_best_and_lasts(tmp_path: Path) -> None:
     kept = evaluate(run.pair, run.data.validation.x, run.plan.seed)["elbo"]
     assert kept == pytest.approx(validation["elbo"].max(), abs=1e-4)
     epoch = run.status["epoch"]
-    run.files.update_status(state="running")
+    run.files.update_status(state="running", birth="0")  # of a process that is no more
     assert resume(run.path).status["epoch"] == epoch
 
 

@@ -92,7 +92,8 @@ def on_copies(known: Mapping[str, Copying]) -> Sentence:
     clear = any(e.value > max(MEMORISED, 0.5 + 4 * e.standard_error) for e in near)
     doubt = any(e.value > 0.5 + 2 * e.standard_error or not e.standard_error < 0.05 for e in near)
     if last is not None:
-        if last.share.value - last.held_share > max(4 * last.share.standard_error, last.held_share):
+        by_chance = (last.held_share * (1 / len(last.distance) + 1 / len(last.held_distance))) ** 0.5  # without copies
+        if last.share.value - last.held_share > max(4 * by_chance, last.held_share):
             clear = True
             text += f", and {percent(last.share.value)} are as near as {percent(last.held_share)} of held-out data"
     if clear:
