@@ -128,11 +128,6 @@ def _escape(character: str) -> str:
     return character.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
-def device_lost(error: BaseException) -> bool:
-    """Return True if an error says that a GPU no longer answers."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error) and not out_of_memory(error)
-
-
 REFUSED_PARAMETERS = (
     "probability tensor contains",
     "Expected parameter ",

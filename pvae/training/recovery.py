@@ -256,8 +256,9 @@ def explained_errors(trainer: Trainer) -> Iterator[None]:
     except Exception as error:
         if errors.is_refused_draw(error):
             fail(trainer, f"no draw after step {trainer.state.step}: {first_line(error)}")
-        lost = errors.device_lost(error)
-        if not lost and not errors.out_of_memory(error):
+        full = errors.out_of_memory(error)
+        lost = isinstance(error, RuntimeError) and "CUDA error" in str(error) and not full
+        if not lost and not full:
             raise
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the failed step
         message = f"{'device lost' if lost else 'out of memory'} at step {trainer.state.step} on {trainer.device}"
