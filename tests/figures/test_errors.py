@@ -263,7 +263,7 @@ def of_critic(seed: int) -> Drawn:
         patch.setattr(critics, "CRITIC_CODES", 400)
         patch.setattr(critics, "both_sides", lambda *_: (on_q[..., None], on_p[..., None], ("z",)))
         patch.setattr(critics, "train", lambda *_: lambda z: log_ratio(z)[:, 0])
-        found = critics.critic(NORMALS, torch.zeros(200, 2))
+        found = critics.critic(NORMALS.adopt(torch.zeros(200, 2)), torch.zeros(200, 2))
     t, kl = log_ratio(line), 0.5 * (0.64 + 0.25 - 1 - math.log(0.64))
     p = Z.log_prob(line).exp()
     entropy = float((p * (t.exp() * softplus(-t) + softplus(t))).sum()) * float(line[1] - line[0]) / 2
