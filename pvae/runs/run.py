@@ -213,7 +213,7 @@ class Run:
 
     @property
     def _foreign(self) -> str:
-        """Return what the declaration is that may not choose the files that are read here; empty for an own one."""
+        """Return the kind of a declaration that may not choose the files that are read here; empty for one's own."""
         there = self.files.manifest
         if there.get("host") == platform.node() and "fingerprint" in there.get("data", {}) and self.files.spec_is_own():
             return ""

@@ -1,4 +1,4 @@
-"""What a run is, is sealed: edits of its files, other machines and data, foreign runs, copies; rollbacks."""
+"""Runs are sealed: edits of its files, other machines and data, foreign runs, copies; rollbacks."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def mutations(table: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tup
 
 
 def told_of(run: Path) -> str:
-    """What the readers of a run say of its entries, as one text; empty where all is as it should be."""
+    """Words of the readers of a run on its entries, as one text; empty where all is as it should be."""
     told = []
     try:
         told += edits(RunDirectory(run))

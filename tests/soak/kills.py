@@ -45,7 +45,7 @@ from pvae.util.files import pretty, write_atomic
 PHASES = ("before the command", "in the command", "in the middle of an epoch", "in a write", "after the end")
 START, BEGUN, STEP, WRITE, END = range(5)
 MOST = {BEGUN: 0.3, STEP: 0.1, WRITE: 0.01}
-"""Most seconds from the start of a phase to the signal."""
+"""Largest number of seconds from the start of a phase to the signal."""
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CODES = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
 HANG = 120.0
@@ -177,7 +177,7 @@ def runs_in(here: Path) -> list[Path]:
 
 
 def text_of(path: Path) -> str:
-    """What a file holds; nothing if it is not there."""
+    """Return the content of a file; nothing if it is not there."""
     return path.read_text() if path.is_file() else ""
 
 
@@ -186,7 +186,7 @@ def text_of(path: Path) -> str:
 
 @dataclass
 class Tally:
-    """What happened so far; it is the log."""
+    """Counts of all rounds so far, which the log holds."""
 
     seed: int
     kills: dict[str, int] = field(default_factory=dict)
@@ -339,7 +339,7 @@ def orphans(here: Path) -> list[int]:
 
 
 def left(here: Path) -> Snapshot:
-    """What a round left: every tensor and metric of every run by its name, values of exports, files of pages."""
+    """Return every tensor and metric that a round left by its name, values of exports, files of pages."""
     found: Snapshot = {}
     for run in runs_in(here):
         seed = re.findall(r"^seed = (\d+)", text_of(run / "spec.toml"), re.MULTILINE)
@@ -393,7 +393,7 @@ def mlflow_runs(here: Path) -> list[tuple[Any, ...]]:
 
 
 def torn(here: Path, exported: set[Path]) -> Iterator[str]:
-    """What stands in exports and pages and is not whole, right after a kill; earlier exports must be there still."""
+    """Return what is not whole in exports and pages right after a kill; earlier exports must be there still."""
     now = {path.parent for path in here.glob("runs/*/*/exports/tensorboard/*") if points_in(path.read_bytes()) > 0}
     yield from (f"{path.relative_to(here)}: an export was there, and none is" for path in exported - now)
     exported |= now

@@ -27,7 +27,7 @@ MAX_NPY_HEADER_BYTES = 2**16
 MAX_DIMENSIONS = 32
 
 CONFINED: ContextVar[str] = ContextVar("confined", default="")
-"""What names the data that are read, if that is not the user: then only those of the user's data folder are read."""
+"""Kind of the declaration that names the data, if it is not the user's: then only the user's data folder is read."""
 
 Index = slice | NDArray[np.int64]
 """Index of rows: a slice of consecutive rows, or row numbers in ascending order."""
