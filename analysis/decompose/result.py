@@ -1,17 +1,15 @@
 """Result of an ELBO surgery: reconstruction, mutual information and marginal KL, which add up to the ELBO."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, scaled
 from pvae.analysis.population.result import ON_NEW_DATA, Population
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 
 @dataclass(frozen=True)
@@ -244,9 +242,6 @@ class Surgery(Figures):
 
 def side_by_side(found: Mapping[str, Surgery]) -> Table:
     """Return a table of several surgeries with one row per term and one column per surgery (a split or a run)."""
-    from rich.table import Table
-    from rich.text import Text
-
     counts = ", ".join(f"{name} n = {s.n}" for name, s in found.items())
     remarks = [f"{name}: {' '.join((s.headline(), *s.on_new_data))}" for name, s in found.items()]
     table = Table(
@@ -264,9 +259,6 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
 
 def class_table(found: Surgery, split: str, names: Sequence[str] | None = None) -> Table:
     """Return a table of the terms by class label, one row per label; `names` are the names of the classes."""
-    from rich.table import Table
-    from rich.text import Text
-
     terms = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
     table = Table(title=Text(f"by label of {split}, nats per datum (n = {found.n})"))
     for column in ("label", "n", *terms):

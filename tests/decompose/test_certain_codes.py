@@ -18,8 +18,7 @@ from pvae.analysis.aggregate.components import Reread, Tallied
 from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.decompose import posterior_draws
 from pvae.analysis.decompose.posterior_draws import draw
-from pvae.analysis.decompose.prior_gain import gain
-from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.decompose.surgery import gain, surgery
 from pvae.analysis.samples.encode import encode
 from pvae.distributions.exponential import Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes, Product, product

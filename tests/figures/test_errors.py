@@ -34,8 +34,7 @@ from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import gap
 from pvae.analysis.bounds.ranks import rank_tests
 from pvae.analysis.bounds.rate_distortion import RATE_COLUMNS, rate_distortion_of
-from pvae.analysis.decompose.prior_gain import gain
-from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.decompose.surgery import gain, surgery
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, over_rows, proportion
 from pvae.analysis.pages.comparison.comparison import elbos, paired
 from pvae.analysis.population.interval import interval
