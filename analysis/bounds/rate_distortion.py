@@ -1,11 +1,14 @@
 """Rate and distortion of several runs: the two terms whose negative sum is the ELBO."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pandas
+from matplotlib.figure import Figure
+from rich.table import Table
+from rich.text import Text
 
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
@@ -15,11 +18,6 @@ from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.files import plain
 from pvae.util.progress import Progress, silent
-
-if TYPE_CHECKING:
-    import pandas
-    from matplotlib.figure import Figure
-    from rich.table import Table
 
 RATE_COLUMNS = ("run", "rate", "rate_error", "distortion", "distortion_error", "elbo", "elbo_error", "n")
 
@@ -40,8 +38,6 @@ class RateDistortion:
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a data frame with one row per run: `rate`, `distortion`, `elbo`, their standard errors, and `n`."""
-        import pandas
-
         return pandas.DataFrame([dict(row) for row in self.rows], columns=list(RATE_COLUMNS))
 
     def figure(self) -> Figure:
@@ -58,9 +54,6 @@ class RateDistortion:
         return {"unit": "nats per datum", "split": self.split, "runs": plain(self.rows)}
 
     def __rich__(self) -> Table:
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table(title=Text(f"rate and distortion, nats per datum ({self.split}, n = {self.rows[0]['n']})"))
         for column in ("run", "rate", "distortion", "elbo"):
             table.add_column(column, justify="left" if column == "run" else "right", no_wrap=column != "run")

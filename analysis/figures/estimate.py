@@ -1,21 +1,18 @@
 """Estimates: a value with its errors and its kind (exact, bound, estimate); and the base class of results of them."""
 
-from __future__ import annotations
-
 import html
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import pandas
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from pvae.util.files import plain
-
-if TYPE_CHECKING:
-    import pandas
-    from rich.table import Table
 
 Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
 CONSERVATIVE = "conservative"
@@ -230,15 +227,10 @@ class Figures(ABC):
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a data frame with one row per term: value, errors, kind and note."""
-        import pandas
-
         return pandas.DataFrame([{"term": name, **e.to_dict()} for name, e, _ in self.known()]).set_index("term")
 
     def table(self) -> Table:
         """Return the estimates as a rich table."""
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table(title=Text(self.title), caption=Text("\n".join(self.sentences)), caption_justify="left")
         for column, justify in (("term", "left"), ("value", "right"), ("std error", "right"), ("kind", "left")):
             table.add_column(column, justify=justify, no_wrap=column != "kind")  # type: ignore[arg-type]
