@@ -119,8 +119,7 @@ class Component(Section):
             return
         if inspect.isabstract(cls):  # what several members share
             return
-        field = cls.model_fields.get(cls.tag)
-        if field is None or not isinstance(field.default, str):
+        if (field := cls.model_fields.get(cls.tag)) is None or not isinstance(field.default, str):
             raise TypeError(f'Expected `{cls.tag}: Literal["name"] = "name"` in {cls.__name__}; got none.')
         other = cls.members.setdefault(field.default, cls)
         if other is not cls and other.__qualname__ != cls.__qualname__:

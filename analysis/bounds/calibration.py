@@ -111,13 +111,11 @@ def _told(test: RankTest) -> str:
 
 
 def _on(tests: Sequence[RankTest], what: str) -> str:
-    wrong = sorted((test for test in tests if test.verdict != FINE), key=lambda test: test.p)
-    if not wrong:
+    if not (wrong := sorted((test for test in tests if test.verdict != FINE), key=lambda test: test.p)):
         return f"{what} no coordinate of q(z | x) by itself can be told from the posterior of the model."
     parts: list[str] = []
     for word in ("too narrow", "too wide", "shifted", "of another shape"):
-        found = [test for test in wrong if word in test.verdict]
-        if found:
+        if found := [test for test in wrong if word in test.verdict]:
             figure = f"width {np.median([test.width.value for test in found]):.2f}" if "too" in word else ""
             if word == "shifted":
                 figure = f"up to {max((test.shift.value for test in found), key=abs):+.2f}"
@@ -318,8 +316,7 @@ def _disagreement(alike: Tensor) -> Estimate:
     samples = len(alike) - 1
     off = 1 - (alike[-1] - 1) / samples
     own = (samples - (alike[:-1].sum(0) - alike[-1] + 1) / samples) / (samples - 1)
-    total = float(off.sum())
-    if not total:
+    if not (total := float(off.sum())):
         return Estimate(1.0)
     value = float(own.sum()) / total
     return Estimate(value, float((own - value * off).std()) * math.sqrt(len(own)) / total)

@@ -227,8 +227,7 @@ def _points(pair: Pair, x: Tensor, caller: str) -> dict[str, Tensor]:
     if not pair.layout.shared:
         return {}
     nodes = sample_sites(pair.guide_trace(pair.structure.few(x)))
-    spread = [name for name in pair.layout.shared if not is_point(nodes[name]["fn"])]
-    if spread:
+    if spread := [name for name in pair.layout.shared if not is_point(nodes[name]["fn"])]:
         raise DataError(
             f"{caller}: expected latents of single data only, or global ones that the guide sets to points; "
             f"got global {', '.join(spread)}. Sample them from Delta in the guide, or use surgery."

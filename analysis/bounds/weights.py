@@ -114,8 +114,7 @@ def pareto_k(log_weights: Tensor, samples: int, resolution: Tensor | float = 0.0
     Raises:
         DataError: there are fewer log weights than the tail and its cutoff need.
     """
-    tail = tail_length(samples)
-    if tail < SMALLEST_TAIL:
+    if (tail := tail_length(samples)) < SMALLEST_TAIL:
         return log_weights.new_full(log_weights.shape[1:], math.nan, dtype=torch.float64)
     if len(log_weights) <= tail:
         raise DataError(

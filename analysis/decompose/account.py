@@ -96,8 +96,7 @@ class Scored:
         error = self.mixture.error((terms * kept).sum(1) / kept.sum(1))
         if self.whole:
             return replace(figure, data_error=None if figure.data_error is None or math.isnan(error) else error)
-        data_error = figure.data_error
-        if data_error is not None:
+        if (data_error := figure.data_error) is not None:
             share = len(self.mixture) / self.mixture.total
             data_error = math.hypot(data_error, error * math.sqrt(share / (1 - share)))
         if term != "leave_one_out":
@@ -236,8 +235,7 @@ class Account:
 
     def kl(self, names: Collection[str]) -> Tensor:
         """Return log q - log p of a group of latents for every sample and row, `(samples, n)`, nats."""
-        levels = [self.levels[name] for name in names]
-        if not levels:  # global latents only
+        if not (levels := [self.levels[name] for name in names]):  # global latents only
             return torch.zeros_like(torch.stack(self.reconstruction))
         return torch.stack([torch.stack(v.log_q) - torch.stack(v.log_p) for v in levels]).sum(0)
 

@@ -48,8 +48,7 @@ def by_group(
         take_apart: function that returns the surgery of one group from its rows, `labels`, `train` and `seed`.
         seed: seed of the samples; groups have seeds of their own, so that their errors are independent.
     """
-    groups = pair.groups(x)
-    if groups is None or len(groups.unique()) < 2:
+    if (groups := pair.groups(x)) is None or len(groups.unique()) < 2:
         return None
     others = None if train is None else pair.groups(train)
     found, sizes = _apart(groups, x, labels, (train, others), take_apart, seed)
@@ -62,16 +61,14 @@ def settled(first: Draw, pair: Pair, x: Tensor) -> bool:
     Latents that no row has are dropped from the first draw. If sampled values decide what is masked (as in AIR), the
     latents concerned count as partial whatever the first draw shows, and the result is False.
     """
-    masked = [name for name, latent in first.latents.items() if latent.present is not None]
-    if not masked:
+    if not (masked := [name for name, latent in first.latents.items() if latent.present is not None]):
         return False
     again = draw(pair, x).latents
     moving = [n for n in masked if not _same(first.latents[n].present, again[n].present if n in again else None)]
     for name in moving:
         first.latents[name].present = torch.arange(len(x), device=x.device)
     for name in [] if moving else masked:
-        present = first.latents[name].present
-        if present is not None and not bool(present.any()):
+        if (present := first.latents[name].present) is not None and not bool(present.any()):
             del first.latents[name]
     return not moving
 
@@ -88,8 +85,7 @@ def by_presence(
     None where all rows have the same, where there are more than `GROUPS_AT_MOST` groups, or one of a single row, and
     where rows of a group alone have other latents than in the whole (a mask by the number of the row, say).
     """
-    keys = [latent.present for latent in first.latents.values() if latent.partial]
-    if not keys:
+    if not (keys := [latent.present for latent in first.latents.values() if latent.partial]):
         return None
     groups = torch.stack([key for key in keys if key is not None], 1).unique(dim=0, return_inverse=True)[1]
     if len(counts := groups.bincount()) > GROUPS_AT_MOST or int(counts.min()) < 2:

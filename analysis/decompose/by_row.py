@@ -53,16 +53,14 @@ def _first_row(node: Any, layout: Layout, rows: int) -> Tensor:
 
 def _by_row(node: Any, layout: Layout, rows: int) -> Tensor:
     """Return the unmasked log density of a site by row, `(rows, other plates)`, float64."""
-    score = node["fn"].log_prob(node["value"]).double()
-    if score.dim() < -layout.dim:
+    if (score := node["fn"].log_prob(node["value"]).double()).dim() < -layout.dim:
         return score.reshape(1, -1)
     return torch.nan_to_num(score.movedim(layout.dim, 0).flatten(1) if score.dim() > 1 else score[:, None])
 
 
 def presence(q: Any, p: Any, layout: Layout, n: int) -> Tensor | None:
     """Return an integer per row that tells which elements of a site no mask hides; None where there is no mask."""
-    masks = [mask for node in (q, p) if node is not None for mask in masks_of(node)]
-    if not masks:
+    if not (masks := [mask for node in (q, p) if node is not None for mask in masks_of(node)]):
         return None
     fn = q["fn"]
     shown = torch.ones((*fn.batch_shape, *fn.event_shape), dtype=torch.bool, device=q["value"].device)
@@ -78,8 +76,7 @@ def presence(q: Any, p: Any, layout: Layout, n: int) -> Tensor | None:
 
 def joined_presence(parts: Sequence[tuple[Tensor | None, int]], device: torch.device) -> Tensor | None:
     """Return the presence of one latent in consecutive chunks; where one has no mask, all elements are present."""
-    known = [present for present, _ in parts if present is not None]
-    if not known:
+    if not (known := [present for present, _ in parts if present is not None]):
         return None
     whole = max(1, *(int(present.max()) for present in known))
     return torch.cat([torch.full((n,), whole, device=device) if p is None else p for p, n in parts])

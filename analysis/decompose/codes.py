@@ -73,8 +73,7 @@ def joint_codes(q: Callable[[], Iterable[Sequence[Codes]]], priors: Sequence[Ten
         q: function that yields the posteriors of all rows by batches, one for every latent in each; called twice.
         priors: log p(c_p = k) of every latent, `(P, K)`, the same for all rows.
     """
-    states = every_state([(len(p), p.shape[1]) for p in priors])
-    if states is None:
+    if (states := every_state([(len(p), p.shape[1]) for p in priors])) is None:
         return None
     sizes = [p.shape[1] for p in priors for _ in range(len(p))]
     columns = [torch.nn.functional.one_hot(states[:, i], k) for i, k in enumerate(sizes)]

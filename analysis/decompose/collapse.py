@@ -224,8 +224,7 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
         return f"{name} has collapsed onto its prior: its KL is {latent.kl:.4f} nats per datum. To use it, {revive}."
     if not latent.idle:
         return None
-    used = latent.dim - latent.idle
-    if not used:
+    if not (used := latent.dim - latent.idle):
         return (
             f"{name} has collapsed: all {latent.dim} units stay at the prior and carry nothing. To use it, {revive}; "
             f"a weaker decoder helps too."

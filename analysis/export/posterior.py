@@ -87,8 +87,7 @@ class PosteriorExport:
         for site in sites.observed:
             found[f"observed_data/{site.name}"] = self.predictive_rows * site.like.nbytes
             found[f"posterior_predictive/{site.name}"] = self.predictive_draws * found[f"observed_data/{site.name}"]
-        total = sum(found.values())
-        if total > memory:
+        if (total := sum(found.values())) > memory:
             largest = max(found, key=found.__getitem__)
             group = largest.partition("/")[0]
             raise DataError(
@@ -147,8 +146,7 @@ class PosteriorExport:
     def sample_stats(self) -> xarray.Dataset:
         """Return the group `sample_stats`: the log densities of the samples and, where defined, their log weights."""
         columns = {"log_q": self.log_q, "log_p": self.log_p}
-        why = self._expected()
-        if not why:
+        if not (why := self._expected()):
             columns |= {"log_likelihood": self.log_likelihood, "log_weight": self.log_weight}
         found: dict[str, Variable] = {name: ((*DRAW_DIMS, "datum"), values, NATS) for name, values in columns.items()}
         if self.sites.shared:

@@ -151,8 +151,7 @@ def jackknife(left_out: Tensor, size: int, units: int) -> float:
     References:
         A General Theory for Jackknife Variance Estimation (Shao, Wu, 1989), https://doi.org/10.1214/aos/1176347263
     """
-    k = len(left_out)
-    if k < 2 or not bool((left_out.abs() < HUGE).all()):
+    if (k := len(left_out)) < 2 or not bool((left_out.abs() < HUGE).all()):
         return math.nan
     few = (k - 1) / max(k - 3, 1)
     return float(left_out.std()) * (units - size) / math.sqrt(size * units) * math.sqrt(few)

@@ -60,8 +60,7 @@ def figures(run: Run, measure: Measure, *, on_progress: Progress = silent) -> di
         DataError: the data are missing, or differ from those of the fit.
         CheckpointError: the run has no valid checkpoint.
     """
-    found = kept(run.files, measure)
-    if found is None:
+    if (found := kept(run.files, measure)) is None:
         key = _key(run.files, measure)
         found = _measured(run, measure, on_progress)
         write_atomic(run.files.analysis / STUDY_FILE, pretty({"schema": STUDY_SCHEMA, "key": key, "figures": found}))
@@ -82,8 +81,7 @@ def kept(files: RunDirectory, measure: Measure) -> dict[str, Any] | None:
 
 def _key(files: RunDirectory, measure: Measure) -> dict[str, Any]:
     """Return the key of cached metrics: SHA-256 of the newest checkpoint's manifest, and the fields of `measure`."""
-    newest = checkpoint.newest_first(files.path / "checkpoints")
-    if not newest:
+    if not (newest := checkpoint.newest_first(files.path / "checkpoints")):
         raise CheckpointError(f"{files.path}: expected a checkpoint; got none. Fit the run anew.")
     return {"checkpoint": hashlib.sha256(read_inside(newest[0], "manifest.json")).hexdigest(), **measure.model_dump()}
 

@@ -296,8 +296,7 @@ def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | 
     best, value = None, -math.inf
     for number in (1, *CLASSES):
         found = latent_classes(table.flat[fitted], table.shares(fitted), number)
-        score = float(found.joint(table.flat[held]).logsumexp(1).mean())
-        if score <= value:
+        if (score := float(found.joint(table.flat[held]).logsumexp(1).mean())) <= value:
             break
         best, value = found, score
     return best if best is not None and len(best.log_weights) > 1 else None

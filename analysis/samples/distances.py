@@ -228,8 +228,7 @@ def _jackknifed(inside: Tensor, beside: Tensor) -> float:
         inside: mean kernel of every row with the other rows of its own set, `(n,)`.
         beside: mean kernel of every row with the rows of the other set, `(n,)`.
     """
-    n = len(inside)
-    if n < 3:
+    if (n := len(inside)) < 3:
         return math.nan
     moved = 2 * (inside.mean() - inside) / (n - 2) - 2 * (beside.mean() - beside) / (n - 1)
     return float(moved.square().sum()) * (n - 1) / n

@@ -99,8 +99,7 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
     """
     if real.shape[1:] != fake.shape[1:]:
         raise DataError(f"two_sample: expected samples of shape {list(real.shape[1:])}; got {list(fake.shape[1:])}.")
-    n = min(len(real), len(fake))
-    if n < FEWEST_TEST_ROWS:
+    if (n := min(len(real), len(fake))) < FEWEST_TEST_ROWS:
         raise DataError(
             f"two_sample: expected at least {FEWEST_TEST_ROWS} data and samples; got {len(real)} and {len(fake)}."
         )

@@ -199,8 +199,7 @@ def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
     if name in layout.enumerated or (layout.enumerated and len(layout.latents) > 1):
         return None, "their own order"
     drawn = draw(pair, x).latents[name]
-    kl = drawn.coordinate_kl
-    if kl is not None:
+    if (kl := drawn.coordinate_kl) is not None:
         return kl.mean(0), "KL"
     variance = activity(drawn)
     return variance, "their own order" if variance is None else "variance of the posterior mean"
@@ -210,8 +209,7 @@ def _dims(dims: Sequence[int] | None, name: str, count: int, scores: Tensor | No
     if dims is None:
         order = range(count) if scores is None else scores.argsort(descending=True, stable=True).tolist()
         return tuple(order[:DEFAULT_DIMS])
-    wrong = [d for d in dims if not 0 <= d < count]
-    if wrong or not len(dims):
+    if (wrong := [d for d in dims if not 0 <= d < count]) or not len(dims):
         raise DeclarationError(f"dims: expected coordinates of {name}, 0 .. {count - 1}; got {list(wrong or dims)}.")
     return tuple(dims)
 

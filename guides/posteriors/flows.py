@@ -82,8 +82,7 @@ class Pushed(Batched):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Self:
         """Return this distribution expanded to `batch_shape`, without its latest sample."""
-        wide = super().expand(batch_shape)
-        if wide is not self:
+        if (wide := super().expand(batch_shape)) is not self:
             wide._drawn = None
         return wide
 
@@ -146,8 +145,7 @@ class FlowPosterior(Posterior):
     """Network from the encoder's features to mean, log-variance and context; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        dim = site.event[0]
-        if dim < 2 or min(self.hidden, default=0) < dim:
+        if (dim := site.event[0]) < 2 or min(self.hidden, default=0) < dim:
             raise DeclarationError(
                 f"latents.{site.name}.posterior.hidden: expected a latent of at least 2 coordinates and one hidden "
                 f"layer or more, each at least as wide; got dim = {dim} and {list(self.hidden)}."

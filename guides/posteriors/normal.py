@@ -112,8 +112,7 @@ def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Sh
             f"latents.{site.name}.posterior: expected parents that the guide samples, to ask the model for p(z | "
             f"parents); got {', '.join(summed)}, summed out by the model. Use the posterior normal."
         )
-    read = {name: shape for name, shape in inputs.items() if name not in site.given}
-    if not read:
+    if not (read := {name: shape for name, shape in inputs.items() if name not in site.given}):
         raise DeclarationError(
             f"latents.{site.name}.posterior.given: expected 'x', or a latent that is no parent in the model; got "
             f"{', '.join(inputs)} alone, which say no more than the prior."

@@ -240,8 +240,7 @@ class MultivariateNormalForm(NormalFamilyForm):
 
     def _require_regular(self, pivots: Tensor, noise: Tensor, counts: Tensor) -> None:
         """Raise DataError for singular covariances: a conditional variance (Cholesky pivot) may be a rounding error."""
-        bad = (pivots <= noise).any(1).nonzero().flatten().tolist()
-        if not bad:
+        if not (bad := (pivots <= noise).any(1).nonzero().flatten().tolist()):
             return
         if self.module.full:
             which, weight = f"component {bad[0]}", counts[bad[0]]

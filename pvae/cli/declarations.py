@@ -36,8 +36,7 @@ def new(
 
     if "/" in name or "\\" in name:
         raise DeclarationError(f"{name}: expected a name, not a path; the file is written here.")
-    path = Path(f"{slug(name)}.toml")
-    if path.exists():
+    if (path := Path(f"{slug(name)}.toml")).exists():
         raise DeclarationError(f"{path}: expected a new name; a file of this name is there already.")
     lines = zoo.find(like or (name if name in zoo.names() else "vae")).read_text().splitlines()
     body = [line for line in lines if not line.startswith("name =")]
@@ -93,8 +92,7 @@ def check(
     pair, rows = experiment.build(data.shape), data.train.rows[:4]
     if problems := pair.check(rows):
         raise DeclarationError([f"{name}: {problem}" for problem in problems])
-    figures = experiment.objective.measure(pair, rows, experiment.seed)
-    if figures is None:
+    if (figures := experiment.objective.measure(pair, rows, experiment.seed)) is None:
         figures, total = evaluate(pair, rows, experiment.seed), pair.structure.total
         what = "ELBO" if total == "elbo" else "log joint"
         said = f"{what} of {len(rows)} rows before training {figures[total]:.2f} nats per datum"

@@ -245,8 +245,7 @@ class Dataset:
         Raises:
             DataError: a value is outside; the message gives its split, row, element and the expected values.
         """
-        element = elementwise(constraint)
-        if element is constraints.real:  # all data are finite
+        if (element := elementwise(constraint)) is constraints.real:  # all data are finite
             return
         for split in self.splits:
             split.require_support(element, hint)

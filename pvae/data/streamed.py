@@ -218,8 +218,7 @@ class Streamed:
             return self[torch.tensor([range(len(self))[index]])][0]
         if isinstance(index, slice):
             index = torch.arange(*index.indices(len(self)))
-        where = torch.as_tensor(index).cpu()
-        if where.dtype is torch.bool:
+        if (where := torch.as_tensor(index).cpu()).dtype is torch.bool:
             where = where.nonzero().flatten()
         needed = 4 * len(where) * prod(self.shape[1:])
         if needed > MATERIALISED_BYTES and len(where) > self.blocks.block * WINDOW:

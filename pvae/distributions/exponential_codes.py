@@ -247,8 +247,7 @@ def product(parts: Sequence[Any]) -> Members:
     """Return the product of independent members, merged if all are diagonal normals or codes, else as `Product`."""
     if len(parts) == 1:
         return parts[0]
-    kinds = {type(part) for part in parts}
-    if kinds == {Normals}:
+    if (kinds := {type(part) for part in parts}) == {Normals}:
         return Normals(torch.cat([p.loc for p in parts], 1), torch.cat([p.scale for p in parts], 1))
     if kinds == {Codes} and len({(p.form, p.states) for p in parts}) == 1:
         return Codes(torch.cat([p.logits for p in parts], 1), parts[0].form, normalised=True)

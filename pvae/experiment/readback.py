@@ -63,8 +63,7 @@ def counts(pair: Pair) -> dict[str, int]:
 
 def size_of(site: Site) -> str:
     """Return the size of a latent as text: `[40]`, `32 codes`, `7 x 7 of 512 codes as [64]`, `200 bits`."""
-    space = site.space
-    if not space.is_code:
+    if not (space := site.space).is_code:
         return f"{space.shape[0]} bits" if space.values == "binary" else str(list(space.shape))
     grid = f"{' x '.join(map(str, space.grid))} of " if space.grid else ""
     embedding = f" as [{space.features[0]}]" if space.features[0] != space.states else ""

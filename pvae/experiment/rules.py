@@ -333,8 +333,7 @@ def _columns(e: Experiment) -> Iterator[Finding]:
     if likelihood.of_tables and not columns:
         yield loc, "another likelihood, unless the data are a table with data.columns", likelihood.kind
     for name, column in columns.items() if not likelihood.of_tables else ():
-        law = column.law(name)
-        if law.masked or support_of(law) is not likelihood.support:
+        if (law := column.law(name)).masked or support_of(law) is not likelihood.support:
             why = f"values of {name!r} may be missing" if law.masked else f"{name!r} is {column.type}"  # type: ignore[attr-defined]
             yield loc, f"columns, because {why}", likelihood.kind
             return

@@ -151,8 +151,7 @@ def topological(parents: Mapping[str, Iterable[str]], what: str) -> list[str]:
     order: list[str] = []
     waiting = {name: [p for p in above if p in parents] for name, above in parents.items()}
     while waiting:
-        ready = [name for name, above in waiting.items() if all(p in order for p in above)]
-        if not ready:
+        if not (ready := [name for name, above in waiting.items() if all(p in order for p in above)]):
             raise DeclarationError(
                 f"{what}: expected an acyclic graph; got a cycle among {', '.join(sorted(waiting))}. "
                 f"Remove one of their `given` entries."

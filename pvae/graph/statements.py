@@ -42,8 +42,7 @@ def sample(name: str, fn: dist.TorchDistribution, *, obs: Tensor | None = None, 
             given = replayed.nodes.get(name) if replayed is not None and obs is None else None
             wide: Any = fn
             if not fn.batch_shape:
-                wide = fn.expand((plate.size,))
-                if wide.has_rsample != fn.has_rsample:
+                if (wide := fn.expand((plate.size,))).has_rsample != fn.has_rsample:
                     wide.has_rsample = fn.has_rsample
             value = obs if obs is not None else wide() if given is None else given["value"]
             stack[-2].trace.add_node(

@@ -241,8 +241,7 @@ class Upscale(nn.Module):
         ups = [doublings(a, b) for a, b in zip(work, output[1:], strict=True)]
         last = narrow(channels) if output[0] > 4 else output[0]
         widths = [channels, *[*[narrow(channels)] * (max(ups) - 1), last][: max(ups)]]
-        layers = strides(nn.ConvTranspose2d, widths, ups, act)
-        if layers and widths[-1] == output[0]:
+        if (layers := strides(nn.ConvTranspose2d, widths, ups, act)) and widths[-1] == output[0]:
             layers.pop()
         else:
             layers.append(nn.Conv2d(widths[-1], output[0], 1))

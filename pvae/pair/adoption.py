@@ -231,8 +231,7 @@ class StoreRecord:
         if changed or not news or not self.follows:
             return
         for name, value in news.items():
-            mine = own["params"][name]
-            if mine is value:
+            if (mine := own["params"][name]) is value:
                 continue
             if mine.shape != value.shape:
                 raise DeclarationError(

@@ -209,8 +209,7 @@ def tallies(guide: Nodes, layout: Layout, rows: int, model: Nodes | None = None)
             continue
         node, prior = guide[name], (model or {}).get(name)
         p, bits = None if prior is None else members(prior, layout, rows), isinstance(unwrapped(node["fn"]), Bernoulli)
-        made = tally(members(node, layout, rows), p, grid_of(node), bits=bits)
-        if made is not None:
+        if (made := tally(members(node, layout, rows), p, grid_of(node), bits=bits)) is not None:
             found[name] = made
     return found
 

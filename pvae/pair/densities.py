@@ -78,8 +78,7 @@ def full_size(model_trace: Trace, layout: Layout, rows: int | None = None) -> in
     present = [name for name in layout.observed if name in model_trace.nodes]
     frames = (f for name in present for f in model_trace.nodes[name]["cond_indep_stack"])
     frame = next(f for f in frames if layout.is_data(f))
-    declared = frame.full_size or frame.size
-    if declared < 0:  # a plate without a size
+    if (declared := frame.full_size or frame.size) < 0:  # a plate without a size
         node = next(model_trace.nodes[name] for name in present if layout.holds(model_trace.nodes[name]))
         return rows or next(size for f, size in plates_around(node) if layout.is_data(f))
     return declared if declared != frame.size else rows or declared

@@ -110,8 +110,7 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
     Raises:
         DeclarationError: no observed site is inside a plate over the rows, or a global site is to be enumerated.
     """
-    frame = data_frame(model_trace, count, follows)
-    if frame is None or frame.dim is None:
+    if (frame := data_frame(model_trace, count, follows)) is None or frame.dim is None:
         raise DeclarationError(
             "pair.model: expected x to be observed inside a plate over the rows of a batch; got no such plate. "
             'Write `with pyro.plate("data", len(x)): pyro.sample("x", ..., obs=x)`.'
@@ -127,8 +126,7 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
         return any(f.vectorized and f.name in plates for f in node["cond_indep_stack"])
 
     enumerated = [name for name, node in model.items() if name not in guide and is_enumerable(node)]
-    outside = [name for name in enumerated if not inside(model[name])]
-    if outside:
+    if outside := [name for name in enumerated if not inside(model[name])]:
         raise DeclarationError(
             f"{', '.join(outside)}: expected enumerated sites inside the data plate; got global ones. Give a guide."
         )

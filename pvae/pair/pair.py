@@ -187,8 +187,7 @@ class Pair(nn.Module):
         The result holds for the current weights and is cached until they change.
         """
         self.adopt(x)
-        known = dependencies_without_asking(self.structure)
-        if known is not None:
+        if (known := dependencies_without_asking(self.structure)) is not None:
             return known
         key = (weights_of(self), self.layout.latents)
         return self.remember("dependencies", key, lambda: read_dependencies(self, x))

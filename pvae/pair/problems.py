@@ -127,8 +127,7 @@ def told(side: str, x: Tensor) -> Iterator[None]:
 def explained(error: Exception, side: str, x: Tensor) -> Problem:
     """Return an exception raised while a program ran on the batch `x` as a `Problem` with a plain message."""
     text, at = str(error), _line(error)
-    found = re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", text)
-    if found:
+    if found := re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", text):
         plate, site, dim, want, got = found.groups()
         rows = f", or it has parameters for each of {got} rows: pass those, or amortise" if int(want) == len(x) else ""
         return Problem(

@@ -212,8 +212,7 @@ def read_unpacked(guide_trace: Trace, model_trace: Trace) -> dict[str, Unpacking
         if name in auxiliary or name not in model or not is_point(node["fn"]):
             continue
         for other, source in auxiliary.items():
-            made = _explained(other, source, node, model[name]["fn"])
-            if made is not None:
+            if (made := _explained(other, source, node, model[name]["fn"])) is not None:
                 found[name] = made
     used = [made.auxiliary for made in found.values()]
     return {name: made for name, made in found.items() if used.count(made.auxiliary) == 1}

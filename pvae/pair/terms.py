@@ -105,8 +105,7 @@ class TracedBatch:
         q, p = self.guide.nodes[name], self.model.nodes.get(name)
         if p is None:
             return None
-        priced = priced_kl(q, p, self.layout, self.particles)
-        if priced is None and self.closed_form:
+        if (priced := priced_kl(q, p, self.layout, self.particles)) is None and self.closed_form:
             return closed_kl(q, p, self.layout, self.particles, self.size)
         return priced
 
@@ -128,8 +127,7 @@ class TracedBatch:
                 kl[name] = torch.zeros_like(reconstruction)
                 continue
             known = self.known_kl(name)
-            scored = self.is_scored(name)
-            if scored or known is None:
+            if (scored := self.is_scored(name)) or known is None:
                 log_q = self.log_prob(self.guide.nodes[name])
             if scored:
                 scores[name] = self._score(self.guide.nodes[name], log_q, known is None)

@@ -202,8 +202,7 @@ def _verified(path: Path, name: str, entry: Mapping[str, Any]) -> bytes:
         if (size := where.lstat().st_size) != entry["size"]:
             raise wrong(where, f"{entry['size']} bytes", f"{size} (truncated or replaced)")
     content = files.read_inside(path, name, LARGEST_STATE if name == "state.json" else entry["size"])
-    digest = files.digest(content)
-    if digest != entry["sha256"]:
+    if (digest := files.digest(content)) != entry["sha256"]:
         raise wrong(where, f"SHA-256 {entry['sha256']}", f"{digest} (its bytes changed)")
     return content
 
@@ -295,8 +294,7 @@ def _detached(tensor: Tensor, seen: set[int]) -> Tensor:
     if tensor.dtype not in DTYPES:
         raise ValueError(f"dtype {tensor.dtype}, which could not be read back")
     dense = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
-    address = dense.untyped_storage().data_ptr()
-    if address in seen:
+    if (address := dense.untyped_storage().data_ptr()) in seen:
         return dense.clone()
     seen.add(address)
     return dense

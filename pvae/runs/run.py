@@ -229,8 +229,7 @@ class Run:
     @cached_property
     def checkpoint(self) -> checkpoint.Checkpoint:
         """Newest checkpoint whose checksums match; raises CheckpointError if there is none."""
-        found = checkpoint.latest(self.path / "checkpoints")
-        if found is None:
+        if (found := checkpoint.latest(self.path / "checkpoints")) is None:
             raise CheckpointError(f"{self.path}: expected a checkpoint; got none yet. Let the fit run longer.")
         return found
 

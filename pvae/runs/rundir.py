@@ -295,8 +295,7 @@ def require_sound(where: Path, found: Mapping[str, Any]) -> None:
 
 def state_of(run: RunDirectory, status: Mapping[str, Any]) -> str:
     """Return the state in a run's status, `created` before the first one; raises DataError if it is unknown."""
-    state = status.get("state", "created")
-    if state not in (*RUN_STATES, "created"):
+    if (state := status.get("state", "created")) not in (*RUN_STATES, "created"):
         raise DataError(f"{run.path / 'status.json'}: expected a state of {', '.join(RUN_STATES)}; got {state!r}.")
     return str(state)
 
@@ -340,8 +339,7 @@ def _number(value: object) -> int | float | None:
 
 def _seconds(status: Mapping[str, Any]) -> float | None:
     """Return the training time in a run's status, else the seconds from the process's start to its last heartbeat."""
-    told = _number(status.get("seconds"))
-    if told is not None:
+    if (told := _number(status.get("seconds"))) is not None:
         return float(told)
     begun, silent = find.age_seconds(status.get("started")), find.age_seconds(status.get("heartbeat"))
     return None if begun is None or silent is None else round(max(0.0, begun - silent), 3)

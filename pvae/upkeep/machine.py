@@ -63,8 +63,7 @@ def devices(_: CheckArguments) -> Iterator[Check]:
     gpus = []
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
-        total = float(torch.ones(2, device=f"cuda:{index}").sum())
-        if total != 2:
+        if (total := float(torch.ones(2, device=f"cuda:{index}").sum())) != 2:
             raise DataError(f"cuda:{index}: expected 1 + 1 = 2; got {total}. Do not use this GPU.")
         gpus.append((properties.name, properties.total_memory))
     text = ", ".join(f"{name} ({size / 2**30:.0f} GiB)" for name, size in gpus)

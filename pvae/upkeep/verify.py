@@ -168,8 +168,7 @@ class _Inspection:
 
     def checkpoints(self) -> Iterator[Check]:
         """Yield a check of every checkpoint, newest first; the first readable one is that which `Run.load` loads."""
-        folder = self.path / "checkpoints"
-        if folder.is_symlink():  # found by `strangers`
+        if (folder := self.path / "checkpoints").is_symlink():  # found by `strangers`
             return
         found = [
             check

@@ -25,8 +25,7 @@ LISTED_TENSORS = 20
 
 def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
     """Yield the faults of a checkpoint whose checksums match: names, shapes, values that are not finite, the state."""
-    weights = saved.tensors.get("weights")
-    if weights is None:
+    if (weights := saved.tensors.get("weights")) is None:
         yield f"expected a group of weights; got {', '.join(saved.tensors) or 'none'}"
         return
     for group in [name for name in ("weights", "best", "average") if name in saved.tensors]:

@@ -40,8 +40,7 @@ def _overview(found: Comparison) -> Iterator[Part]:
         "training"
     )
     yield _by_run("overview", caption, list(found.exams), known)
-    groups = found.groups
-    if groups is not None and len(set(groups)) < len(found.exams):
+    if (groups := found.groups) is not None and len(set(groups)) < len(found.exams):
         rows = []
         for group in dict.fromkeys(groups):
             chosen = [i for i, g in enumerate(groups) if g == group]
@@ -73,8 +72,7 @@ def _by_key(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _average(values: Sequence[Value]) -> Value:
-    numbers = [float(v) for v in values if isinstance(v, int | float | Estimate)]
-    if not numbers:
+    if not (numbers := [float(v) for v in values if isinstance(v, int | float | Estimate)]):
         return None
     error = float(np.std(numbers, ddof=1) / math.sqrt(len(numbers))) if len(numbers) > 1 else math.nan
     return Estimate(float(np.mean(numbers)), error, "estimate", note="over runs")
@@ -128,8 +126,7 @@ def _on_samples(found: Comparison) -> Iterator[str]:
 
 @section("training", "Training")
 def _training(found: Comparison) -> Iterator[Part]:
-    rows = {name: exam.metrics for name, exam in found.scored.items() if exam.metrics}
-    if rows:
+    if rows := {name: exam.metrics for name, exam in found.scored.items() if exam.metrics}:
         yield picture(
             "training",
             comparisons.overlaid(list(rows), list(rows.values())),

@@ -100,8 +100,7 @@ def class_name(value: int, names: Sequence[str] | None) -> str:
 
 def _scatter(axes: Axes, points: Array, labels: Array | None, names: Sequence[str] | None) -> None:
     look: dict[str, Any] = {"s": float(np.clip(9000 / len(points), 3, 16)), "linewidths": 0}
-    found = groups(labels)
-    if not found:
+    if not (found := groups(labels)):
         axes.scatter(*points.T, color=BLUE, alpha=0.5, label="samples of q(z | x)", **look)
     for value, colour in zip(found, CLASS_COLOURS, strict=False):
         name, inside = class_name(value, names), points[labels == value]

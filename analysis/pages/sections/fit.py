@@ -53,8 +53,7 @@ def fit(exam: Examination) -> Iterator[Part]:
     if bound is not None:
         yield Tile("log p(x) − ELBO", nats(bound.gap), f"nats or more, {bound.n} rows")
         yield from _of_bound(exam, bound)
-    found = _gaps(exam)
-    if found is not None:
+    if (found := _gaps(exam)) is not None:
         yield table_of("gaps", found, f"{exam.split}, {found.n} rows: {found.title}")
         yield from (Note(text) for text in found.remarks)
         yield from _on_gaps(exam, found)
@@ -125,8 +124,7 @@ def _on_evidence(exam: Examination, e: Evidence | None) -> Iterator[str]:
 def _on_gaps(exam: Examination, found: Gap) -> Iterator[str]:
     a, b = found.approximation, found.amortisation
     parts = (("approximation gap (posterior family)", a), ("amortisation gap (encoder)", b))
-    told = [f"the {name} is {nats(e)} nats" for name, e in parts if e.value >= SHOWN_NATS]
-    if told:
+    if told := [f"the {name} is {nats(e)} nats" for name, e in parts if e.value >= SHOWN_NATS]:
         yield f"On {found.n} refined rows {' and '.join(told)}."
     if abs(a.value - b.value) > max(2 * math.hypot(a.standard_error, b.standard_error), ADVICE_NATS):
         if a.value < b.value:

@@ -134,8 +134,7 @@ def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
 
 def _all_in_use(c: Collapse) -> str:
     known = [latent for latent in c.latents.values() if latent.active is not None]
-    coded = [name for name, latent in c.latents.items() if latent.codes is not None]
-    if coded and not known:
+    if (coded := [name for name, latent in c.latents.items() if latent.codes is not None]) and not known:
         return f"No collapse: every code (or bit) of {', '.join(coded)} is in use."
     if c.n < 2:
         return "Active units are not defined for a single row."
@@ -217,8 +216,7 @@ LISTED_CODES = 4096
 @section("codes", "Codes", scored=True)
 def codes(exam: Examination) -> Iterator[Part]:
     """Yield usage, perplexity and maps of every discrete latent; nothing if no latent is discrete."""
-    uses = {name: z.codes for name, z in exam.collapse.latents.items() if z.codes is not None}
-    if uses:
+    if uses := {name: z.codes for name, z in exam.collapse.latents.items() if z.codes is not None}:
         yield _code_table(exam, uses)
     for name, use in uses.items():
         yield _use(name, use)

@@ -29,11 +29,9 @@ def training(exam: Examination) -> Iterator[Part]:
         if any(row.get("split") == "analysis" for row in exam.metrics):
             yield _history(exam)
     events = [(str(e.get("kind")), str(e.get("message"))) for e in exam.run.files.events()]
-    told = tuple(dict.fromkeys(event for event in events if event[0] in TOLD_EVENTS))
-    if told:
+    if told := tuple(dict.fromkeys(event for event in events if event[0] in TOLD_EVENTS)):
         yield PageTable("events", "Events during the fit", columns("kind", words=["message"]), told)
-    status = exam.run.status
-    if status.get("state") != "finished":
+    if (status := exam.run.status).get("state") != "finished":
         epochs = f"{status.get('epoch')} of {status.get('epochs')}"
         yield Sentence(f"The run is {status.get('state')} after epoch {epochs}. Continue it with pvae resume.", True)
     skipped = status.get("skipped")

@@ -33,8 +33,7 @@ MEMORISED = 0.6
 @section("samples", "Samples")
 def samples(exam: Examination) -> Iterator[Part]:
     """Yield samples and their nearest training rows; nothing if the model cannot be sampled."""
-    drawn = exam.sampled
-    if drawn is None:
+    if (drawn := exam.sampled) is None:
         return
     data = array(exam.data.train.observed(exam.rows["train"].x[:1000]))
     x = array(drawn.x[:ON_SHEET]).reshape(-1, *exam.shape)
@@ -214,8 +213,7 @@ INTERPOLATED_PAIRS = 4
 @section("reconstructions", "Reconstructions", scored=True)
 def reconstructions(exam: Examination) -> Iterator[Part]:
     """Yield best, median and worst reconstructions; nothing for a model without a likelihood."""
-    found = exam.attempt("reconstructions", _rebuild, exam)
-    if not found:
+    if not (found := exam.attempt("reconstructions", _rebuild, exam)):
         return
     yield picture(
         "reconstructions",

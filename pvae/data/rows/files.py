@@ -176,8 +176,7 @@ def user_folder(data_dir: Path | None) -> Path | None:
     Raises:
         DataError: the folder does not exist.
     """
-    named = data_dir or os.environ.get("PVAE_DATA_DIR")
-    if named and not Path(named).is_dir():
+    if (named := data_dir or os.environ.get("PVAE_DATA_DIR")) and not Path(named).is_dir():
         raise DataError(f"--data-dir, PVAE_DATA_DIR: expected a folder; got {named}.")
     return Path(named) if named else None
 
@@ -203,8 +202,7 @@ def located(path: str, data_dir: Path | None) -> Path:
     Raises:
         DataError: the file does not exist; or it is a folder, a device or a pipe, which are never opened.
     """
-    found = candidate(path, data_dir, Path.is_file)
-    if not found.exists():
+    if not (found := candidate(path, data_dir, Path.is_file)).exists():
         raise DataError(f"Expected a file of data at {found}; got no such file. Name its folder with --data-dir.")
     if not found.is_file():
         kind = "a folder" if found.is_dir() else "a device or pipe"

@@ -299,8 +299,7 @@ def plain_labels(
     changed: dict[str, str] = {}
     out = {split: None if y is None else _integers(np.asarray(y), split, changed) for split, y in given.items()}
     notes = [f"labels {said}" for said in dict.fromkeys(changed.values())]
-    texts = [split for split, y in out.items() if y is not None and y.dtype.kind == "U"]
-    if not texts:
+    if not (texts := [split for split, y in out.items() if y is not None and y.dtype.kind == "U"]):
         return out, None, tuple(notes)
     if len(texts) < len(out):
         raise DataError(f"Labels: expected text in every split or in none; got text in {', '.join(texts)} alone.")

@@ -173,8 +173,7 @@ def node_of(file: h5py.File, name: str, where: str) -> Any:
     if isinstance(node, h5py.Dataset):
         if node.external or node.is_virtual:
             raise DataError(f"{where}, {name!r}: expected data in this file; got data stored in other files.")
-        chunk = node.dtype.itemsize * prod(node.chunks or ())
-        if chunk > MAX_CHUNK_BYTES:
+        if (chunk := node.dtype.itemsize * prod(node.chunks or ())) > MAX_CHUNK_BYTES:
             raise DataError(f"{where}, {name!r}: expected chunks of at most 1 GiB; got {chunk} bytes.")
     return node
 

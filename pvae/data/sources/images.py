@@ -64,8 +64,7 @@ class Images(FileData):
             DataError: the folder does not exist, contains no readable image, or images differ in size and no `size` is
                 declared.
         """
-        root = candidate(self.path, data_dir, Path.is_dir)
-        if root.is_file():
+        if (root := candidate(self.path, data_dir, Path.is_dir)).is_file():
             raise DataError(f"{root}: expected a folder of images; got a file. Unpack an archive first.")
         if not root.is_dir():
             raise DataError(f"Expected a folder of images at {root}; got no such folder. Say where with --data-dir.")
@@ -148,8 +147,7 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
     if not good:
         raise DataError(f"{root}: expected images that can be read; got none.{_listed(bad)}")
     labels = [name.split("/", 1)[0] for name in good] if all("/" in name for name in good) else []
-    known = sorted(set(labels), key=natural)
-    if known:
+    if known := sorted(set(labels), key=natural):
         number = {name: code for code, name in enumerate(known)}
         writer.append("y", np.array([number[name] for name in labels]))
     told = [f"{root}:{_listed(bad)}"] if bad else []
@@ -172,8 +170,7 @@ def image(path: Path, declared: Images) -> tuple[Array, list[str]] | str:
             remarks = ["have more than one page or frame: the first is read"] if frames > 1 else []
             if file.mode not in PLAIN_MODES:
                 remarks.append(f"are in {file.mode}: converted to {declared.mode} without a colour profile")
-            upright = ImageOps.exif_transpose(file)
-            if upright.has_transparency_data:
+            if (upright := ImageOps.exif_transpose(file)).has_transparency_data:
                 upright, seen = _composited(upright, declared.background)
                 remarks += [f"have transparent pixels: composited on {declared.background} (data.background)"] * seen
             upright = upright.convert(declared.mode)

@@ -132,8 +132,7 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | 
             blocks.append(x)
     if not blocks:
         raise DataError(f"{name}: expected a dataset of at least one item; got none.")
-    known = [label for label in labels if label is not None]
-    if known and len(known) < len(labels):
+    if (known := [label for label in labels if label is not None]) and len(known) < len(labels):
         got = f"{len(known)} with {len(labels)} items"
         raise DataError(f"{name}: expected a label with every item or with none; got {got}.")
     last = blocks[-1]

@@ -50,8 +50,7 @@ class Tabular(Data):
     def _a_table(self) -> Self:
         usual = {"scale": "raw", "binarize": "none", "shape": None, "largest": None}
         for name, value in usual.items():
-            found = getattr(self, name, value)
-            if found != value:
+            if (found := getattr(self, name, value)) != value:
                 raise ValueError(f"no {name} in a table, whose columns have transforms of their own; got {found!r}")
         if self.decimal == self.thousands:
             raise ValueError(f"a decimal mark other than that of thousands; got {self.decimal!r} for both")

@@ -268,8 +268,7 @@ class CellDecoder:
         if column.missing == "error" and missing.any():
             todo = f'Set data.columns.{name!r}.missing = "mask", or leave the row out.'
             raise self._wrong(int(missing.argmax()), name, "a value", "none", where, todo)
-        wrong = ~missing & ~column.inside(values)
-        if wrong.any():
+        if (wrong := ~missing & ~column.inside(values)).any():
             at = int(wrong.argmax())
             raise self._wrong(at, name, column.expected, f"{values[at]:.15g}", where)
         return values
@@ -301,8 +300,7 @@ class CellDecoder:
     def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
         codes, words = self._words(cells)
         found = [np.nan if word is None else column.code_of(word) for word in words]
-        wrong = np.isin(codes, [place for place, code in enumerate(found) if code is None])
-        if wrong.any():
+        if (wrong := np.isin(codes, [place for place, code in enumerate(found) if code is None])).any():
             at = int(wrong.argmax())
             word = str(words[codes[at]])
             raise self._wrong(at, name, column.expected, f"{shown(word)}{near(word, column.words)}", where)

@@ -89,8 +89,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
     spelling = _spelling(list(given.values()), found.get("separator") == ";")
     found |= {"decimal": spelling.decimal} if spelling.decimal != "." else {}
     found |= {"thousands": spelling.thousands} if spelling.thousands else {}
-    na = _missing_words(given.values(), spelling)
-    if na:
+    if na := _missing_words(given.values(), spelling):
         found["na"] = [*NA, *na]
         cells = cells.where(~cells.isin(na))
     train = tenths(len(cells), ("validation", "test"), 0)["train"] if whole and len(cells) > 2 else None

@@ -182,8 +182,7 @@ class PlainScript(Script):
 
     def seen(self, name: str) -> str:
         """Return the expression of the features of a latent or covariate that networks read (one-hots of codes)."""
-        latent = self.experiment.latents.get(name)
-        if latent is None or latent.codes is None:
+        if (latent := self.experiment.latents.get(name)) is None or latent.codes is None:
             return name
         if latent.embedding is not None or latent.sampled.values == "index" and latent.grid:
             raise NotPlainError

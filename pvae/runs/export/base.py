@@ -41,8 +41,7 @@ def safe_key(name: str, separator: str) -> str:
     A name that has to be changed gets a digest as suffix, so that no two names have the same key.
     """
     parts = [re.sub(r"[^A-Za-z0-9_.-]", "_", part).strip(".") or "_" for part in name.split("/")]
-    key = separator.join(parts)
-    if key.replace(separator, "/") == name and len(key) <= LONGEST_KEY:
+    if (key := separator.join(parts)).replace(separator, "/") == name and len(key) <= LONGEST_KEY:
         return key
     digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     return f"{key[: LONGEST_KEY - 9]}-{digest}"
@@ -102,8 +101,7 @@ class Exporter(ABC):
         points = [*self._points(rows[len(self.rows) :]), *more]
         if any(self.exported.get((p.key, p.step), p.value) != p.value for p in points):
             self.exported, points = self.begin(anew=True), [*self._points(rows), *more]
-        fresh = [p for p in points if self.exported.pop((p.key, p.step), None) is None]
-        if fresh:
+        if fresh := [p for p in points if self.exported.pop((p.key, p.step), None) is None]:
             self.write(fresh)
         self.rows = rows
 
