@@ -27,22 +27,19 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "Dataset": "pvae.data",
-    "DataError": "pvae.errors",
-    "DeclarationError": "pvae.errors",
-    "Experiment": "pvae.experiment.experiment",
-    "Pair": "pvae.pair.pair",
-    "PvaeError": "pvae.errors",
-    "Run": "pvae.runs.run",
-    "Study": "pvae.studies.study",
-    "clean": "pvae.upkeep.clean",
-    "fit": "pvae.training.fit",
-    "refit": "pvae.training.resume",
-    "resume": "pvae.training.resume",
-    "study": "pvae.studies.study",
-    "verify": "pvae.upkeep.verify",
+_NAMES = {
+    "data": ("Dataset",),
+    "errors": ("DataError", "DeclarationError", "PvaeError"),
+    "experiment.experiment": ("Experiment",),
+    "pair.pair": ("Pair",),
+    "runs.run": ("Run",),
+    "studies.study": ("Study", "study"),
+    "training.fit": ("fit",),
+    "training.resume": ("refit", "resume"),
+    "upkeep.clean": ("clean",),
+    "upkeep.verify": ("verify",),
 }
+_HOMES = {name: f"pvae.{home}" for home, names in _NAMES.items() for name in names}
 _ROOMS = ("analysis", "data", "guides", "models")
 
 

@@ -196,8 +196,7 @@ def load_members(package: str) -> None:
         >>> "realnvp" in Prior.members
         True
     """
-    folder = importlib.import_module(package)
-    for module in pkgutil.walk_packages(folder.__path__, f"{package}."):
+    for module in pkgutil.walk_packages(importlib.import_module(package).__path__, f"{package}."):
         importlib.import_module(module.name)
 
 

@@ -118,8 +118,7 @@ class Target:
     def _side_by_side(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
         """Run guide or model with the chains as further rows of the batch, for pairs that accept no further plate."""
         data = {c.name: c.value.spread(flat[c.name].flatten(0, 1)) for c in self.coordinates if c.name in flat}
-        x = self.x.repeat(count, *(1,) * (self.x.dim() - 1))
-        return self._trace(program, x, data)
+        return self._trace(program, self.x.repeat(count, *(1,) * (self.x.dim() - 1)), data)
 
     def _trace(self, program: Callable[..., Any], x: Tensor, data: dict[str, Tensor]) -> Trace:
         return self.pair.guide_trace(x, data) if program is self.pair.guide else self.pair.model_trace(x, data)
@@ -232,8 +231,7 @@ def _coordinate(plan: AnnealingPlan, name: str, node: Any, again: Any, layout: L
     if not layout.holds(node):
         raise DataError(f"{plan.caller}: expected latents of single data only; got global {name}.")
     transform = _to_support(plan, name, node)
-    free_value = transform.inv(node["value"])
-    other = _to_support(plan, name, again)(free_value)
+    other = _to_support(plan, name, again)(transform.inv(node["value"]))
     if other.shape != node["value"].shape or not _close(other, node["value"]):
         raise DataError(
             f"{plan.caller}: expected a support of {name} that reads no other latent; got one that moves with them. "

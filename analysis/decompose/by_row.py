@@ -25,8 +25,7 @@ def priors_by_row(pair: Pair, x: Tensor) -> frozenset[str]:
         return frozenset()
     found: set[str] = set()
     with same_globals(pair, x):
-        few = pair.structure.few(x)
-        guide, model = (samples(trace) for trace in pair.traces(few))
+        guide, model = (samples(trace) for trace in pair.traces(pair.structure.few(x)))
         nodes = {
             n: node for n, node in {**model, **guide}.items() if pair.layout.holds(node) and not node["is_observed"]
         }

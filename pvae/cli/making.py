@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +37,9 @@ def sample(
 ) -> None:
     """Sample z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     opened = shared.open(run)
-    with shared.bar("sample", n) as bar:
-        found = pvae.analysis.sample(opened, n, mean=mean, given=_given(given), seed=seed, on_progress=bar.report)
+    found = shared.watched(
+        "sample", pvae.analysis.sample, opened, n, mean=mean, given=_given(given), seed=seed, total=n
+    )
     _keep(shared, opened, "sample", out, found, pvae.analysis.pages.plots.pictures.sampled)
 
 
@@ -74,8 +76,8 @@ def reconstruct(
     """Encode a split's rows and decode them again, with log p(x | z) of each."""
     opened = shared.open(run)
     chosen, x, _ = rows_of(opened, split, rows, seed)
-    with shared.bar("reconstruct", len(chosen)) as bar:
-        found = pvae.analysis.reconstruct(opened, x, mean=not draw, seed=seed, on_progress=bar.report)
+    rebuild, total = pvae.analysis.reconstruct, len(chosen)
+    found = shared.watched("reconstruct", rebuild, opened, x, mean=not draw, seed=seed, total=total)
     seen = opened.data.split(split).observed(x).double().numpy()
     picture = pvae.analysis.pages.plots.pictures.reconstructed(found, seen, _background(opened.data))
     _keep(shared, opened, f"reconstruct-{split}", out, found, picture, row=chosen)
@@ -99,11 +101,8 @@ def traverse(
     """Vary one coordinate of a latent at a time, and decode each value."""
     opened, places = shared.open(run), None if dims is None else _integers("--dims", dims)
     start = _row(opened, split, "--row", row)
-    with shared.bar("traverse") as bar:
-        found = pvae.analysis.traverse(
-            opened, None if prior else start, latent, places, steps, span, given=_given(given), seed=seed,
-            on_progress=bar.report,
-        )  # fmt: skip
+    asked = partial(pvae.analysis.traverse, given=_given(given), seed=seed)
+    found = shared.watched("traverse", asked, opened, None if prior else start, latent, places, steps, span)
     _keep(shared, opened, f"traverse-{found.latent}", out, found, pvae.analysis.pages.plots.pictures.traversed)
 
 

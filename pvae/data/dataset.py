@@ -100,8 +100,7 @@ class Dataset:
         if not covariates:
             return self if self.train.event is None else self._each(Split.plain)
         ((name, codes),) = covariates.items()
-        words = (tokens or {}).get(name)
-        return self._each(lambda split: split.plain().conditioned(codes, words))
+        return self._each(lambda split: split.plain().conditioned(codes, (tokens or {}).get(name)))
 
     @classmethod
     def from_tensors(

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pvae.distributions.base import Determined
 from pvae.distributions.codes import Certain
 from pvae.distributions.exact import doubled, has_gamma, log_density
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
-from pvae.distributions.exponential_codes import CertainCodes, Codes, product
+from pvae.distributions.exponential_codes import CertainCodes, Codes, Form, product
 from pvae.distributions.relaxed import LogOneHot, RelaxedCodes, categorical_kl
 from pvae.pair.layout import Layout, is_point, plates_around, unwrapped
 
@@ -47,11 +48,10 @@ def moved(node: Mapping[str, Any]) -> Tensor:
         return (value + 1) % fn.logits.shape[-1]
     if is_point(fn):
         return value + 1
-    try:
+    with suppress(NotImplementedError, ValueError):
         transform = td.biject_to(node["fn"].support)
         return transform(transform.inv(value) + 1)
-    except (NotImplementedError, ValueError):
-        return value + 1
+    return value + 1
 
 
 def sum_over(parts: list[Tensor]) -> Tensor:
@@ -156,11 +156,9 @@ def closed_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, partic
         fns = q["fn"].expand(shape), p["fn"].expand(shape)
     if has_gamma(q["fn"]):
         fns = doubled(fns[0]), doubled(fns[1])
-    try:
-        value = td.kl_divergence(*fns)
-    except NotImplementedError:
-        return None
-    return share(q, value, layout, particles, size)
+    with suppress(NotImplementedError):
+        return share(q, td.kl_divergence(*fns), layout, particles, size)
+    return None
 
 
 def priced_kl(q: Mapping[str, Any], p: Mapping[str, Any], layout: Layout, particles: int) -> Tensor | None:
@@ -218,10 +216,9 @@ def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | Non
         return product([FullRankNormals(loc[:, i], scale_tril[:, i]) for i in range(loc.shape[1])])
     if isinstance(fn, Certain):
         return CertainCodes(flat(fn.index).long(), fn.states)
-    if isinstance(fn, td.OneHotCategorical):
-        return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), "one_hot")
-    if isinstance(fn, LogOneHot):
-        return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), "log_one_hot")
+    if isinstance(fn, td.OneHotCategorical | LogOneHot):
+        form: Form = "log_one_hot" if isinstance(fn, LogOneHot) else "one_hot"
+        return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), form)
     if isinstance(fn, td.Categorical):
         return Codes(flat(fn.logits, 1).reshape(rows, -1, fn.logits.shape[-1]))
     if isinstance(fn, td.Bernoulli):

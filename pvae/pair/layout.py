@@ -82,12 +82,8 @@ def samples(trace: Trace) -> dict[str, Any]:
 def plates_around(node: Mapping[str, Any]) -> list[tuple[CondIndepStackFrame, int]]:
     """Return the vectorised plates around a site, and their sizes; that of a plate without a size is read off."""
     frames = [f for f in node["cond_indep_stack"] if f.vectorized]
-    return [(f, f.size if f.size >= 0 else _length(node, f.dim)) for f in frames]
-
-
-def _length(node: Mapping[str, Any], dim: int) -> int:
     shape = node["fn"].batch_shape
-    return int(shape[dim]) if len(shape) >= -dim else 1
+    return [(f, f.size if f.size >= 0 else int(shape[f.dim]) if len(shape) >= -f.dim else 1) for f in frames]
 
 
 def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepStackFrame | None:

@@ -18,7 +18,7 @@ from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
 from pvae.pair.layout import Layout
 from pvae.pair.problems import Problem, problems_of, require_bound, told
-from pvae.pair.running import Way, run, run_expected, trace_of, way_of_particles, with_particles
+from pvae.pair.running import Way, run, trace_of, way_of_particles, with_particles
 from pvae.pair.structure import Arguments, Structure, is_several, unpack
 from pvae.pair.terms import Terms, expected_terms, terms_of
 
@@ -295,12 +295,10 @@ class Pair(nn.Module):
             return with_particles(self, x, particles, way, closed_form=closed_form, rows=rows)
         count = particles if particles > 1 else 0
         if not expected or not self.layout.expected:
-            traces = self.traces(x, particles)
-            return terms_of(traces, self.layout, count, closed_form, rows)
+            return terms_of(self.traces(x, particles), self.layout, count, closed_form, rows)
         with self.own_store():
-            traces = run_expected(self, x, self.layout, particles)
-        traces = self.known(x, *traces)
-        return expected_terms(traces, self.layout, count, closed_form, rows)
+            traces = run(self, x, self.layout, particles, expected=True)
+        return expected_terms(self.known(x, *traces), self.layout, count, closed_form, rows)
 
     def way_of_particles(self, x: Tensor) -> Way:
         """Return the way to run several samples per row of a batch: along a plate, as repeated rows, or one by one."""

@@ -154,9 +154,8 @@ def _line(error: Exception) -> str:
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(HOUSES)]
     if not frames:
         return ""
-    return f", at {Path(frames[-1].filename).name}:{frames[-1].lineno}" + (
-        f" `{frames[-1].line}`" if frames[-1].line else ""
-    )
+    last = frames[-1]
+    return f", at {Path(last.filename).name}:{last.lineno}" + (f" `{last.line}`" if last.line else "")
 
 
 # ---------------------------------------------------------------------- found by a run

@@ -115,7 +115,9 @@ def _opened(rows: int) -> Iterator[None]:
         plates._subsample = staticmethod(draw)
 
 
-def run(pair: Pair, x: Tensor, layout: Layout | None = None, particles: int = 1) -> tuple[Trace, Trace]:
+def run(
+    pair: Pair, x: Tensor, layout: Layout | None = None, particles: int = 1, *, expected: bool = False
+) -> tuple[Trace, Trace]:
     """Return the guide's trace of a batch and the model's trace replayed against it.
 
     Arguments:
@@ -123,19 +125,14 @@ def run(pair: Pair, x: Tensor, layout: Layout | None = None, particles: int = 1)
         x: data `(batch, *event)`.
         layout: layout of the pair; None before it is known: then one particle, and no enumeration.
         particles: samples per row, along a plate left of all others.
+        expected: enumerate the latents marked for it in the guide too, in dimensions left of all plates.
     """
-    sums = EnumMessenger(_leftmost(layout, particles)) if layout and layout.enumerated else nullcontext()
-    with particle_plate(layout, particles):
+    sums: AbstractContextManager[Any] = nullcontext()
+    if layout and (expected or layout.enumerated):  # left of all plates and particles
+        sums = EnumMessenger(-1 - layout.nesting - (particles > 1))
+    with particle_plate(layout, particles), sums if expected else nullcontext():
         guide = trace_of(pair, pair.guide, x)
-        with ReplayMessenger(trace=guide), sums:  # of the model's sites marked for it, left of all plates
-            return guide, trace_of(pair, pair.model, x)
-
-
-def run_expected(pair: Pair, x: Tensor, layout: Layout, particles: int = 1) -> tuple[Trace, Trace]:
-    """Return traces of guide and model that enumerate the latents marked for it, in dimensions left of all plates."""
-    with particle_plate(layout, particles), EnumMessenger(_leftmost(layout, particles)):
-        guide = trace_of(pair, pair.guide, x)
-        with ReplayMessenger(trace=guide):
+        with ReplayMessenger(trace=guide), nullcontext() if expected else sums:
             return guide, trace_of(pair, pair.model, x)
 
 
@@ -161,11 +158,6 @@ def particle_plate(layout: Layout | None, particles: int) -> AbstractContextMana
     if particles == 1 or layout is None:
         return nullcontext()
     return pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting)
-
-
-def _leftmost(layout: Layout, particles: int) -> int:
-    """Return the first batch dimension (negative) that neither plates nor particles use."""
-    return -1 - layout.nesting - (particles > 1)
 
 
 # ---------------------------------------------------------------------- several samples per row

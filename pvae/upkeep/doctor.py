@@ -163,8 +163,7 @@ def _gradients() -> Tensor:
 def import_in_child() -> dict[str, Any]:
     """Return the version of matplotlib and of ArviZ, or class and text of the import error, from a child process."""
     command = [sys.executable, "-P", *(f"-W{option}" for option in sys.warnoptions), "-c", IMPORT_TRIAL]
-    there = {**os.environ, "MPLBACKEND": "Agg"}
-    done = machine.child(command, env=there, stdin=subprocess.DEVNULL)
+    done = machine.child(command, env={**os.environ, "MPLBACKEND": "Agg"}, stdin=subprocess.DEVNULL)
     try:
         return dict(json.loads(done.stdout.strip().splitlines()[-1]))
     except (ValueError, IndexError):
@@ -208,27 +207,15 @@ def _imported(name: str, level: Level, package: str, found: Any, without: str) -
 
 
 CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
-    "python": python,
-    "packages": packages,
-    "torch": torch,
-    "devices": machine.devices,
-    "threads": machine.threads,
-    "precision": machine.precision,
-    "pyro": pyro,
-    "compiler": machine.compiler,
-    "run_dir": machine.run_dir,
-    "lock": machine.lock,
-    "space": machine.space,
+    **{
+        ask.__name__: ask
+        for ask in (python, packages, torch, machine.devices, machine.threads, machine.precision, pyro)
+    },
+    **{ask.__name__: ask for ask in (machine.compiler, machine.run_dir, machine.lock, machine.space)},
     "cache": machine.cache,
     "home": machine.home,
     "temporary": machine.temporary,
-    "data": machine.data,
-    "extras": extras,
-    "variables": variables,
-    "elbo": elbo,
-    "determinism": determinism,
-    "plots": plots,
-    "arviz": arviz,
+    **{ask.__name__: ask for ask in (machine.data, extras, variables, elbo, determinism, plots, arviz)},
 }
 """All checks by name, in the order of the report; `data` yields one for each data source, `data.<source>`."""
 

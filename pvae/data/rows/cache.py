@@ -159,7 +159,6 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
             raise DataError(f"Expected data that can be read; got {error}.") from error
         with room(folder):
             arrays = {name: {**kept, "sha256": _file_digest(part / name)} for name, kept in writer.arrays.items()}
-            index = {"arrays": arrays, "notes": writer.notes}
-            (part / INDEX).write_text(pretty(sealed(index)))
+            (part / INDEX).write_text(pretty(sealed({"arrays": arrays, "notes": writer.notes})))
             shutil.rmtree(folder)
             part.rename(folder)

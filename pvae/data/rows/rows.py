@@ -243,8 +243,7 @@ def joined(
 
 def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
     """Return the number of rows of a split that also occur in "train" with the same values, by 64-bit hashes."""
-    train = np.sort(_hashes(x, parts["train"]))
-    return int(np.isin(_hashes(x, parts[name]), train).sum())
+    return int(np.isin(_hashes(x, parts[name]), np.sort(_hashes(x, parts["train"]))).sum())
 
 
 def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:

@@ -48,8 +48,7 @@ class Tabular(Data):
 
     @model_validator(mode="after")
     def _a_table(self) -> Self:
-        usual = {"scale": "raw", "binarize": "none", "shape": None, "largest": None}
-        for name, value in usual.items():
+        for name, value in {"scale": "raw", "binarize": "none", "shape": None, "largest": None}.items():
             if (found := getattr(self, name, value)) != value:
                 raise ValueError(f"no {name} in a table, whose columns have transforms of their own; got {found!r}")
         if self.decimal == self.thousands:
