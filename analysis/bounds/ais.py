@@ -57,16 +57,14 @@ class _Annealing(Figures):
 class Annealed(_Annealing):
     """Lower bound on the mean log p(x) by annealed importance sampling, nats per datum; the result of `ais`."""
 
+    heading = "annealed importance sampling, nats per datum (n = {0.n})"
+
     log_p: Tensor
     """Log of the mean weight of every datum, nats, `(n,)`, float64 on the CPU."""
     log_weights: Tensor
     """Log importance weight of every chain and datum, `(chains, n)`."""
     ess: Tensor
     """Effective sample size of the chains' weights of every datum, `(n,)`, at most `chains`."""
-
-    @property
-    def title(self) -> str:
-        return f"annealed importance sampling, nats per datum (n = {self.n})"
 
     def rows(self) -> Iterator[Row]:
         how = f"{self.chains} chains from the {self.start}, {self.temperatures} temperatures"
@@ -84,6 +82,8 @@ class Annealed(_Annealing):
 class Bracket(_Annealing):
     """Lower and upper bound on the mean log p(x) of simulated data, nats per datum; the result of `bracket`."""
 
+    heading = "bidirectional Monte Carlo on simulated data, nats per datum (n = {0.n})"
+
     upper: Estimate
     """Upper bound in expectation, from annealing back from exact posterior samples."""
     width: Estimate
@@ -94,10 +94,6 @@ class Bracket(_Annealing):
     """Lower bound of every datum, nats, `(n,)`, float64 on the CPU."""
     upper_per_datum: Tensor
     """Upper bound of every datum, nats, `(n,)`."""
-
-    @property
-    def title(self) -> str:
-        return f"bidirectional Monte Carlo on simulated data, nats per datum (n = {self.n})"
 
     def rows(self) -> Iterator[Row]:
         how = f"{self.chains} chains, {self.temperatures} temperatures"

@@ -39,6 +39,7 @@ JOINT = "all jointly"
 class Calibration(Figures):
     """Ranks of the latents that made simulated data among samples of q(z | x); the result of `calibration`."""
 
+    heading = "calibration of q(z | x) on {0.n} rows that the model made, {0.draws} samples each"
     unit = "ratio"
     counts = ("n", "draws", "importance")
 
@@ -62,10 +63,6 @@ class Calibration(Figures):
     def worst(self) -> list[RankTest]:
         """Coordinates of q(z | x) in the order of their p-values, at most `SHOWN`."""
         return sorted(self.guide[:-1], key=lambda test: test.p)[:SHOWN]
-
-    @property
-    def title(self) -> str:
-        return f"calibration of q(z | x) on {self.n} rows that the model made, {self.draws} samples each"
 
     def rows(self) -> Iterator[Row]:
         for name, tests in (("", self.guide), (" weighted", self.weighted)):

@@ -35,6 +35,7 @@ OPTIMISE, CHOOSE, MEASURE, EVIDENCE = range(1, 5)
 class Gap(Figures):
     """Gaps between the ELBO and log p(x), nats per datum; `inference = approximation + amortisation`, exactly."""
 
+    heading = "inference gap, nats per datum (n = {0.n})"
     counts = ("n", "steps", "samples", "evidence_samples", "refined", "unconverged")
 
     n: int
@@ -65,10 +66,6 @@ class Gap(Figures):
     unconverged: float
     """Estimated mean gain, nats, that further steps of refinement would bring; part of the errors of `refined_elbo`,
     `amortisation` and `approximation`."""
-
-    @property
-    def title(self) -> str:
-        return f"inference gap, nats per datum (n = {self.n})"
 
     def rows(self) -> Iterator[Row]:
         yield "log_p", self.log_p, f"lower bound on log p(x), {self.evidence_samples} samples of the refined guide"

@@ -18,6 +18,7 @@ UNRELIABLE_PROPORTION = 0.1
 class Bounds(Figures):
     """Lower bounds on the mean log p(x) with 1, ..., `samples` importance samples, nats per datum."""
 
+    heading = "{0.what}, nats per datum (n = {0.n})"
     counts = ("n", "samples")
     what: ClassVar[str]
     """Name of the estimated quantity, for the title of the table."""
@@ -61,10 +62,6 @@ class Bounds(Figures):
         if tail_length(self.samples) < SMALLEST_TAIL:
             return math.nan
         return float((self.khat > self.khat_limit).double().mean())
-
-    @property
-    def title(self) -> str:
-        return f"{self.what}, nats per datum (n = {self.n})"
 
     @property
     def remarks(self) -> tuple[str, ...]:

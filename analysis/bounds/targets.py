@@ -155,8 +155,9 @@ class Target:
             free = c.free.spread(flat, self.layout.nesting)
             value = c.transform(free)
             values[c.name] = _gather(value, c.value)
-            part = c.transform.log_abs_det_jacobian(free, value).double()
-            jacobian = jacobian + _rows_last(part, c, len(self.x))
+            part = c.transform.log_abs_det_jacobian(free, value).double()  # summed over all but chains and rows
+            axis = part.dim() - 1 - (len(c.value.right) - c.transform.codomain.event_dim)
+            jacobian = jacobian + part.movedim(axis, 1).reshape(len(part), len(self.x), -1).sum(-1)
         return values, jacobian
 
     def at(self, u: Tensor) -> States:
@@ -210,12 +211,6 @@ def _gather(value: Tensor, shape: SiteShape) -> Tensor:
     """Invert `SiteShape.spread`: reshape `(chains, ..., n, ...)` to `(chains, n, numel)`."""
     lead, axis = len(value), value.dim() - len(shape.right) - 1
     return value.movedim(axis, 1).reshape(lead, value.shape[axis], -1)
-
-
-def _rows_last(part: Tensor, c: Coordinate, n: int) -> Tensor:
-    """Sum a log Jacobian over all batch dimensions except chains and rows, `(chains, n)`."""
-    axis = part.dim() - 1 - (len(c.value.right) - c.transform.codomain.event_dim)
-    return part.movedim(axis, 1).reshape(len(part), n, -1).sum(-1)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -10,7 +10,6 @@ from pvae.analysis.aggregate.components import row_hash
 from pvae.analysis.decompose.account import Account, LevelTerms, Scored
 from pvae.analysis.decompose.codes import position_information, position_marginal_kl
 from pvae.analysis.decompose.collapse import active_units
-from pvae.analysis.decompose.posterior_draws import LatentDraw
 from pvae.analysis.decompose.result import Dimensions, LatentSurgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws
 from pvae.distributions.exponential_codes import Codes
@@ -52,7 +51,8 @@ def _distinct(account: Account, points: list[str], names: tuple[str, ...]) -> Es
         return None
     n = len(account.x)
     # Equal rows may get codes that differ in the last bit, from batches of other sizes.
-    same = row_hash(_bits(account.x)).unique(return_inverse=True)[1]
+    bits = account.x.reshape(n, -1).contiguous().view(torch.int64 if account.x.element_size() == 8 else torch.int32)
+    same = row_hash(bits.long()).unique(return_inverse=True)[1]
     first = torch.zeros(int(same.max()) + 1, dtype=torch.int64, device=same.device)
     first[same] = torch.arange(n, device=same.device)
     code = account.first.flat(points)[first].unique(dim=0, return_inverse=True)[1][same]
@@ -134,14 +134,10 @@ def _dimensions(account: Account, name: str, information: Estimate | None) -> Di
         return _of_normals(level, scored)
     if latent.tally is not None and latent.tally.positions > 1:
         log_prior = latent.tally.prior if name in account.model_roots - account.by_row else None
-        joint = None if _is_factorised(latent) else group_figures(account, (name,))["marginal_kl"]
+        whole = isinstance(latent.q, Codes) and latent.q.positions != latent.tally.positions  # not a product of them
+        joint = group_figures(account, (name,))["marginal_kl"] if whole else None
         return _of_codes(latent.tally, log_prior, information, joint)
     return None
-
-
-def _bits(x: Tensor) -> Tensor:
-    """Return rows of floating-point numbers as rows of integers of the same bits."""
-    return x.reshape(len(x), -1).contiguous().view(torch.int64 if x.element_size() == 8 else torch.int32).long()
 
 
 def _of_normals(level: LevelTerms, scored: Scored) -> Dimensions:
@@ -162,11 +158,6 @@ def _of_normals(level: LevelTerms, scored: Scored) -> Dimensions:
         coordinate_kl=None if marginal is None else over_draws(aggregated - torch.stack(level.log_p)),
         error=level.grid_error or 0.0,
     )
-
-
-def _is_factorised(latent: LatentDraw) -> bool:
-    """Return True if grid positions are independent under q(z | x), which fails for codes that the model sums out."""
-    return not isinstance(latent.q, Codes) or latent.tally is None or latent.q.positions == latent.tally.positions
 
 
 def _of_codes(found: Tally, log_prior: Tensor | None, information: Estimate, joint: Estimate | None) -> Dimensions:

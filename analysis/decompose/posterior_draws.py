@@ -151,13 +151,14 @@ def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> Late
     posterior, prior = _members(q, layout, n), _prior(p, layout, n)
     log_p = torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout)
     certain = isinstance(posterior, CertainCodes)
+    normal = Normals(posterior.loc, posterior.scale) if isinstance(posterior, FullRankNormals) else posterior
     return LatentDraw(
         value=value,
         log_q=_score(q, posterior, value, layout),
         log_p=log_p,
         q=posterior,
         p=None if isinstance(prior, Codes) else prior,
-        normal=_normal(posterior),
+        normal=normal if isinstance(normal, Normals) else None,
         kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
         point=point,
         present=presence(q, p, layout, n),
@@ -187,15 +188,7 @@ def _prior(node: Any, layout: Layout, n: int) -> Members | None:
 def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> Tensor:
     """Return the log density of a site's value per row, float64, from float64 parameters where these are known."""
     weighed = traces.is_masked(node) or not (node["scale"].__class__ is float and node["scale"] == 1.0)
-    if known is None or weighed:
-        return log_prob(node, layout, 0).double()
-    return known.log_prob(value)
-
-
-def _normal(q: Members | None) -> Normals | None:
-    if isinstance(q, FullRankNormals):
-        return Normals(q.loc, q.scale)
-    return q if isinstance(q, Normals) else None
+    return log_prob(node, layout, 0).double() if known is None or weighed else known.log_prob(value)
 
 
 def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, layout: Layout) -> Tensor | None:
@@ -317,9 +310,8 @@ def _fold(first: LatentDraw, other: LatentDraw) -> None:
 
 def _joined(parts: list[LatentDraw]) -> LatentDraw:
     """Concatenate the samples of one latent for consecutive chunks of rows."""
-    first, rest = parts[0], parts[1:]
-    if not rest:
-        return first
+    if len(parts) == 1:
+        return parts[0]
     out: dict[str, Any] = {}
     for f in fields(LatentDraw):
         column = [getattr(part, f.name) for part in parts]

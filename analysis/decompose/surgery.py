@@ -166,9 +166,9 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
 
 def _honest(d: Draw, bottom_up: frozenset[str]) -> Draw:
     """Drop closed-form KLs of `bottom_up` latents, whose priors depend on latents that the guide infers from them."""
-    for name in bottom_up & d.latents.keys():  # rows may lack some
-        if name in d.latents and not d.latents[name].certain:  # nothing is averaged over
-            d.latents[name].kl = d.latents[name].p = None
+    for latent in (d.latents[name] for name in bottom_up & d.latents.keys()):  # rows may lack some
+        if not latent.certain:  # nothing is averaged over
+            latent.kl = latent.p = None
     return d
 
 

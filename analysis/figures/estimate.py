@@ -173,15 +173,17 @@ def cell(value: object) -> object:
 class Figures(ABC):
     """Base class of results that consist of named estimates, shown as text, table, data frame, HTML and JSON."""
 
+    heading: ClassVar[str]
+    """Title of the table as a format of the result, such as "evidence (n = {0.n})"."""
     unit: ClassVar[str] = "nats"
     """Unit of the estimates, per datum."""
     counts: ClassVar[tuple[str, ...]] = ()
     """Names of the attributes (numbers of rows, settings) that `to_dict` puts before the estimates."""
 
     @property
-    @abstractmethod
     def title(self) -> str:
         """Title of the table: the quantity, its unit and the number of data."""
+        return self.heading.format(self)
 
     @abstractmethod
     def rows(self) -> Iterator[Row]:

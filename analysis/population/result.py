@@ -35,6 +35,8 @@ class Population(Figures):
     I_pi = E log q(z | x) - log q_pi(z) the mutual information under it. E KL(q(z | x) || p) = I_pi + M.
     """
 
+    heading = "On new data, nats per datum (n = {0.n})"
+
     n: int
     gain: Estimate
     """Lower bound of M: E[log r(z) - log p(z)] of a prior r that does not know the rows it is scored on."""
@@ -58,10 +60,6 @@ class Population(Figures):
     midpoint: Estimate | None = None
     """Estimate of I_pi, the middle of I_n and leave-one-out; None where they are 0.3 nats apart or more."""
     notes: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        return f"On new data, nats per datum (n = {self.n})"
 
     def rows(self) -> Iterator[Row]:
         yield "new_gain", self.gain, "new data: a better prior wins at least this"

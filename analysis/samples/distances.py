@@ -25,6 +25,7 @@ class Distances(Figures):
     The Fréchet distances have the squared unit of the features, the kernel distance has none.
     """
 
+    heading = "Distances of {0.m} samples from {0.n} data"
     unit = "features"
     counts = ("n", "m")
 
@@ -38,10 +39,6 @@ class Distances(Figures):
     """Number of data."""
     m: int
     """Number of samples."""
-
-    @property
-    def title(self) -> str:
-        return f"Distances of {self.m} samples from {self.n} data"
 
     def rows(self) -> Iterator[Row]:
         return self.described(

@@ -22,6 +22,7 @@ DISTANCES_PER_BLOCK = 2**23
 class Fidelity(Figures):
     """Precision, recall, density and coverage of samples among data, estimates; the result of `fidelity`."""
 
+    heading = "Samples among data ({0.m} among {0.n}, k = {0.k})"
     unit = "proportion"
     counts = ("n", "m", "k", "space")
 
@@ -61,10 +62,6 @@ class Fidelity(Figures):
     def expected_coverage(self) -> float:
         """Expected coverage if samples had the distribution of the data; exact, see `expected_coverage`."""
         return expected_coverage(self.n, self.m, self.k)
-
-    @property
-    def title(self) -> str:
-        return f"Samples among data ({self.m} among {self.n}, k = {self.k})"
 
     def rows(self) -> Iterator[Row]:
         expected = f"{self.expected_coverage:.3f}"

@@ -59,6 +59,7 @@ class Reading:
 class Probe(Figures):
     """Accuracy of simple classifiers of codes, estimates; the result of `probe`."""
 
+    heading = "Labels predicted from codes ({0.asked} of {0.split}, {0.trained} training rows)"
     unit = "proportion"
     counts = ("split", "trained", "asked")
 
@@ -76,10 +77,6 @@ class Probe(Figures):
     def __getitem__(self, of: str) -> Reading:
         """Return the accuracies of the classifiers of a latent, of `all latents` or of `x`."""
         return next(reading for reading in self.readings if reading.of == of)
-
-    @property
-    def title(self) -> str:
-        return f"Labels predicted from codes ({self.asked} of {self.split}, {self.trained} training rows)"
 
     def rows(self) -> Iterator[Row]:
         for reading in self.readings:

@@ -38,6 +38,7 @@ FEWEST_TEST_ROWS = 8
 class TwoSample(Figures):
     """Accuracy of a classifier between samples and data, on held-out rows; the result of `two_sample`."""
 
+    heading = "Classifier two-sample test ({0.held} held-out samples and data)"
     unit = "proportion"
     counts = ("n", "held")
 
@@ -51,10 +52,6 @@ class TwoSample(Figures):
     """Number of data, and equally of samples, that the classifier is trained on (a fifth of them for validation)."""
     held: int
     """Number of data, and equally of samples, that the classifier is evaluated on."""
-
-    @property
-    def title(self) -> str:
-        return f"Classifier two-sample test ({self.held} held-out samples and data)"
 
     def rows(self) -> Iterator[Row]:
         return self.described(
@@ -144,6 +141,7 @@ def _labelled(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
 class SampleQuality(Figures):
     """Two-sample test, fidelity, distances and sharpness of samples of a run; the result of `sample_quality`."""
 
+    heading = "Samples and {0.split} data: {0.fidelity.m} samples, {0.fidelity.n} data"
     unit = "proportion"
 
     test: TwoSample
@@ -163,10 +161,6 @@ class SampleQuality(Figures):
 
     None if the samples are means already, if the likelihood has no mean, or if data are not images.
     """
-
-    @property
-    def title(self) -> str:
-        return f"Samples and {self.split} data: {self.fidelity.m} samples, {self.fidelity.n} data"
 
     def rows(self) -> Iterator[Row]:
         yield from self.test.rows()

@@ -144,6 +144,7 @@ class Example:
 class CounterExamples(Figures):
     """Exact likelihoods, nats per datum, and sample quality of the compared models; the result of `counterexamples`."""
 
+    heading = "Likelihood and samples are two things ({0.source}: {0.n} training data of {0.dim} elements)"
     unit = "nats or proportion"
     counts = ("source", "n", "dim", "bound")
 
@@ -161,10 +162,6 @@ class CounterExamples(Figures):
     """Number of training data."""
     dim: int
     """Number of elements of a datum."""
-
-    @property
-    def title(self) -> str:
-        return f"Likelihood and samples are two things ({self.source}: {self.n} training data of {self.dim} elements)"
 
     def rows(self) -> Iterator[Row]:
         for e in self.examples:

@@ -53,7 +53,8 @@ def code_truth(name: str, table: FloatArray, prior: FloatArray, copies: int = 40
     """
     inputs, positions, k = table.shape
     states = np.stack(np.meshgrid(*[np.arange(k)] * positions, indexing="ij"), -1).reshape(-1, positions)
-    q, p, alone = (_joint(t, states) for t in (table, prior[None], table.mean(0, keepdims=True)))
+    tables = (table, prior[None], table.mean(0, keepdims=True))
+    q, p, alone = (np.prod([t[:, i, column] for i, column in enumerate(states.T)], axis=0) for t in tables)
     log_x = norm.logpdf(np.arange(inputs)[:, None], states.sum(1), 1.0)
     is_tame = _relative_square(log_x + np.log(p), q) < EVIDENCE_SAMPLES / 20
     asked = ("surgery", "prior_evidence", "evidence") if is_tame else ("surgery", "prior_evidence")
@@ -63,11 +64,6 @@ def code_truth(name: str, table: FloatArray, prior: FloatArray, copies: int = 40
     }
     x = np.tile(np.arange(inputs), copies)[:, None]
     return CodePrograms(table, prior).truth(name, x, exact, estimators=asked)
-
-
-def _joint(table: FloatArray, states: NDArray[np.intp]) -> FloatArray:
-    """Return the probabilities `(inputs, states)` of joint states `(states, P)` whose positions are independent."""
-    return np.asarray(np.prod([table[:, i, column] for i, column in enumerate(states.T)], axis=0))
 
 
 def _relative_square(log_joint: FloatArray, q: FloatArray) -> float:

@@ -61,11 +61,8 @@ class Coordinates(Transform):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Coordinates)
 
-    def _call(self, x: Tensor) -> Tensor:
-        return from_coordinates(x)
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return to_coordinates(y)
+    _call = staticmethod(from_coordinates)
+    _inverse = staticmethod(to_coordinates)
 
     def log_abs_det_jacobian(self, x: Tensor, _y: Tensor) -> Tensor:
         """Return 0, `(...)`: the Jacobian is 1 in the measure of `RelaxedCodes`."""

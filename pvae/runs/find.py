@@ -49,10 +49,9 @@ def new_run_id() -> str:
 
 def age_seconds(moment: object) -> float | None:
     """Return the seconds from an ISO 8601 time until now, or None if ``moment`` is not such a time."""
-    try:
+    with suppress(ValueError, TypeError):
         return (datetime.now(UTC) - datetime.fromisoformat(str(moment))).total_seconds()
-    except (ValueError, TypeError):
-        return None
+    return None
 
 
 def free_path(parent: Path) -> Path:
@@ -96,20 +95,17 @@ def beside(run: Path) -> list[Path]:
 
 def is_run(folder: Path) -> bool:
     """Return True if a folder is a run directory, that is, contains a file `manifest.json`."""
-    try:
+    with suppress(OSError, ValueError):
         return stat.S_ISREG((folder / "manifest.json").lstat().st_mode)
-    except (OSError, ValueError):
-        return False
+    return False
 
 
 def folders(parent: Path) -> list[Path]:
     """Return the folders in ``parent``, sorted, without links and hidden ones; [] if it cannot be read."""
-    try:
-        with os.scandir(parent) as entries:
-            found = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
-    except (OSError, ValueError):
-        return []
-    return [parent / name for name in sorted(found)]
+    with suppress(OSError, ValueError), os.scandir(parent) as entries:
+        found = [e.name for e in entries if not e.name.startswith(".") and e.is_dir(follow_symlinks=False)]
+        return [parent / name for name in sorted(found)]
+    return []
 
 
 def find_run(path: str, root: Path) -> Path:
@@ -132,11 +128,10 @@ def find_run(path: str, root: Path) -> Path:
 
 def birth_of(pid: int) -> str | None:
     """Return the start time of process ``pid`` in clock ticks; "dead" for a zombie; None if it cannot be found out."""
-    try:
+    with suppress(OSError, IndexError):
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         return "dead" if fields[0] in "ZX" else fields[19]
-    except (OSError, IndexError):
-        return None
+    return None
 
 
 def is_alive(pid: object, birth: object) -> bool:

@@ -197,10 +197,9 @@ class RunDirectory:
         return files.read_object(self.path, "status.json") if os.path.lexists(self.path / "status.json") else {}
 
     def _status_or_empty(self) -> dict[str, Any]:
-        try:
+        with suppress(DataError):
             return self.status()
-        except DataError:
-            return {}
+        return {}
 
     def update_status(self, **fields: Any) -> None:  # noqa: ANN401  (anything JSON can say)
         """Update the status with ``fields`` and a new heartbeat, atomically; a failure is recorded in `degraded`."""
@@ -230,9 +229,8 @@ class RunDirectory:
             try:
                 files.append(self.path / name, files.json_line(fields))
             except OSError as problem:
-                first = self.degraded is None
-                self.degraded = self.degraded or f"{name} could not be written: {problem.strerror or problem}"
-                if first:
+                if self.degraded is None:
+                    self.degraded = f"{name} could not be written: {problem.strerror or problem}"
                     self.update_status()
 
     def metrics_rows(self) -> list[dict[str, Any]]:

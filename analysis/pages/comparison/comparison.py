@@ -43,6 +43,7 @@ STRIP = 10
 class Paired(Figures):
     """Mean paired differences, run minus reference, on the same data; nats per datum, positive if the run is better."""
 
+    heading = "Paired differences, nats per datum (n = {0.n})"
     counts = ("n",)
 
     n: int
@@ -54,10 +55,6 @@ class Paired(Figures):
 
     Ties count half.
     """
-
-    @property
-    def title(self) -> str:
-        return f"Paired differences, nats per datum (n = {self.n})"
 
     def rows(self) -> Iterator[Row]:
         yield "elbo", self.elbo, "ELBO less that of the reference, datum by datum"
