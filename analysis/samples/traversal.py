@@ -328,9 +328,7 @@ def _path(
 ) -> dict[str, Tensor]:
     """Return the values of every latent of the model along the line from a to b, `(steps, *event)`."""
     path = {}
-    for name in a:
-        if name not in nodes:
-            continue
+    for name in (name for name in a if name in nodes):
         start, end = a[name].value, b[name].value
         if not running.is_discrete(nodes[name]["fn"]):
             path[name] = torch.lerp(start, end, at.to(start).reshape(-1, *(1,) * (start.dim() - 1)))

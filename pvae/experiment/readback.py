@@ -1,21 +1,18 @@
 """Description of a declaration for its reader: formulas, graph, shapes and parameter counts."""
 
-from __future__ import annotations
-
 import html
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Column, Table
+from rich.text import Text
 
 from pvae.component import Shape
+from pvae.experiment.experiment import Experiment
 from pvae.graph.site import OBSERVED, Site
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-    from pvae.experiment.experiment import Experiment
-    from pvae.pair.pair import Pair
+from pvae.pair.pair import Pair
 
 
 def factor(density: str, name: str, given: Iterable[str]) -> str:
@@ -83,12 +80,8 @@ def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]
     }
 
 
-def render(experiment: Experiment, x: Shape, pair: Pair) -> RenderableType:
+def render(experiment: Experiment, x: Shape, pair: Pair) -> Group:
     """Return formulas, graph, shapes and parameter counts of a declaration for a terminal, as an object of rich."""
-    from rich.console import Group
-    from rich.table import Column, Table
-    from rich.text import Text
-
     text = formulas(experiment)
     latents = Table("name", "shape", "prior", "posterior", title="latents", title_justify="left")
     for site in experiment.sites():

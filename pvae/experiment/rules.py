@@ -205,9 +205,7 @@ def _not_mean_field(e: Experiment) -> Iterator[Finding]:
                 below[ancestor].add(site.name)
     for name, inferred in below.items():
         latent = e.latents[name]
-        for parent in latent.given:
-            if parent not in inferred:
-                continue
+        for parent in (parent for parent in latent.given if parent in inferred):
             has = f"the guide infers {parent} from {name} while the model has {name} given {parent}"
             why = f"{has}, so KL(q({name}) || p({name} | {parent})) has no closed form"
             if e.objective.kind == "trace_mean_field_elbo":

@@ -204,9 +204,7 @@ class Undrawn(Messenger):
 def tallies(guide: Nodes, layout: Layout, rows: int, model: Nodes | None = None) -> dict[str, Tally]:
     """Return the sums over the posteriors of every code and bit latent of one batch, from the sites of its traces."""
     found = {}
-    for name in layout.latents:
-        if name not in guide:  # a batch without this site
-            continue
+    for name in (name for name in layout.latents if name in guide):  # a batch may lack some
         node, prior = guide[name], (model or {}).get(name)
         p, bits = None if prior is None else members(prior, layout, rows), isinstance(unwrapped(node["fn"]), Bernoulli)
         if (made := tally(members(node, layout, rows), p, grid_of(node), bits=bits)) is not None:

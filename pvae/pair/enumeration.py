@@ -91,9 +91,7 @@ def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) 
     sizes = tuple(int(nodes[name]["fn"].enumerate_support(expand=False).shape[0]) for name in layout.enumerated)
     _require_few(layout, math.prod(sizes))
     logs = {}
-    for name, node in nodes.items():
-        if not layout.holds(node):
-            continue
+    for name, node in ((name, node) for name, node in nodes.items() if layout.holds(node)):
         _require_plain(name, node)
         value = log_prob(node, layout, particles)
         lead = value.dim() - (2 if particles else 1)

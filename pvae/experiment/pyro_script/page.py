@@ -1,13 +1,11 @@
 """Text of a generated Pyro script: imports, data, networks, `model`, `guide`, optimiser and training loop."""
 
-from __future__ import annotations
-
 import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -15,12 +13,10 @@ from torch import nn
 
 from pvae import data
 from pvae.component import Component, Section
+from pvae.experiment.experiment import Experiment
 from pvae.experiment.readback import formulas
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair.pair import Pair
-
-if TYPE_CHECKING:
-    from pvae.experiment.experiment import Experiment
 
 ELBOS = {"trace_elbo": "Trace_ELBO", "trace_mean_field_elbo": "TraceMeanField_ELBO"}
 """Kinds of the objectives that `pyro.infer.SVI` can minimise, and Pyro's loss classes for them."""

@@ -1,11 +1,9 @@
 """The Pyro script of a declaration: its components written out or constructed one by one, or all from pvae's pair."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import tomli_w
 from torch import nn
@@ -14,6 +12,7 @@ from pvae.component import Section, Shape
 from pvae.distributions.base import Determined
 from pvae.distributions.relaxed import categorical_kl
 from pvae.errors import DeclarationError
+from pvae.experiment.experiment import Experiment
 from pvae.experiment.pyro_script import parts
 from pvae.experiment.pyro_script.page import ELBOS, PAGE, SUMMED, TIME, WRITTEN, Script, literal, named, quoted, sampled
 from pvae.experiment.pyro_script.parts import Expression, NotPlainError, Part
@@ -23,9 +22,6 @@ from pvae.graph.site import OBSERVED, Site, embedded
 from pvae.guides.posteriors.codes import Estimated
 from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant, Scheduled
-
-if TYPE_CHECKING:
-    from pvae.experiment.experiment import Experiment
 
 
 def pyro_script(experiment: Experiment, x: Shape) -> str:
