@@ -3,6 +3,7 @@
 import math
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from pvae.analysis.aggregate.information import Information
 from pvae.analysis.decompose.codes import JointCodes, joint_codes
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
 from pvae.analysis.figures.estimate import Estimate, Kind, over_draws, over_whole_draws
-from pvae.distributions.exponential import Members, Normals
+from pvae.distributions.exponential import Normals
 from pvae.distributions.exponential_codes import CertainCodes, Codes, product
 from pvae.errors import DeclarationError
 from pvae.pair.dependencies import Dependencies
@@ -305,9 +306,6 @@ def guide_components(rows: Tensor) -> int:
     return max(2, GUIDE_PAIRS // len(rows))
 
 
-def _as_codes(q: Members | None) -> Codes:
+def _as_codes(q: Any) -> Codes:
     """Return the posterior of a discrete latent as probabilities; a deterministic code has probability one."""
-    if isinstance(q, CertainCodes):
-        return q.codes()
-    assert isinstance(q, Codes)  # noqa: S101 - asked of those that have a tally alone
-    return q
+    return q.codes() if isinstance(q, CertainCodes) else q

@@ -114,7 +114,7 @@ class Surgery(Figures):
     """Mean ELBO, a lower bound on log p(x); None where the guide sets a continuous latent to a point (`log_joint`)."""
     log_n: Estimate
     latents: dict[str, LatentSurgery]
-    log_joint: Estimate | None = None
+    log_joint: Estimate | Any = None
     """The same combination where the guide sets a continuous latent to a point (Delta), as in an autoencoder or a MAP
     estimate: the log joint density at the point, which bounds nothing. None elsewhere."""
     classes: dict[int, ClassSurgery] = field(default_factory=dict)
@@ -149,9 +149,7 @@ class Surgery(Figures):
     @property
     def total(self) -> Estimate:
         """Return reconstruction - kl - global_kl: the ELBO, or `log_joint` where the guide has points."""
-        found = self.log_joint if self.elbo is None else self.elbo
-        assert found is not None  # noqa: S101 - a surgery has one of them
-        return found
+        return self.log_joint if self.elbo is None else self.elbo
 
     @property
     def total_name(self) -> str:

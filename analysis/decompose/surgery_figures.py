@@ -34,7 +34,7 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
         n=len(account.x),
         samples=samples,
         reconstruction=reconstruction,
-        **whole,  # type: ignore[arg-type]
+        **whole,
         kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
         label_information=None if y is None else _label_information(account, y),
         train_gain=None if train is None else _train_gain(account, train),
@@ -56,9 +56,8 @@ def _mean(account: Account, terms: Tensor) -> Estimate:
     return exact_mean(terms[0]) if account.nothing_drawn else account.over(terms)
 
 
-def _elbo(account: Account, reconstruction: Estimate, kl: Estimate | None) -> Estimate:
+def _elbo(account: Account, reconstruction: Estimate, kl: Estimate) -> Estimate:
     """Return the ELBO, reconstruction - kl - global KL; its standard error is computed from the ELBO of every datum."""
-    assert kl is not None  # noqa: S101 - every group has one
     terms = torch.stack(account.reconstruction) - account.kl_terms() - account.shares()
     return replace(_mean(account, terms), value=reconstruction.value - kl.value - float(account.shares().mean()))
 

@@ -122,8 +122,7 @@ def _parent(run: Run) -> str | None:
 def _facts(run: Run) -> dict[str, Any]:
     """Return folder, name, parent, state and alerts of a run, for JSON."""
     keys = ("state", "epoch", "epochs", "step", "elbo", "log_joint", "seconds", "skipped", "degraded")
-    figure = run.files.manifest.get("figure", "elbo")
-    status = {key: run.status.get(key) for key in (*keys, figure)}
+    status = {key: run.status.get(key) for key in (*keys, run.files.manifest.get("figure", "elbo"))}
     return {"run": str(run.path), "name": run.name, "parent": _parent(run), **status, "alerts": run.files.alerts()}
 
 
@@ -131,10 +130,9 @@ def _summary(run: Run) -> str:
     """Return a one-line summary of a run, after a line that names its parent run if it is a second stage."""
     parent = _parent(run)
     head = f"{run.path} (prior fitted anew; parent {parent})\n" if parent else ""
-    status = run.status
     from pvae.objectives.base import named
 
-    name = str(run.files.manifest.get("figure", "elbo"))
+    status, name = run.status, str(run.files.manifest.get("figure", "elbo"))
     best = status.get(name)
     figure = f", best {named(name)} {best:.3f} nats per datum" if isinstance(best, float) else ""
     alerts = f"; {n} alerts, see events.jsonl" if (n := len(run.files.alerts())) else ""
