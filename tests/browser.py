@@ -3,8 +3,6 @@
 Nothing is downloaded: Playwright drives the system's own Chromium. `opened` looks, `Seen.faults` says what is wrong.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """The command line in the process of a test: output, errors and exit code of one command."""
 
-from __future__ import annotations
-
 import json
 import sys
 from contextlib import redirect_stderr, redirect_stdout

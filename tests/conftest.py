@@ -88,6 +88,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--part", metavar="K/N", help="run the K-th of N parts of the tests that are selected")
 
 
+@cache
+def shares(path: Path) -> bool:
+    """The tests of a file share what is made once: fixtures of the module, cached functions."""
+    text = path.read_text()
+    return 'scope="module"' in text or "@cache" in text
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """What the tests of a file share is made in one worker; groups of many tests come first."""
+    if isinstance(item, pytest.Function) and not item.get_closest_marker("xdist_group") and shares(item.path):
+        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests that need a GPU or a newer Python where there is none, and those of other parts."""

@@ -4,8 +4,6 @@ A new kind or field is drawn without a word here: its type and bounds say what i
 what builds, by what the kinds say of themselves; `wild` ones are sound ones, damaged.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 import types

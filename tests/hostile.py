@@ -1,7 +1,5 @@
 """What must hold of any declaration and any bytes: built, trained and read back, or refused by a typed error."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Laws that several test files hold pairs to."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """Tiny fits that tests share: how they are declared, interrupted, and compared bit for bit."""
 
-from __future__ import annotations
-
 import os
 import signal
 import tempfile

@@ -1,7 +1,5 @@
 """Files that are right but strange, and run directories that were tampered with: what must become of them."""
 
-from __future__ import annotations
-
 import bz2
 import gzip
 import json

@@ -3,8 +3,6 @@
 Tests of one entry bear `xdist_group("zoo-NAME")`, so that one worker makes what they share.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache

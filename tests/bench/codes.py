@@ -9,8 +9,6 @@ codebooks are first shown to give the same codes and rows (restarts, which are d
     python tests/bench/codes.py [--rounds 40] [--codes 512]
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

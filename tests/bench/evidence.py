@@ -7,8 +7,6 @@ best, and does nothing else: no curve, no errors, no k-hat.
     python tests/bench/evidence.py [--images 40] [--samples 5000] [--rounds 5] [--score softplus]
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics

@@ -7,8 +7,6 @@ step with N(0, I) of the same round. Gated 784-300-300-40, Bernoulli, fused Adam
                                   [--only NAME...]
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import time

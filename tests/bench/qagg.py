@@ -3,8 +3,6 @@
 python tests/bench/qagg.py [--n 60000] [--dim 40]
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import statistics

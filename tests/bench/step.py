@@ -7,8 +7,6 @@ are those of a cold start in the first run, of a warm one in later runs (`XDG_CA
     python tests/bench/step.py [--rounds 300] [--device cpu] [--json FILE]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

@@ -8,8 +8,6 @@ one process fits epochs from disk and from memory by turns: the ratio of rows a 
     python tests/bench/streaming.py [--case table|array] [--rows N] [--turns 3] [--folder DIR]
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

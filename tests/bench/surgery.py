@@ -3,8 +3,6 @@
 python tests/bench/surgery.py [--run FOLDER] [--sizes 5000 10000 20000 40000 60000]
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 import time

@@ -1,7 +1,5 @@
 """Annealed importance sampling against densities known exactly or by quadrature; and what it leaves alone."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

@@ -2,8 +2,6 @@
 
 # mypy: disable-error-code="no-untyped-call, no-untyped-def"
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

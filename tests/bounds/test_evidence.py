@@ -3,8 +3,6 @@
 # Pyro programs have no types.
 # mypy: disable-error-code="arg-type, misc, operator"
 
-from __future__ import annotations
-
 import io
 import json
 import math

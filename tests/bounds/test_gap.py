@@ -1,7 +1,5 @@
 """The inference gap split in two, against linear models where both parts are known in closed form."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

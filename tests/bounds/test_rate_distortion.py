@@ -1,7 +1,5 @@
 """Rate and distortion: surgery's own figures, refusals of what does not compare, the figure, the command line."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

@@ -1,7 +1,5 @@
 """The command line: what people see, exit codes, signals; faults 12, 14, 16, 19, 20, 34."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

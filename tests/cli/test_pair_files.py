@@ -1,7 +1,5 @@
 """Hand-written pairs on the command line, `FILE.py:PAIR`: what is said is what Python says, and errors are in words."""
 
-from __future__ import annotations
-
 import re
 import textwrap
 from pathlib import Path

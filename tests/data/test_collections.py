@@ -1,7 +1,5 @@
 """The image collections: their published checksums, finding, downloading and caching their files."""
 
-from __future__ import annotations
-
 import hashlib
 import http.server
 import threading

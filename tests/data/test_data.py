@@ -1,7 +1,5 @@
 """Data: every source x every law; splits, scaling, binarisation, support, fingerprints."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """HDF5, MATLAB and AnnData files: axes, splits, sparse matrices, old formats, and what is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Data in Python objects: torch data sets, sparse matrices, AnnData and its like."""
 
-from __future__ import annotations
-
 import gc
 import os
 import tempfile

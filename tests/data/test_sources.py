@@ -3,8 +3,6 @@
 The faults are those of files: truncated, trailing, lying, hostile, too large; every one has its typed error.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import struct

@@ -1,7 +1,5 @@
 """Files as strangers have them: nothing is cut, dropped or reordered without a remark that names it."""
 
-from __future__ import annotations
-
 import re
 import struct
 import zlib

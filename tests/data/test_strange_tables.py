@@ -1,7 +1,5 @@
 """Tables as people have them: spellings of numbers, dates, encodings, missing words; a guess that can be loaded."""
 
-from __future__ import annotations
-
 import bz2
 import datetime
 import gzip

@@ -1,7 +1,5 @@
 """Densities in the plane: every density x every law, and the exact log densities against their draws and integrals."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any, get_args

@@ -1,7 +1,5 @@
 """Files of data as other programs write them: NumPy, struct, gzip and Pillow, never pvae's own code."""
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import struct

@@ -3,8 +3,6 @@
 # Attributes of Modules and Pyro programs have no types.
 # mypy: disable-error-code="index, misc, no-untyped-call, no-untyped-def"
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import numpy as np

@@ -3,8 +3,6 @@
 # Attributes of Modules and Pyro programs have no types.
 # mypy: disable-error-code="arg-type, attr-defined"
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

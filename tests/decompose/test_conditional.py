@@ -3,8 +3,6 @@
 # Attributes of Modules have no types, and a figure that may be None fails its test if it is.
 # mypy: disable-error-code="union-attr, attr-defined, arg-type, dict-item, operator"
 
-from __future__ import annotations
-
 from typing import Any
 
 import pyro.poutine as poutine

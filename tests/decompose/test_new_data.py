@@ -1,7 +1,5 @@
 """Sentences on what a better prior wins on new data: an interval, or plainly none; in tables, JSON and a gain."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Surgery of rows of several lengths: masks of sites or of distributions, absent sites; one answer for all."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import pytest

@@ -3,8 +3,6 @@
 # Attributes of Modules have no types, and a figure that may be None fails its test if it is.
 # mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, typeddict-item, union-attr"
 
-from __future__ import annotations
-
 import math
 from functools import cache
 from typing import Any

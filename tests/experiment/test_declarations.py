@@ -1,7 +1,5 @@
 """Declarations: round trips, overrides, findings with their paths; faults 33, 34, 35."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Scripts for Pyro: run as printed, they give the ELBO of the declared pair and the losses of its eager engine."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

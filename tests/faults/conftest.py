@@ -1,7 +1,5 @@
 """A finished run that tests of faults read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Faults that tests inject."""
 
-from __future__ import annotations
-
 import resource
 import time
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Every exit code, and the JSON documents of commands."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """The table of faults in tests/README.md is whole, and names tests that say so."""
 
-from __future__ import annotations
-
 import ast
 import re
 from functools import cache

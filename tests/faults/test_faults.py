@@ -3,8 +3,6 @@
 Rows of the table in tests/README.md are named in the docstrings; the last section checks that the table is whole.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Whatever is declared, and whatever bytes are read: built and trained, or refused by a typed error with its place."""
 
-from __future__ import annotations
-
 import shutil
 import time
 import tracemalloc

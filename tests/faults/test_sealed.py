@@ -1,7 +1,5 @@
 """Runs are sealed: edits of its files, other machines and data, foreign runs, copies; rollbacks."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Signals at every moment of a command: 130 or 143, one line that is true, no traceback, nothing half done."""
 
-from __future__ import annotations
-
 import errno
 import os
 import resource

@@ -1,7 +1,5 @@
 """Files of the working directory are data: no command runs one as code, in its own process or in a child's."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

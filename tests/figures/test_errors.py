@@ -8,8 +8,6 @@ field or property of an analysis that is an `Estimate` has a row in `CASES`, or 
 # Pyro programs have no types, and a figure that may be None fails its test if it is.
 # mypy: disable-error-code="arg-type, index, list-item, misc, no-untyped-call, no-untyped-def, operator, union-attr"
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import math

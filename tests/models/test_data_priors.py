@@ -3,8 +3,6 @@
 # Attributes of Modules have no types, and a figure that may be None fails its test if it is.
 # mypy: disable-error-code="attr-defined, operator, union-attr, index"
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Densities with gamma functions: 1e-3 nats up to counts of 2^24, in every engine and precision, against SciPy."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

@@ -3,8 +3,6 @@
 # Attributes of Modules and Pyro programs have no types, and a figure that may be None fails its test if it is.
 # mypy: disable-error-code="arg-type, attr-defined, union-attr"
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Faster forms of Pyro's distributions and statements give the same bits, values and gradients."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The skeletons of a prior and a likelihood in CONTRIBUTING, run as they stand there."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -3,8 +3,6 @@
 # Attributes of Modules have no types.
 # mypy: disable-error-code="arg-type, attr-defined, index, operator, union-attr"
 
-from __future__ import annotations
-
 import copy
 import math
 import warnings

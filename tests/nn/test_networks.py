@@ -3,8 +3,6 @@
 # Attributes of Modules and Pyro programs have no types, and a figure that may be None fails its test if it is.
 # mypy: disable-error-code="attr-defined, index, operator, union-attr"
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Training with products in bfloat16: rounded factors, exact other operations, and fits that come out the same."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform

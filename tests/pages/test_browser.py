@@ -1,7 +1,5 @@
 """The browser harness: a good page has no fault, and each fault is caught. `test_zoo.py` shows it every report."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

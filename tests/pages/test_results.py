@@ -1,7 +1,5 @@
 """The published tables: their declared files are sound, and the page says what the tables say."""
 
-from __future__ import annotations
-
 import math
 import runpy
 from pathlib import Path

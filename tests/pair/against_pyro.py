@@ -1,7 +1,5 @@
 """Figures of a pair held against Pyro's own ELBO and a known log p(x)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

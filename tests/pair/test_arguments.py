@@ -1,7 +1,5 @@
 """Programs of several arguments, and whole numbers: the figures are those of one tensor of all columns."""
 
-from __future__ import annotations
-
 import numpy as np
 import pyro
 import pyro.distributions as dist

@@ -1,7 +1,5 @@
 """Factors and observed sites of a guide: part of the training loss as in Pyro's, no part of ELBO or evidence."""
 
-from __future__ import annotations
-
 import math
 
 import pyro

@@ -1,7 +1,5 @@
 """Labels that are known for some rows, enumerated codes in nested plates, points, and pairs with parameters per row."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Modules of hand-written programs, wherever they are: in evaluation mode in analyses, in training mode afterwards."""
 
-from __future__ import annotations
-
 import functools
 import types
 from collections.abc import Callable

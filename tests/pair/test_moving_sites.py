@@ -1,7 +1,5 @@
 """Sites that appear or vanish from batch to batch, in model, guide or both: taken in, never dropped."""
 
-from __future__ import annotations
-
 import math
 
 import pyro

@@ -1,7 +1,5 @@
 """Programs written for one sample per row, by everyday indexing: several particles give right figures all the same."""
 
-from __future__ import annotations
-
 import math
 
 import pyro

@@ -1,7 +1,5 @@
 """Sites of one side, unpacked latents, points and relaxed codes: a figure named ELBO is a bound, or there is none."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Random programs agree with Pyro's own ELBO, and their evidence is at most log p(x) on a grid of all latents."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter

@@ -1,7 +1,5 @@
 """Priors that differ from row to row: no one marginal KL, said so, whatever the family and the level."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import pytest

@@ -1,7 +1,5 @@
 """One set of values: Pyro's param store and the pair's own, before and after fits by Pyro and by pvae."""
 
-from __future__ import annotations
-
 import copy
 
 import pyro

@@ -1,7 +1,5 @@
 """The structure of a pair: asked once, kept, held against every batch; runs of the programs are counted."""
 
-from __future__ import annotations
-
 import copy
 from collections import Counter
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Channels from x to discrete codes whose I_pi and M = KL(q_pi || p) are sums over all states."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Priors of codes that do not know the rows they are scored on, and the interval on new data for codes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from functools import partial

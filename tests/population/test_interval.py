@@ -3,8 +3,6 @@
 # The results of these data sets have all their parts.
 # mypy: disable-error-code="union-attr, operator"
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -3,8 +3,6 @@
 # A figure that may be None, and rows that are no tensor, fail their test.
 # mypy: disable-error-code="union-attr, attr-defined, arg-type"
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

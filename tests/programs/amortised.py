@@ -1,7 +1,5 @@
 """Amortised programs: autoencoders of bits, conditional ones, flows, levels, relaxed codes, invariant ones."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

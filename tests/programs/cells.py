@@ -1,7 +1,5 @@
 """Cells of the table of programs: works, or the reason for which an analysis is refused."""
 
-from __future__ import annotations
-
 from tests.programs.table import COLUMNS, PROGRAMS
 
 WORKS = "works"

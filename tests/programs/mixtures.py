@@ -1,7 +1,5 @@
 """Mixtures, topics and factorised counts: enumeration, AutoDelta, local and global latents, deep exponential family."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import torch

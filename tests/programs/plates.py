@@ -1,7 +1,5 @@
 """Programs about plates: without a size, subsampled, of a declared full size, nested and side by side, of levels."""
 
-from __future__ import annotations
-
 import math
 
 import pyro

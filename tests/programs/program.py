@@ -1,7 +1,5 @@
 """A program of the table: a pair in the manner of Pyro's examples or pyroVED's, its data, and log p(x) where known."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any

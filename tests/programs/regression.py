@@ -1,7 +1,5 @@
 """Bayesian regression with each AutoGuide, and AutoGuides over latents of the rows; log p(x) is that of one normal."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Programs with labels: known for all rows, for none, for some (-1 elsewhere), and SCANVI's classification term."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import torch

@@ -1,7 +1,5 @@
 """Programs in time: deep Markov models of ragged sequences, hidden Markov models, a linear one, an image of steps."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

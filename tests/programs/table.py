@@ -1,7 +1,5 @@
 """The table of programs: name by name what makes them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from tests.programs import amortised, mixtures, plates, regression, semisupervised, sequences, tutorials

@@ -3,8 +3,6 @@
 The table of `tests/README.md` is made from what these tests are held to.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator

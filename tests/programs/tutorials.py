@@ -1,7 +1,5 @@
 """Programs as in Pyro's tutorials: a coin, PyroModules with random weights, reparametrised sites, sticks, causes."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Checkpoints: whole or not there, exact, refused when damaged. Numbers are rows of the faults table."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Claims on exclusive work: one process of many gets it; a dead one's is taken over, another host's stands."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import json

@@ -1,7 +1,5 @@
 """Exporters: what is read back is what the metrics say, once for each step; whatever fails stops nothing."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import socket

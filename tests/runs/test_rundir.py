@@ -1,7 +1,5 @@
 """The files of a run: locked, atomic, readable after a crash. Numbers are rows of the faults table."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -1,7 +1,5 @@
 """Tiny runs that the tests of samples share, fitted once a session."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

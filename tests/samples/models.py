@@ -3,8 +3,6 @@
 # Attributes of Modules have no types.
 # mypy: disable-error-code="arg-type"
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -2,8 +2,6 @@
 
 # mypy: disable-error-code="arg-type, attr-defined, union-attr"
 
-from __future__ import annotations
-
 import json
 import math
 from itertools import combinations, permutations

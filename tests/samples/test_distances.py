@@ -3,8 +3,6 @@
 # Attributes of Modules have no types, and a figure that may be None fails its test if it is.
 # mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr"
 
-from __future__ import annotations
-
 import itertools
 import math
 

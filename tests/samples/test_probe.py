@@ -2,8 +2,6 @@
 
 # mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr"
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

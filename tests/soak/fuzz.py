@@ -6,8 +6,6 @@ Every input goes to a worker process that may take so many seconds and so much m
 by a typed error is written, with its traceback, to the folder named by `--log`; the exit status then is 1.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import multiprocessing

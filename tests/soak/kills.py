@@ -10,8 +10,6 @@ verify` finds nothing, and what stands in exports and pages is whole. The log is
 call with the same log goes on from there.
 """
 
-from __future__ import annotations
-
 import argparse
 import atexit
 import json

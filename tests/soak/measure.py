@@ -12,8 +12,6 @@ over data. `_gap` is the importance-weighted bound on log p(x) minus the ELBO of
 KL(q(z|x) || p(z|x)).
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

@@ -8,8 +8,6 @@ means of p(x | codes) with codes sampled from the prior, as many as there are ro
 second-stage runs only.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -7,8 +7,6 @@ A run of `pvae refit` is measured on the same test rows as the run that it froze
 split. A run that has a row is not measured again.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ python tests/soak/population.py [--truths NAME ...] [--sizes 100 1000] [--sets 1
 Prints a line for each truth and size as it is done: a row of a markdown table.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

@@ -1,7 +1,5 @@
 """Studies: what a sweep expands to, what is refused before anything runs, how runs are found, shared, gone on with."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

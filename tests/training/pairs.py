@@ -1,7 +1,5 @@
 """A hand-written pair of two numbers, which a marked row breaks; steps of optimisation that are compared."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compiled steps that are kept between fits: the choice of the engine, the folder, its damage."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

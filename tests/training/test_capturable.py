@@ -4,8 +4,6 @@ A step on torch's `meta` device computes shapes alone. To read a value there is 
 host is refused here, as a capture refuses it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What only a GPU can show; deselected where there is none."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Engines of a step give the same numbers; alternation; the choice of engine and device."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

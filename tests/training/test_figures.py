@@ -1,7 +1,5 @@
 """The validation figure that ranks the weights of a fit is what its objective maximises."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A fit: learning, keeping, stop rules, averages, hand-written pairs, every kind, analyses while it goes on."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from pathlib import Path

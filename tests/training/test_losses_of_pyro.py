@@ -1,7 +1,5 @@
 """A fit with an ELBO of `pyro.infer` takes the steps of Pyro's own SVI."""
 
-from __future__ import annotations
-
 import pyro
 import pyro.distributions as dist
 import pytest

@@ -1,7 +1,5 @@
 """Losses and gradients that are not finite: the diagnosis and the declared policies."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

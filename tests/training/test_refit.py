@@ -3,8 +3,6 @@
 # A figure that may be None fails its test if it is.
 # mypy: disable-error-code="union-attr"
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Resuming a fit, bit for bit; damaged checkpoints, changed declarations, signals, full disks."""
 
-from __future__ import annotations
-
 import os
 import signal
 from pathlib import Path

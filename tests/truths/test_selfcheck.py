@@ -3,8 +3,6 @@
 # Patched functions have no types.
 # mypy: disable-error-code="arg-type, misc"
 
-from __future__ import annotations
-
 import importlib
 import io
 import json

@@ -3,8 +3,6 @@
 # Fixtures, builders and patched functions have no types.
 # mypy: disable-error-code="arg-type, misc, operator, union-attr"
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

@@ -1,7 +1,5 @@
 """One run for all tests of upkeep, and a copy of it for each."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Damage to the files of a run, and what `verify` and `clean` say of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`pvae clean`: what interrupted writes and old checkpoints left is removed, and nothing else."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """`pvae doctor`: every fault of an installation or a machine is injected, and seen."""
 
-from __future__ import annotations
-
 import io
 import math
 import os

@@ -1,7 +1,5 @@
 """`pvae verify`: every damage is injected, and seen."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

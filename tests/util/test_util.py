@@ -1,7 +1,5 @@
 """Files that survive a crash, the provenance of a run, and threads. Numbers are rows of the faults table."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
