@@ -1,6 +1,7 @@
 """Fixtures of every test: validation on, a clean process, caches of its own; and no skipped test in CI."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,8 @@ import pytest
 import torch
 from hypothesis import settings
 from playwright.sync_api import Browser
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 settings.register_profile("pvae", deadline=None, derandomize=True)
 settings.load_profile("pvae")
@@ -89,16 +92,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @cache
-def shares(path: Path) -> bool:
-    """The tests of a file share what is made once: fixtures of the module, cached functions."""
-    text = path.read_text()
-    return 'scope="module"' in text or "@cache" in text
+def shared_by(file: str) -> str:
+    """What tests of a file share, made once in a process: runs of the zoo, or what the file keeps; none is ""."""
+    text = (Path(__file__).parents[1] / file).read_text() if file.startswith("tests/") else ""
+    if re.search(r"from tests\.zoo_runs import .*tiny_run", text):
+        return "zoo"
+    return file if 'scope="module"' in text or "@cache" in text else ""
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
-    """What the tests of a file share is made in one worker; groups of many tests come first."""
-    if isinstance(item, pytest.Function) and not item.get_closest_marker("xdist_group") and shares(item.path):
-        item.add_marker(pytest.mark.xdist_group(item.path.stem))
+class Sharing(LoadScopeScheduling):
+    """One worker runs the tests that share something; the largest groups begin, and all other tests follow singly."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return shared_by(nodeid.partition("::")[0]) or nodeid
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Sharing:
+    return Sharing(config, log)
 
 
 @pytest.hookimpl(trylast=True)

@@ -2,10 +2,8 @@
 
 import os
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +39,6 @@ def fit(what: Any, where: Path, *overrides: str, **options: Any) -> pvae.Run:
 def resume(run: Any, *overrides: str, **options: Any) -> pvae.Run:
     """A silent continuation on the CPU."""
     return pvae.resume(run, *overrides, device="cpu", progress=False, **options)
-
-
-@cache
-def tiny_run() -> pvae.Run:
-    """A finished run of `tiny()`, made once a session; no test changes it."""
-    folder = tempfile.TemporaryDirectory(prefix="pvae_tests_")
-    KEPT.append(folder)
-    return fit(tiny(), Path(folder.name))
-
-
-KEPT: list[tempfile.TemporaryDirectory[str]] = []
-"""Folders of cached runs, removed at the end of the process."""
 
 
 def everything(run: pvae.Run) -> dict[str, Tensor]:

@@ -1,7 +1,4 @@
-"""Tiny runs of every zoo entry, and their reports, made once in each process of the tests.
-
-Tests of one entry bear `xdist_group("zoo-NAME")`, so that one worker makes what they share.
-"""
+"""Tiny runs of every zoo entry, and their reports, made once: one worker runs all tests that share them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 import pvae
 from pvae.analysis import report
@@ -65,10 +63,16 @@ def tiny_run(name: str) -> Run:
     return fit(name, Path(FOLDER.name), 2)
 
 
+LAID_OUT = {"vae", "vae_normal", "hvae", "vq_vae", "gan"}
+"""Entries whose pictures are laid out, which takes a third of the time of a report; those of the others are drawn."""
+LAY_OUT = ConstrainedLayoutEngine.execute
+
+
 @contextmanager
-def hasty() -> Iterator[None]:
+def hasty(*, laid_out: bool = True) -> Iterator[None]:
     """Reports in which every section is made after a moment's work; other tests hold the worth of their figures."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ConstrainedLayoutEngine, "execute", LAY_OUT if laid_out else lambda *_: None)
         patch.setattr(import_module("pvae.analysis.samples.features"), "EXPOSURES", 400)
         patch.setattr(import_module("pvae.analysis.samples.probe"), "LINEAR_STEPS", 20)
         patch.setattr(import_module("pvae.analysis.pages.plots.clouds"), "MARGINALS", 2)
@@ -77,13 +81,13 @@ def hasty() -> Iterator[None]:
         yield
 
 
-def brief(run: Run, **options: Any) -> Path:
+def brief(run: Run, *, laid_out: bool = True, **options: Any) -> Path:
     """A report after a moment's work."""
-    with hasty():
+    with hasty(laid_out=laid_out):
         return report(run, **{"samples": 2, "evidence_samples": 30, "gap_steps": 3} | options)
 
 
 @cache
 def tiny_report(name: str) -> Path:
     """The page of an entry. Tests leave it as it is."""
-    return brief(tiny_run(name))
+    return brief(tiny_run(name), laid_out=name in LAID_OUT)

@@ -189,11 +189,7 @@ ODD: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "grey and alpha": ("a.png", clear("LA"), "1 of 21 images have transparent pixels: composited on white"),
     "pages": ("a.tif", paged, "1 of 21 images have more than one page or frame: the first is read"),
     "frames": ("a.gif", paged, "1 of 21 images have more than one page or frame: the first is read"),
-    "CMYK": (
-        "a.jpg",
-        lambda path: colour(8).convert("CMYK").save(path),
-        "1 of 21 images are in CMYK: converted",
-    ),
+    "CMYK": ("a.jpg", lambda path: colour(8).convert("CMYK").save(path), "1 of 21 images are in CMYK: converted"),
 }
 
 

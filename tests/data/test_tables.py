@@ -435,10 +435,7 @@ def parquet(folder: Path, frame: pandas.DataFrame) -> Parquet:
 
 
 FRAMES: dict[str, tuple[Raw, str]] = {
-    "words among numbers": (
-        {"a": ["one", "2"], "b": ["red"] * 2},
-        "row 0, column 'a': .* got 'one'",
-    ),
+    "words among numbers": ({"a": ["one", "2"], "b": ["red"] * 2}, "row 0, column 'a': .* got 'one'"),
     "truth among numbers": ({"a": [True, False], "b": ["red", "red"]}, "row 0, column 'a': .* got 'True'"),
     "infinite": ({"a": [1.0, np.inf], "b": ["red", "red"]}, "row 1, column 'a': expected a finite number; got inf"),
     "missing": ({"a": [1.0, None], "b": ["red", "red"]}, "row 1, column 'a': expected a value; got none"),

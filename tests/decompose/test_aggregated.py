@@ -386,10 +386,7 @@ GUIDED = {
         dist.LogNormal(0 * ones(2), 1.0).to_event(1),
     ),
     "beta": (lambda x: dist.Beta(x.exp() * ones(2), ones(2)).to_event(1), dist.Beta(ones(2), ones(2)).to_event(1)),
-    "dirichlet": (
-        lambda x: dist.Dirichlet((x * torch.arange(3.0).double()).exp()),
-        dist.Dirichlet(ones(3)),
-    ),
+    "dirichlet": (lambda x: dist.Dirichlet((x * torch.arange(3.0).double()).exp()), dist.Dirichlet(ones(3))),
     "affine flow": (
         lambda x: dist.TransformedDistribution(
             dist.Normal(x * ones(2), 0.5).to_event(1), [dist.transforms.AffineTransform(1.0, 2.0, event_dim=1)]

@@ -23,14 +23,7 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, exact, over_draws
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
-from tests.decompose.pairs import (
-    channel,
-    correlated,
-    number,
-    small,
-)
-
-pytestmark = pytest.mark.xdist_group("errors of figures")  # one worker makes what these tests share
+from tests.decompose.pairs import channel, correlated, number, small
 
 
 def test_evidence_rises_with_samples_and_stays_below_log_p():

@@ -19,20 +19,7 @@ from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.surgery import surgery
 from pvae.distributions.exponential import Normals
 from pvae.pair.pair import Pair
-from tests.decompose.pairs import (
-    S1,
-    S2,
-    A,
-    Array,
-    B,
-    C,
-    channel,
-    number,
-    random_global,
-    small,
-    two_levels,
-    with_global,
-)
+from tests.decompose.pairs import S1, S2, A, Array, B, C, channel, number, random_global, small, two_levels, with_global
 
 
 def joint_posterior(x: Array, link: float) -> tuple[Array, Array]:

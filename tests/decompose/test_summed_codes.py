@@ -13,11 +13,7 @@ import scipy.stats
 import torch
 
 from pvae.analysis.decompose.surgery import surgery
-from tests.decompose.pairs import (
-    Array,
-    coded,
-    small,
-)
+from tests.decompose.pairs import Array, coded, small
 
 
 def symmetric(k: int, error: float) -> Array:

@@ -23,14 +23,7 @@ from pvae.analysis.figures.estimate import exact
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from tests.decompose.pairs import (
-    channel,
-    coded,
-    correlated,
-    number,
-    small,
-    with_global,
-)
+from tests.decompose.pairs import channel, coded, correlated, number, small, with_global
 
 Array = np.ndarray
 

@@ -70,11 +70,7 @@ def require_unbiased(found: Tensor, exact: Tensor) -> None:
     assert gap[:, 0].std() > 0
 
 
-OBJECTIVES = {
-    "trace": TraceELBO(),
-    "particles": TraceELBO(particles=4),
-    "mean field": TraceMeanFieldELBO(),
-}
+OBJECTIVES = {"trace": TraceELBO(), "particles": TraceELBO(particles=4), "mean field": TraceMeanFieldELBO()}
 
 
 @every_scored

@@ -39,6 +39,7 @@ from tests.faults.injected import ASLEEP, disk_full, without_naps
 from tests.runs_shared import assert_same, fit, tiny
 from tests.training.pairs import Fragile as TwoNumbers
 from tests.training.pairs import fit_pair
+from tests.zoo_runs import hasty
 
 TESTS = Path(__file__).parents[1]
 CALM = {"epochs": 2, "checkpoint_seconds": 1000.0}
@@ -120,7 +121,8 @@ def test_metrics_on_a_full_disk_do_not_stop_a_fit(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def reported(runs: Path) -> dict[Path, bytes]:
     """The files of a report of that run, and what they hold."""
-    page = report(pvae.Run.load("vae", root=runs), samples=1, evidence_samples=2)
+    with hasty(laid_out=False):
+        page = report(pvae.Run.load("vae", root=runs), samples=1, evidence_samples=2)
     return written(page.parent)
 
 
@@ -133,6 +135,7 @@ def test_a_report_on_a_full_disk_leaves_the_old_one(last: bool, runs: Path, repo
     """FAULTS 3, 44 and 60: 74, and nothing half written, be it the first file that does not fit or the last."""
     sizes = sorted(map(len, reported.values()))
     with (
+        hasty(laid_out=False),
         disk_full(sizes[-1] // 2 if last else 2000),
         pytest.raises(StorageError, match="What stood there is unchanged") as caught,
     ):
@@ -146,7 +149,8 @@ def test_two_reports_at_once_are_both_whole(
 ) -> None:
     """FAULTS 44: the one that ends last stands, whole."""
     run = pvae.Run.load("vae", root=runs)
-    document = examine(Examination(run, samples=1, evidence_samples=2))
+    with hasty(laid_out=False):
+        document = examine(Examination(run, samples=1, evidence_samples=2))
     original = os.replace
     others: list[Path] = []
 

@@ -30,11 +30,7 @@ from tests.hostile import mangled, surfaces, try_bytes, try_declaration
 from tests.strange import Tampered, files, tampering, try_file
 
 MANY = settings(
-    deadline=None,
-    derandomize=True,
-    database=None,
-    phases=(Phase.generate,),
-    suppress_health_check=list(HealthCheck),
+    deadline=None, derandomize=True, database=None, phases=(Phase.generate,), suppress_health_check=list(HealthCheck)
 )
 LONGEST = 60.0
 """Seconds that no input may take, on a busy machine."""

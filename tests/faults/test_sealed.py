@@ -5,9 +5,7 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ from pvae.util.provenance import surroundings
 from pvae.util.types import Array
 from tests.cli_runner import run_cli, run_cli_json
 from tests.data.writers import matlab
-from tests.runs_shared import KEPT, assert_same, fit, interrupted, resume, signalled_at, tiny
+from tests.runs_shared import assert_same, fit, interrupted, resume, signalled_at, tiny
 from tests.training.pairs import Fragile
 from tests.upkeep.damage import edit, files_of, newest, oldest, rewritten, update
 
@@ -232,11 +230,16 @@ def test_a_run_of_an_earlier_version_is_not_sealed(tmp_path: Path, capsys: pytes
 # ---------------------------------------------------------------------- tensors and fields of other kinds
 
 
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return at_work(tmp_path_factory.mktemp("averaged"), average=0.9)
+
+
 @pytest.mark.parametrize("dtype", [torch.bool, torch.complex64, torch.float64, torch.float16, torch.int64])
 @pytest.mark.parametrize("group", ["weights", "average", "best", "optimizer", "progress"])
-def test_tensors_of_another_dtype_are_refused(tmp_path: Path, group: str, dtype: torch.dtype) -> None:
+def test_tensors_of_another_dtype_are_refused(averaged: Path, tmp_path: Path, group: str, dtype: torch.dtype) -> None:
     """FAULTS 63: with every checksum right, whatever the group and the dtype."""
-    run = Path(shutil.copytree(averaged(), tmp_path / "runs" / "tiny" / averaged().name))
+    run = Path(shutil.copytree(averaged, tmp_path / "runs" / "tiny" / averaged.name))
     wanted = torch.int32 if group == "progress" and dtype == torch.float64 else dtype
     rewritten(run, lambda tensors: tensors.update({group: {k: v.to(wanted) for k, v in tensors[group].items()}}))
     with pytest.raises(CheckpointError, match=f"{wanted}") as caught:
@@ -244,13 +247,6 @@ def test_tensors_of_another_dtype_are_refused(tmp_path: Path, group: str, dtype:
     assert caught.value.exit_code == 65
     if group not in ("optimizer", "progress"):
         assert not pvae.verify(run).ok
-
-
-@cache
-def averaged() -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="pvae_tests_")
-    KEPT.append(folder)
-    return at_work(Path(folder.name), average=0.9)
 
 
 WRONG = (None, True, -1, 1.5, math.inf, 2**70, "x", [1], {"x": 1}, [None])

@@ -49,8 +49,6 @@ from tests.decompose.pairs import channel, small, with_global
 from tests.samples.test_distances import kernel_of_normals
 from tests.soak.population import gaussian
 
-pytestmark = pytest.mark.xdist_group("errors")
-
 Drawn = dict[str, tuple[Any, float | None]]
 """Figures of one seed by name, each with its truth; None where that is the mean over the seeds."""
 Z = torch.distributions.Normal(0.0, 1.0)

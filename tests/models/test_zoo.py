@@ -32,9 +32,7 @@ POINTS = {"autoencoder", "flow"}
 """Systems whose codes are deterministic."""
 LIKELIHOOD_FREE = {"gan"}
 """Systems that can be sampled and have no likelihood."""
-every_system = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"zoo-{name}")) for name in zoo.names()]
-)
+every_system = pytest.mark.parametrize("name", zoo.names())
 
 
 def test_the_zoo_is_complete():

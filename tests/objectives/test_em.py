@@ -190,8 +190,7 @@ def begun(likelihood: dict[str, Any], means: np.ndarray, weights: np.ndarray, fa
 
 @pytest.mark.parametrize("iterations", [1, 40])
 @pytest.mark.parametrize(
-    ("covariance", "likelihood"),
-    [("diag", DIAG), ("full", {**FULL, "floor": 1e-6}), ("tied", {**TIED, "floor": 1e-3})],
+    ("covariance", "likelihood"), [("diag", DIAG), ("full", {**FULL, "floor": 1e-6}), ("tied", {**TIED, "floor": 1e-3})]
 )
 def test_equals_gaussian_mixture(tmp_path, covariance, likelihood, iterations):
     x, k = WINE[:, :6].double().numpy(), 4

@@ -411,13 +411,7 @@ def test_no_figure_is_an_elbo(run):
 
 def test_nothing_scores_it(run):
     x = run.data.test.x
-    for analysis in (
-        surgery,
-        encode,
-        pvae.analysis.evidence,
-        pvae.analysis.gap,
-        pvae.analysis.ais,
-    ):
+    for analysis in (surgery, encode, pvae.analysis.evidence, pvae.analysis.gap, pvae.analysis.ais):
         with pytest.raises(DataError, match="generator without a likelihood"):
             analysis(run.pair, x)
     with pytest.raises(DataError, match="generator without a likelihood"):

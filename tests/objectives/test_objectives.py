@@ -109,9 +109,7 @@ def test_trace_elbo_is_pyros(name):
     pair, x = zoo_pair(name), rows()
     theirs = Trace_ELBO()
     assert_same_loss(
-        pair,
-        lambda: ours(TraceELBO(), pair, x),
-        lambda: theirs.differentiable_loss(pair.model, pair.guide, x) / len(x),
+        pair, lambda: ours(TraceELBO(), pair, x), lambda: theirs.differentiable_loss(pair.model, pair.guide, x) / len(x)
     )
 
 
@@ -399,30 +397,18 @@ SCHEDULES = {
     "constant": (Constant(value=0.3), [(0, 0.3), (7.5, 0.3), (20, 0.3)]),
     "constant, default": (Constant(), [(0, 1.0), (20, 1.0)]),
     "linear, all along": (Linear(), [(0, 0.0), (5, 0.25), (20, 1.0), (30, 1.0)]),
-    "linear, ten epochs": (
-        Linear(start=2.0, end=1.0, epochs=10.0),
-        [(0, 2.0), (2.5, 1.75), (10, 1.0), (15, 1.0)],
-    ),
-    "exponential, all along": (
-        Exponential(),
-        [(0, 1.0), (10, math.sqrt(0.5)), (20, 0.5), (30, 0.5)],
-    ),
+    "linear, ten epochs": (Linear(start=2.0, end=1.0, epochs=10.0), [(0, 2.0), (2.5, 1.75), (10, 1.0), (15, 1.0)]),
+    "exponential, all along": (Exponential(), [(0, 1.0), (10, math.sqrt(0.5)), (20, 0.5), (30, 0.5)]),
     "exponential, four epochs": (
         Exponential(start=0.25, end=4.0, epochs=4.0),
         [(0, 0.25), (1, 0.5), (2, 1.0), (3.5, 4 / math.sqrt(2)), (4, 4.0), (19, 4.0)],
     ),
-    "cosine, all along": (
-        Cosine(),
-        [(0, 1.0), (20 / 3, 0.75), (10, 0.5), (40 / 3, 0.25), (20, 0.0), (25, 0.0)],
-    ),
+    "cosine, all along": (Cosine(), [(0, 1.0), (20 / 3, 0.75), (10, 0.5), (40 / 3, 0.25), (20, 0.0), (25, 0.0)]),
     "cosine, four epochs": (
         Cosine(start=0.0, end=2.0, epochs=4.0),
         [(0, 0.0), (1, 1 - math.sqrt(0.5)), (2, 1.0), (4, 2.0), (19, 2.0)],
     ),
-    "cyclical": (
-        Cyclical(),
-        [(0, 0.0), (2.5, 0.5), (5, 1.0), (9.9, 1.0), (10, 0.0), (12.5, 0.5), (20, 0.0)],
-    ),
+    "cyclical": (Cyclical(), [(0, 0.0), (2.5, 0.5), (5, 1.0), (9.9, 1.0), (10, 0.0), (12.5, 0.5), (20, 0.0)]),
     "cyclical, quick": (
         Cyclical(start=0.2, end=1.2, epochs=4.0, ramp=0.25),
         [(0, 0.2), (0.5, 0.7), (1, 1.2), (3, 1.2), (4, 0.2), (16.25, 0.45)],

@@ -33,8 +33,8 @@ def fitted(name: str, folder: Path, *changes: str) -> Run:
 
 @pytest.fixture(scope="module", autouse=True)
 def moment() -> Iterator[None]:
-    """Comparisons after a moment's work."""
-    with hasty():
+    """Comparisons after a moment's work; the pictures of one page are laid out."""
+    with hasty(laid_out=False):
         yield
 
 
@@ -51,7 +51,8 @@ def runs(root: Path) -> list[Run]:
 
 @pytest.fixture(scope="module")
 def page(runs: list[Run], root: Path) -> Path:
-    return compare(runs, root / "out", groups=["N", "N", "flow", "wide"], title=HOSTILE[0], evidence_samples=10)
+    with hasty():
+        return compare(runs, root / "out", groups=["N", "N", "flow", "wide"], title=HOSTILE[0], evidence_samples=10)
 
 
 def numbers(page: Path) -> dict:

@@ -46,7 +46,6 @@ from tests.zoo_runs import brief, tiny_report, tiny_run
 
 HOSTILE = ("<script>alert(1)</script>", r"$\foo$", "=cmd|' /C calc'!A0", "[red]", "\x1b[31m", "\u202e")
 TINY = ("train.epochs=3", "encoder.network.hidden=[8]", "decoder.network.hidden=[8]", "train.engine=eager")
-of_vae = pytest.mark.xdist_group("zoo-vae")
 
 
 class Page(HTMLParser):
@@ -151,7 +150,6 @@ def headings(run: Run) -> list[str]:
     return re.findall(r'<h2 id="(\w+)"', (run.path / "report" / "index.html").read_text())
 
 
-@of_vae
 def test_report_holds_every_number_and_loads_nothing():
     run, path = tiny_run("vae"), tiny_report("vae")
     page = assert_harmless(path)
@@ -176,7 +174,6 @@ def test_report_holds_every_number_and_loads_nothing():
     assert found["missing"] == {}
 
 
-@of_vae
 def test_calibration_is_told_with_its_picture_and_its_table():
     page, found = Page(tiny_report("vae")), numbers_of(tiny_run("vae"))["calibration"]
     assert (found["n"], found["importance"], len(found["guide"]), len(found["weighted"])) == (500, 4, 17, 17)
@@ -203,7 +200,6 @@ def test_ranks_can_be_shown(samples):
         assert len(coverage.lines) == 2 + bool(weighted)
 
 
-@of_vae
 def test_verdict_comes_first_one_claim_a_sentence():
     page, run = Page(tiny_report("vae")), tiny_run("vae")
     assert headings(run)[:5] == ["verdict", "training", "fit", "surgery", "latents"]
@@ -220,7 +216,6 @@ def test_verdict_comes_first_one_claim_a_sentence():
     assert not re.search(r"(?<![\d.,])[−-]?0\.00(?![\d])", text)
 
 
-@of_vae
 def test_two_reports_are_byte_identical_and_move_nothing(monkeypatch):
     """FAULTS 44: progress never falls, and an interrupted report leaves the old one whole.
 
@@ -250,7 +245,6 @@ def test_two_reports_are_byte_identical_and_move_nothing(monkeypatch):
     assert {"fit: importance sampling", "fit: inference gap", "sample quality: sample quality"} < stages
 
 
-@of_vae
 def test_progress_and_interruption_leave_the_old_report(monkeypatch):
     """FAULTS 44."""
     tiny_report("vae")
@@ -270,7 +264,7 @@ THERE = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.xdist_group(f"zoo-{n}"), id=n) for n in THERE])
+@pytest.mark.parametrize("name", THERE)
 def test_sections_appear_where_they_mean_something(name):
     page, run = assert_harmless(tiny_report(name)), tiny_run(name)
     found, numbers = headings(run), numbers_of(run)
@@ -318,7 +312,6 @@ def test_pair_that_cannot_be_sampled_loses_sections_only(by_hand, monkeypatch):
     assert {"surgery", "samples"} & set(headings(by_hand)) == {"surgery"}
 
 
-@of_vae
 def test_the_skeleton_of_a_section_is_a_whole_section():
     """The code of CONTRIBUTING, as it stands there, makes a section with a sentence, a table and numbers."""
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().split("## Adding a report section")[1]
@@ -336,7 +329,6 @@ def test_the_skeleton_of_a_section_is_a_whole_section():
 # ---------------------------------------------------------------------- alerts
 
 
-@of_vae
 def test_a_report_of_train_of_a_run_that_was_stopped(tmp_path):
     """Skipped steps and a stopped run are alerts; train has no overfitting gap to itself."""
     shutil.copytree(tiny_run("vae").path, tmp_path / "vae" / "stopped")
@@ -454,7 +446,6 @@ def test_mean_of_every_kind_of_observation():
         distribution_mean(dist.Cauchy(torch.zeros(2, 1), 1.0).to_event(1))
 
 
-@of_vae
 def test_verdict_warns_when_information_stands_at_its_ceiling():
     run = tiny_run("vae")
     taken = surgery(run.pair, run.data.test.x, population=None)
@@ -464,7 +455,6 @@ def test_verdict_warns_when_information_stands_at_its_ceiling():
     assert "not defined" in " ".join(on_prior(replace(taken, mutual_information=None, marginal_kl=None)))
 
 
-@of_vae
 def test_an_interval_is_the_headline_and_without_one_nothing_is_said_of_new_data():
     exam = Examination(tiny_run("vae"), evidence_samples=5)
     shown = {True: SATURATED, False: None}

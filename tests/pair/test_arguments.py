@@ -44,11 +44,7 @@ def columns(model):
     return lambda x: model(x[:, 0], x[:, 1].long(), x[:, 2].long())
 
 
-DATA = {
-    "x": 1.4 * normal(ROWS),
-    "label": torch.arange(ROWS) % 3,
-    "lengths": torch.arange(ROWS) % 2,
-}
+DATA = {"x": 1.4 * normal(ROWS), "label": torch.arange(ROWS) % 3, "lengths": torch.arange(ROWS) % 2}
 FORMS = {
     "tuple": tuple(DATA.values()),
     "list": list(DATA.values()),

@@ -148,10 +148,7 @@ def mixed_list() -> Any:
 
 @pytest.mark.parametrize(
     ("guide", "points"),
-    [
-        (AutoDiagonalNormal, set()),
-        (AutoLaplaceApproximation, {"a", "b", "_AutoLaplaceApproximation_latent"}),
-    ],
+    [(AutoDiagonalNormal, set()), (AutoLaplaceApproximation, {"a", "b", "_AutoLaplaceApproximation_latent"})],
 )
 def test_points_are_latents_that_no_draw_moves(guide, points):
     found = Pair(model=two_means, guide=guide(two_means)).adopt(X)

@@ -499,10 +499,7 @@ def linear(*, sites: Callable[..., object] | None = None, **options: object) -> 
 
 
 WRONG = {
-    "latent in the guide only": (
-        {"extra": ("guide",)},
-        {"code": "expected a latent of this name in the model; got z"},
-    ),
+    "latent in the guide only": ({"extra": ("guide",)}, {"code": "expected a latent of this name in the model; got z"}),
     "latent in the model only": (
         {"extra": ("model",)},
         {"depth": "expected a latent of this name in the guide; got z"},
@@ -567,9 +564,7 @@ def test_check_finds_what_is_wrong_and_no_more(options, wanted):
         assert re.search(message, problems[site])
 
 
-REFUSED = {
-    "expected x to be observed inside a plate over the rows of a batch": {"plated": (False, False)},
-}
+REFUSED = {"expected x to be observed inside a plate over the rows of a batch": {"plated": (False, False)}}
 
 
 @pytest.mark.parametrize(("message", "options"), REFUSED.items())

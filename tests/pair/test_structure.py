@@ -21,10 +21,7 @@ from pvae.pair.pair import Pair
 
 NET = {"kind": "mlp", "hidden": [4]}
 SHAPE = (6,)
-CHAIN: dict[str, dict[str, Any]] = {
-    "a": {"dim": 2, "given": ["b"], "prior": "conditional_normal"},
-    "b": {"dim": 2},
-}
+CHAIN: dict[str, dict[str, Any]] = {"a": {"dim": 2, "given": ["b"], "prior": "conditional_normal"}, "b": {"dim": 2}}
 GRID = {"codes": 3, "grid": [2]}
 
 

@@ -110,19 +110,7 @@ def test_covariates_have_an_interval():
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=pytest.mark.xdist_group(f"zoo-{name}"))
-        for name in (
-            "vq_vae",
-            "gumbel_softmax_vae",
-            "dvae",
-            "bernoulli_vae",
-            "vq_vae_2",
-            "hvae",
-            "ladder",
-            "em_mixture",
-        )
-    ],
+    ["vq_vae", "gumbel_softmax_vae", "dvae", "bernoulli_vae", "vq_vae_2", "hvae", "ladder", "em_mixture"],
 )
 def test_zoo_entries_of_codes_and_levels_have_an_interval(name):
     run = tiny_run(name)

@@ -43,9 +43,7 @@ SHARP = (
     "subsample plate",
 )
 """Programs whose guide is near enough to the posterior for the evidence to reach log p(x)."""
-every_program = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.xdist_group(f"program {name}")) for name in PROGRAMS]
-)
+every_program = pytest.mark.parametrize("name", PROGRAMS)
 
 
 @cache

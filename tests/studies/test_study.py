@@ -42,7 +42,7 @@ TABLE: dict[str, Any] = {
 MEASURE = {"rows": 50, "evidence": 5}
 NORMAL = "standard_normal"
 MIXTURE = {"kind": "mixture", "components": 3}
-HOSTILE = ["[red]", "<script>", "=cmd|' /C calc'!A0", "\x1b[31mred", "$\\foo$"]
+HOSTILE = ["[red]<script>", "=cmd|' /C calc'!A0", "\x1b[31mred $\\foo$"]
 
 
 def write(folder: Path, sweep: Mapping[str, Any], name: str = "tiny", **changes: Any) -> Path:
@@ -213,8 +213,7 @@ def test_links_out_of_the_folder_are_not_followed(tmp_path):
 
 def test_all_problems_come_at_once(tmp_path):
     found = problems(
-        tmp_path,
-        {"grid": {"latents.z.dim": [-1, 2], "train.epochs": [0, 1]}, "refits": [{**AGG, "of": ["nobody"]}]},
+        tmp_path, {"grid": {"latents.z.dim": [-1, 2], "train.epochs": [0, 1]}, "refits": [{**AGG, "of": ["nobody"]}]}
     ).splitlines()
     assert len(found) == 5  # either value in two cases, and the stage
     beside = problems(tmp_path, {"specs": ["vae", "vae"]}, latents={"z": {"dim": 2}}).splitlines()
@@ -516,7 +515,7 @@ def test_a_dry_run_lists_the_cases_and_makes_nothing(tmp_path, capsys, started):
 
 def test_hostile_labels_are_harmless_everywhere(tmp_path, started, capsys):
     """FAULTS 37, 38 and 39: in the terminal, in CSV, in JSON, as folders."""
-    file = write(tmp_path, {"zip": {"train.epochs": [1, 2, 3, 4, 5], "label": HOSTILE}})
+    file = write(tmp_path, {"zip": {"train.epochs": [1, 2, 3], "label": HOSTILE}})
     table = tmp_path / "table"
     out, err = command(file, "--out", str(table))
     assert "\x1b" not in out + err

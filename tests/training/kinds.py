@@ -6,10 +6,7 @@ KINDS: dict[str, tuple[str, list[str]]] = {
     "mean field with free bits": ("hvae", ["objective.kind=trace_mean_field_elbo", "objective.free_bits=0.5"]),
     "convolutions": ("vae", ["encoder.network.kind=conv", "decoder.network.kind=conv"]),
     "counts": ("vae", ["data.binarize=none", "data.scale=raw", "decoder.likelihood.kind=poisson"]),
-    "levels": (
-        "vae",
-        ["data.binarize=none", "data.scale=raw", 'decoder.likelihood={kind="categorical", levels=17}'],
-    ),
+    "levels": ("vae", ["data.binarize=none", "data.scale=raw", 'decoder.likelihood={kind="categorical", levels=17}']),
     "grey values": ("vae", ["data.binarize=none", 'decoder.likelihood={kind="discretized_logistic", levels=17}']),
     "predicted scale": ("vae_normal", ["decoder.likelihood.scale=per_datum"]),
     "fixed scale, several draws": ("vae_normal", ["decoder.likelihood.scale=fixed", "objective.particles=3"]),

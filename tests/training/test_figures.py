@@ -95,8 +95,7 @@ def test_the_bound_of_iwae_is_log_p_under_the_exact_posterior() -> None:
 
 
 @pytest.mark.parametrize(
-    ("objective", "name"),
-    [({"kind": "iwae"}, "iwae"), ({"beta": 0.0}, "reconstruction"), ({"beta": 4.0}, "beta_elbo")],
+    ("objective", "name"), [({"kind": "iwae"}, "iwae"), ({"beta": 0.0}, "reconstruction"), ({"beta": 4.0}, "beta_elbo")]
 )
 def test_the_best_weights_are_those_of_the_figure(objective: dict[str, Any], name: str, tmp_path: Path) -> None:
     """The recorded figure, status, manifest and listing; the ELBO stays where it is read."""

@@ -25,8 +25,6 @@ from tests.cli_runner import run_cli
 from tests.samples.models import refused
 from tests.truths.helpers import DIGITS, failures, wrong_line
 
-pytestmark = pytest.mark.xdist_group("selfcheck")  # one worker makes what these tests share
-
 # ---------------------------------------------------------------------- the self-check as a whole
 
 

@@ -64,12 +64,7 @@ def test_verify_on_the_command_line(run: Path, root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("declared", "overrides"),
-    [
-        ("vae", [*SMALL, "train.average=0.9", "train.keep=last"]),
-        ("exemplar", SMALL),
-        ("em_mixture", []),
-        ("gan", []),
-    ],
+    [("vae", [*SMALL, "train.average=0.9", "train.keep=last"]), ("exemplar", SMALL), ("em_mixture", []), ("gan", [])],
 )
 def test_figures_come_out_again_of_other_kinds(declared: str, overrides: list[str], root: Path) -> None:
     options = [*overrides, "train.engine=eager", "train.epochs=1"]
