@@ -7,7 +7,7 @@ READY := .venv/.installed
 .DEFAULT_GOAL := help
 # Workers of the tests, one thread each; `make test WORKERS=0` runs them in one process.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --doctest-modules
+PYTEST = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --doctest-modules
 
 .PHONY: help demo test test-all test-slow lint types check build bench clean
 

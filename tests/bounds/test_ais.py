@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
 from pvae.analysis.bounds.ais import ais, bracket
 from pvae.analysis.bounds.annealing import schedule, transition
@@ -264,50 +264,6 @@ def test_the_gradient_is_that_of_the_tempered_density():
 
 
 # ---------------------------------------------------------------------- what is left alone
-
-
-class Noisy(nn.Module):
-    """Dropout and batch statistics: everything that training mode moves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
-
-    def forward(self, x):
-        pyro.module("net", self.net)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.net(z), 0.5).to_event(1), obs=x)
-
-
-def noisy_guide(x):
-    slope = pyro.param("slope", torch.full((4, 2), 0.3))
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x @ slope, 0.5).to_event(1))
-
-
-CALLS = {
-    "ais": lambda pair, x, seed: ais(pair, x, temperatures=4, chains=3, leapfrog=2, seed=seed),
-    "bracket": lambda pair, x, seed: bracket(pair, x, rows=6, temperatures=4, chains=3, leapfrog=2, seed=seed),
-}
-
-
-@pytest.mark.parametrize("call", CALLS.values(), ids=list(CALLS))
-def test_nothing_is_moved_and_a_seed_gives_its_numbers(call):
-    x = torch.randn(6, 4)
-    pair = Pair(model=Noisy(), guide=noisy_guide).adopt(x)
-    pair.train()
-    before = {name: t.clone() for name, t in pair.state_dict().items()}
-    wanted = [p.requires_grad for p in pair.parameters()]
-    noise = torch.get_rng_state()
-    first, again, other = (call(pair, x, seed).lower.value for seed in (0, 0, 1))
-    assert first == again != other
-    assert torch.equal(torch.get_rng_state(), noise)
-    assert all(torch.equal(t, before[name]) for name, t in pair.state_dict().items())
-    assert all(p.grad is None for p in pair.parameters())
-    assert [p.requires_grad for p in pair.parameters()] == wanted
-    assert all(module.training for module in pair.modules())
-    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(("call", "factors"), [(ais, 2), (bracket, 3)])

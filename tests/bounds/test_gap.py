@@ -10,7 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import transforms
 
 from pvae.analysis.bounds.gap import gap
@@ -284,44 +284,6 @@ def test_a_positive_latent_and_a_declared_pair():
 
 
 # ---------------------------------------------------------------------- what is left alone
-
-
-class Noisy(nn.Module):
-    """Dropout and batch statistics: everything that training mode moves."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
-
-    def forward(self, x):
-        pyro.module("net", self.net)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            h = self.net(z.reshape(-1, 2)).reshape(*z.shape[:-1], 4)
-            pyro.sample("x", dist.Normal(h, 0.5).to_event(1), obs=x)
-
-
-def noisy_guide(x):
-    slope = pyro.param("slope", torch.full((4, 2), 0.3))
-    with pyro.plate("data", len(x)):
-        pyro.sample("z", dist.Normal(x @ slope, 0.5).to_event(1))
-
-
-def test_nothing_is_moved_and_a_seed_gives_its_numbers():
-    x = torch.randn(6, 4)
-    pair = Pair(model=Noisy(), guide=noisy_guide).adopt(x)
-    pair.train()
-    before = {name: t.clone() for name, t in pair.state_dict().items()}
-    noise = torch.get_rng_state()
-    first, again, other = (
-        gap(pair, x, steps=5, samples=5, evidence_samples=5, seed=seed).refined_elbo.value for seed in (0, 0, 1)
-    )
-    assert first == again != other
-    assert torch.equal(torch.get_rng_state(), noise)
-    assert all(torch.equal(t, before[name]) for name, t in pair.state_dict().items())
-    assert all(p.grad is None and p.requires_grad for p in pair.parameters())
-    assert all(module.training for module in pair.modules())
-    assert torch.is_grad_enabled()
 
 
 def test_progress_reaches_its_total_over_chunks():

@@ -17,7 +17,9 @@ from pyro.nn import PyroModule, PyroParam
 from torch import nn
 
 import pvae.analysis
+from pvae.analysis.bounds.ais import ais, bracket
 from pvae.analysis.bounds.evidence import evidence
+from pvae.analysis.bounds.gap import gap
 from pvae.analysis.decompose import account
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, exact, over_draws
@@ -103,7 +105,8 @@ class Noisy(PyroModule):
     def forward(self, x):
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", dist.Normal(self.net(z), self.noise).to_event(1), obs=x)
+            h = self.net(z.reshape(-1, 2)).reshape(*z.shape[:-1], 3)
+            pyro.sample("x", dist.Normal(h, self.noise).to_event(1), obs=x)
 
 
 def noisy_pair() -> Pair:
@@ -118,6 +121,9 @@ def noisy_pair() -> Pair:
 ANALYSES = {
     "surgery": lambda pair, x, seed: surgery(pair, x, samples=2, seed=seed).to_dict(),
     "evidence": lambda pair, x, seed: evidence(pair, x, samples=7, seed=seed).to_dict(),
+    "gap": lambda pair, x, seed: gap(pair, x[:6], steps=5, samples=5, evidence_samples=5, seed=seed).to_dict(),
+    "ais": lambda pair, x, seed: ais(pair, x[:6], temperatures=4, chains=3, leapfrog=2, seed=seed).to_dict(),
+    "bracket": lambda pair, x, seed: bracket(pair, x, rows=6, temperatures=4, chains=3, seed=seed).to_dict(),
 }
 
 

@@ -11,6 +11,7 @@ import pytest
 import pvae
 from pvae.experiment.experiment import Experiment
 from pvae.util.seeds import subset
+from tests.zoo_runs import FEW_ROWS
 
 RESULTS = Path(__file__).parents[2] / "analysis" / "results"
 DECLARED = sorted(str(p.relative_to(RESULTS)) for p in RESULTS.rglob("*.toml"))
@@ -83,7 +84,9 @@ def test_a_run_is_measured_once(
     """Two runs get a row each, the second its paired gain; asked again, none is measured again."""
     network = {"network": {"kind": "mlp", "hidden": [8]}}
     spec = {"latents": {"z": {"dim": 2}}, "encoder": network, "decoder": network, "data": {"source": "digits"}}
-    experiment = Experiment.from_dict(spec).with_overrides("data.binarize=dynamic", "train.engine=eager")
+    experiment = Experiment.from_dict(spec).with_overrides(
+        *FEW_ROWS["digits"], "data.binarize=dynamic", "train.engine=eager"
+    )
     for name, epochs in (("short", 1), ("long", 6)):
         changed = experiment.with_overrides(f"name={name}", f"train.epochs={epochs}")
         pvae.fit(changed, run_dir=tmp_path / "runs", device="cpu", progress=False)
@@ -146,7 +149,9 @@ def test_new_data_are_measured_with_a_run_and_its_refits(
 ) -> None:
     network = {"network": {"kind": "mlp", "hidden": [8]}}
     spec = {"latents": {"z": {"dim": 2}}, "encoder": network, "decoder": network, "data": {"source": "digits"}}
-    small = Experiment.from_dict({**spec, "name": "small"}).with_overrides("data.binarize=static", "train.epochs=1")
+    small = Experiment.from_dict({**spec, "name": "small"}).with_overrides(
+        *FEW_ROWS["digits"], "data.binarize=static", "train.epochs=1", "train.engine=eager"
+    )
     run = pvae.fit(small, run_dir=tmp_path / "runs", device="cpu", progress=False)
     child = pvae.refit(run, "latents.z.prior.kind=aggregated", progress=False)
     out = tmp_path / "table.csv"

@@ -514,13 +514,13 @@ def early(folder: Path, kills: int, chance: random.Random, tally: Tally) -> Iter
             yield f"{' '.join(command)[:60]}: {number.name} at the start gave {child.returncode}: {said[-600:]}"
 
 
-def warm(folder: Path) -> None:
+def warm(folder: Path, making: tuple[tuple[str, ...], ...]) -> None:
     """Run every command once in this process, so that its children find all imported."""
     folder.mkdir()
     os.chdir(folder)
     (folder / "tiny.toml").write_text(TINY.replace("EPOCHS", "1").replace("SECONDS", "1"))
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        for command in (("fit", "tiny.toml"), ("fit", "tiny.toml", 'name="other"'), *MAKING, ("verify", "tiny")):
+        for command in (("fit", "tiny.toml"), ("fit", "tiny.toml", 'name="other"'), *making, ("verify", "tiny")):
             with suppress(SystemExit, ClickExit):
                 app([*command], standalone_mode=False, obj={})
         with suppress(SystemExit, ClickExit):
@@ -533,7 +533,7 @@ def soak(kills: int, folder: Path, tally: Tally, log: Path | None, only: str, ke
     shares = {name: work.share for name, work in WORKS.items()} | {"first moments": EARLY}
     shares = {name: share for name, share in shares.items() if only in name}
     wholes: dict[str, tuple[Path, Snapshot, float]] = {}
-    warm(folder / "warm")
+    warm(folder / "warm", MAKING if {"pages and exports", "first moments"} & shares.keys() else ())
     while tally.total < kills and len(tally.problems) < 100:
         name = min(shares, key=lambda name: tally.kills.get(name, 0) / shares[name])
         number = tally.rounds.get(name, 0)
