@@ -89,7 +89,8 @@ def test_declaration_errors_exit_2() -> None:
     run_cli("no-such-command", code=2)
 
 
-def test_runs_surgery_evidence(where: list[str]) -> None:
+def test_runs_surgery_evidence(where: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pvae.analysis.population.kernels.FLOW_STEPS", 20)
     assert "finished" in run_cli("runs", *where)[0]
     assert run_cli_json("runs", *where)[0]["name"] == "vae"
     figures = run_cli_json("surgery", "vae", "--samples", "2", *where)["figures"]

@@ -155,6 +155,7 @@ def test_new_data_are_measured_with_a_run_and_its_refits(
     run = pvae.fit(small, run_dir=tmp_path / "runs", device="cpu", progress=False)
     child = pvae.refit(run, "latents.z.prior.kind=aggregated", progress=False)
     out = tmp_path / "table.csv"
+    monkeypatch.setattr("pvae.analysis.population.kernels.FLOW_STEPS", 20)
     monkeypatch.setattr("sys.argv", ["", str(out), "small", "small_refit", "--root", str(run.path.parent.parent)])
     new_data.main()
     frame = pandas.read_csv(out)
