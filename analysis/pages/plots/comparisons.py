@@ -131,7 +131,7 @@ def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     boxes, levels = [], MaxNLocator(7, steps=[1, 2, 5, 10]).tick_values(left + bottom, right + top)
     digits = max(0, -math.floor(math.log10(levels[1] - levels[0]) + 1e-9))
-    for level in levels[(left + bottom < levels) & (levels < right + top)]:
+    for level in (level for level in levels if left + bottom < level < right + top):
         axes.plot([left, right], [level - left, level - right], color=PALE, linestyle="--", linewidth=0.9, zorder=0)
         at = (left, level - left) if level - left <= top else (level - top, top)
         if at[0] > right - 0.12 * (right - left) or at[1] < bottom + 0.04 * (top - bottom):
