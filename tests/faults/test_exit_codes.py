@@ -109,14 +109,7 @@ ENDS: list[tuple[int, Callable[[Path, pytest.MonkeyPatch], list[str]], str]] = [
 
 
 @pytest.mark.parametrize(("code", "arguments", "said"), ENDS, ids=[str(end[0]) for end in ENDS])
-def test_exit_codes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    code: int,
-    arguments: Any,
-    said: str,
-) -> None:
+def test_exit_codes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, arguments: Any, said: str) -> None:
     """FAULTS 2, 14, 19, 40, 42: every way to end, without a traceback."""
     given = arguments(tmp_path, monkeypatch)
     with disk_full(8192 if code == 74 else resource.getrlimit(resource.RLIMIT_FSIZE)[0]):
@@ -125,7 +118,7 @@ def test_exit_codes(
     assert "Traceback" not in err
 
 
-def test_a_busy_run_is_75(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_busy_run_is_75(runs: Path) -> None:
     """FAULTS 16, 41: one process writes; a second is told which."""
     run = RunDirectory.open("vae", root=runs)
     with run.held():
@@ -134,7 +127,7 @@ def test_a_busy_run_is_75(runs: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "expected a run that nobody holds" in err
 
 
-def test_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
+def test_exit_codes_are_documented() -> None:
     """FAULTS 42: in `pvae --help` and in CONTRIBUTING.md; every error has one of them."""
     out, _ = run_cli("--help")
     contributing = (TESTS.parent / "CONTRIBUTING.md").read_text()
@@ -146,7 +139,7 @@ def test_exit_codes_are_documented(capsys: pytest.CaptureFixture[str]) -> None:
     assert {end[0] for end in ENDS} | {75, 141} == set(EXIT_CODES)
 
 
-def test_traceback_is_shown_when_it_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_traceback_is_shown_when_it_is_asked_for() -> None:
     """FAULTS 38, 42: of deliberate errors, and of bugs, which say so and end with 1."""
     _, err = run_cli("--traceback", "fit", "vea", code=2)
     assert "Traceback (most recent call last)" in err

@@ -217,7 +217,7 @@ def test_scales_at_their_bounds_are_an_alert(tmp_path: Path) -> None:
     assert re.search(r"guide\.z: \d+% of the scales are at their ceiling, 0\.0498", alerts_of(high, tmp_path))
 
 
-def test_collapse_and_dead_codes_are_alerts_and_no_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_collapse_and_dead_codes_are_alerts_and_no_errors(tmp_path: Path) -> None:
     """FAULTS 22: an event and a line; `--strict` makes of it exit code 3."""
     asleep = ["fit", "vae", *TINY, *ASLEEP]
     where = ["--quiet", "--run-dir", str(tmp_path), "--device", "cpu"]
@@ -480,7 +480,7 @@ def test_what_a_fit_tells_moves_no_cursor(tmp_path: Path, capsys: pytest.Capture
     assert "\x1b" not in capsys.readouterr().err
 
 
-def test_cells_of_a_table_of_runs_are_no_formulas(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cells_of_a_table_of_runs_are_no_formulas(tmp_path: Path) -> None:
     """FAULTS 39, and 38: the same name in a picture is no mathematics."""
     name = "=cmd|' /C calc'!A0 $\\foo$"
     run = fit(tiny(epochs=1).with_changes({"name": name}), tmp_path)

@@ -366,7 +366,7 @@ def test_a_declared_second_stage_is_part_of_its_case(tmp_path, started):
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1  # the first stage was not fitted again
 
 
-def test_a_failing_case_stops_no_other(tmp_path, started, capsys):
+def test_a_failing_case_stops_no_other(tmp_path, started):
     """FAULTS 18: its last line is kept and shown, its second stage fails with it, and the command ends with 1."""
     optimizers = [{"kind": "adam", "lr": 1e30}, {"kind": "sgd", "lr": 0.01}]
     file = write(tmp_path, {"grid": {"train.optimizer": optimizers}, "refits": [{**AGG, "of": ["adam"]}]})
@@ -503,7 +503,7 @@ def test_processes_of_a_study_end_with_it(tmp_path):
 # ---------------------------------------------------------------------- what is shown
 
 
-def test_a_dry_run_lists_the_cases_and_makes_nothing(tmp_path, capsys, started):
+def test_a_dry_run_lists_the_cases_and_makes_nothing(tmp_path, started):
     file = write(tmp_path, {"seeds": [0, 1], "zip": PRIORS})
     out, _ = command(file, "--dry-run")
     assert out.splitlines() == [f"to do     {case}  seed {seed}  fit" for case in "NM" for seed in (0, 1)]
@@ -513,7 +513,7 @@ def test_a_dry_run_lists_the_cases_and_makes_nothing(tmp_path, capsys, started):
     assert not started
 
 
-def test_hostile_labels_are_harmless_everywhere(tmp_path, started, capsys):
+def test_hostile_labels_are_harmless_everywhere(tmp_path, started):
     """FAULTS 37, 38 and 39: in the terminal, in CSV, in JSON, as folders."""
     file = write(tmp_path, {"zip": {"train.epochs": [1, 2, 3], "label": HOSTILE}})
     table = tmp_path / "table"
@@ -541,7 +541,7 @@ def test_hostile_labels_are_harmless_everywhere(tmp_path, started, capsys):
     assert list(Shelf(tmp_path / "runs").known) == []
 
 
-def test_tables_of_a_study_without_finished_runs(capsys):
+def test_tables_of_a_study_without_finished_runs():
     empty = frame([])
     assert empty.empty
     assert csv(empty).startswith("case,seed,stage,elbo,elbo_error,")
