@@ -12,6 +12,7 @@ import importlib
 import inspect
 import json
 import pkgutil
+import re
 import types
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
@@ -266,7 +267,9 @@ def describe(error: ErrorDetails, raw: Any, root: type[BaseModel]) -> str:
     message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     if "; got" in message:
         return f"{path}: expected {message}."
-    return f"{path}: expected {message}; got {_short(error['input'])}{error.get('ctx', {}).get('near', '')}."
+    context = error.get("ctx", {})
+    hint = near(str(error["input"]), re.findall("'(.*?)'", str(context.get("expected", "")))) or context.get("near", "")
+    return f"{path}: expected {message}; got {_short(error['input'])}{hint}."
 
 
 def _elsewhere(key: str, root: type[BaseModel]) -> str:

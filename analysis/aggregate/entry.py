@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from pvae.pair.pair import Pair
 from pvae.pair.problems import require_bound
 from pvae.pair.running import quiet as quiet_pair
 from pvae.util import seeds
+from pvae.util.memory import require_memory
 
 
 def accept(pair: Pair, x: Any, *, guide: bool = True) -> Tensor:
@@ -56,6 +58,16 @@ def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
     with quiet_pair(pair, x), Unweighed(), Discretised(pair.relaxed):
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
         yield
+
+
+def require_room(pair: Pair, caller: str, data: int, numbers: float, what: str) -> None:
+    """Refuse an analysis that keeps so many data with their latents, and further numbers, where memory is too small.
+
+    Raises:
+        DataError: the message gives the memory that they need; `what` is to be lowered.
+    """
+    row = prod(pair.frame.row) + sum(shape.numel for shape in pair.structure.shapes.values())
+    require_memory(8 * (data * row + numbers), caller, what, "Ask for fewer.")
 
 
 def require_likelihood(pair: Pair, caller: str) -> None:

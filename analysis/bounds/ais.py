@@ -161,7 +161,7 @@ def ais(
     """
     x = accept(pair, x, guide=False)
     plan = AnnealingPlan("ais", temperatures, chains, leapfrog, start)
-    plan.check(pair)
+    plan.check(pair, len(x))
     chunks = x.split(pair.structure.rows or max(1, STATES_PER_CHUNK // chains))
     tick = counter(2 * temperatures * len(chunks), on_progress)
     with quiet(pair, x, seed):
@@ -236,7 +236,7 @@ def bracket(
     """
     x_like = accept(pair, x_like, guide=False)
     plan = AnnealingPlan("bracket", temperatures, chains, leapfrog, start)
-    plan.check(pair)
+    plan.check(pair, rows)
     if rows < 1:
         raise DataError(f"bracket: expected at least one row to simulate; got rows={rows}. Pass rows=100, say.")
     if len(pair.layout.observed) != 1:

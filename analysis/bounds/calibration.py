@@ -13,7 +13,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, OneHotCategorical
 
-from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, same_globals, simulated
+from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, require_room, same_globals, simulated
 from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
 from pvae.analysis.bounds.weights import log_weights
 from pvae.analysis.figures.estimate import Estimate, Figures, Row
@@ -182,9 +182,12 @@ def calibration(
     if rows < 2 or draws < 2 or importance < 0:
         found = f"rows={rows}, draws={draws}, importance={importance}"
         raise DataError(f"calibration: expected at least two rows and draws, importance of at least 0; got {found}.")
+    taken = draws * max(1, importance)
+    latents = sum(shape.numel for shape in pair.structure.shapes.values())
+    told = f"{rows:,} rows with {taken:,} samples of each"
+    require_room(pair, "calibration", rows + 2 * taken, 2 * rows * draws * latents, told)
     like = _template(pair, rows, x, seed)
     _require_samples(pair)
-    taken = draws * max(1, importance)
     chunk = max(1, pair.structure.rows_at_once(max(1, NUMBERS // like[0].numel())) // taken)
     parts, done = [], 0
     with quiet(pair, like, seed), same_globals(pair, like):

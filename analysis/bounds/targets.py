@@ -10,6 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
+from pvae.analysis.aggregate.entry import require_room
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, sum_over
 from pvae.pair.layout import Layout, SiteShape, samples, site_shape, unwrapped
@@ -35,11 +36,13 @@ class AnnealingPlan:
         """Settings that the result of annealing contains, by name."""
         return {name: getattr(self, name) for name in ("temperatures", "chains", "leapfrog", "start")}
 
-    def check(self, pair: Pair) -> None:
-        """Refuse counts below one, an unknown start, and latents that are global or summed out by the model."""
+    def check(self, pair: Pair, rows: int) -> None:
+        """Refuse counts below one or too large for memory, an unknown start, latents that are global or summed out."""
         for name in ("temperatures", "chains", "leapfrog"):
             if getattr(self, name) < 1:
                 raise DataError(f"{self.caller}: expected {name} of at least 1; got {getattr(self, name)}.")
+        told = f"{self.chains:,} chains for each of {rows:,} rows, {self.temperatures:,} temperatures"
+        require_room(pair, self.caller, rows + 4 * self.chains, rows * self.chains + 50 * self.temperatures, told)
         if self.start not in ("guide", "prior"):
             raise DataError(f"{self.caller}: expected start 'guide' or 'prior'; got {self.start!r}.")
         if names := ", ".join(pair.layout.shared):

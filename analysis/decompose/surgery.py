@@ -11,7 +11,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pvae.analysis.aggregate.aggregated import MEMORY
-from pvae.analysis.aggregate.entry import accept, quiet
+from pvae.analysis.aggregate.entry import accept, quiet, require_room
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.by_covariate import by_group, by_presence, settled
 from pvae.analysis.decompose.by_row import priors_by_row
@@ -121,6 +121,9 @@ def surgery(
     if samples < 1:
         raise DataError(f"surgery: expected at least one draw; got samples={samples}.")
     x = accept(pair, x)
+    levels = len(pair.layout.latents) + len(pair.layout.enumerated)
+    kept = samples * len(x) * (1 + 6 * levels)
+    require_room(pair, "surgery", 4 * len(x), kept, f"{samples:,} samples of {len(x):,} rows")
     train = None if train is None else accept(pair, train)
     y = _labels(labels, x)
 

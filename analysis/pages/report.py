@@ -6,7 +6,7 @@ from typing import Any
 
 from pvae.analysis.pages.comparison.comparison import Comparison
 from pvae.analysis.pages.comparison.sections import COMPARISON_SECTIONS
-from pvae.analysis.pages.document.document import Document, Stages, claim
+from pvae.analysis.pages.document.document import Document, Stages, claimed
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.runs.run import Run
@@ -47,6 +47,7 @@ def report(
         The path of the HTML file. An earlier report is replaced only when this one is complete.
 
     Raises:
+        BusyError: another process makes this report.
         PvaeError: the run has no checkpoint or no data, or a file cannot be written.
 
     Example:
@@ -56,7 +57,8 @@ def report(
         ```
     """
     exam = Examination(run, split, samples=samples, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed)
-    return examine(exam, on_progress).write(run.files.report, figures=figures)
+    with claimed(run.files.report):
+        return examine(exam, on_progress).write(run.files.report, figures=figures)
 
 
 def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
@@ -113,6 +115,7 @@ def compare(
         The path of the HTML file. An earlier page in the folder is replaced only when this one is complete.
 
     Raises:
+        BusyError: another process makes a page in the folder.
         DataError: there are fewer than two runs, or their ELBOs cannot be compared, because they differ in the data,
             the binarisation or the covariates.
 
@@ -124,8 +127,8 @@ def compare(
     """
     settings: dict[str, Any] = {"split": split, "samples": samples, "evidence_samples": evidence_samples, "seed": seed}
     found = Comparison(runs, names, groups, **settings)
-    claim(out)
-    return examine_runs(found, title, description, on_progress).write(out, figures=figures)
+    with claimed(out):
+        return examine_runs(found, title, description, on_progress).write(out, figures=figures)
 
 
 def examine_runs(found: Comparison, title: str, description: str, on_progress: StageProgress = silent) -> Document:

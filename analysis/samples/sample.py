@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.entry import require_room
 from pvae.analysis.samples import running
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
@@ -124,6 +125,7 @@ class Template:
         self, source: Run | Pair, pair: Pair, n: int, given: Covariates | None, seed: int, row: Tensor | None = None
     ) -> None:
         self.pair, self.frame, self.row = pair, pair.frame, row
+        require_room(pair, "samples", n, 0, f"{n:,} samples")
         needed = not pair.declared or (pair.frame.covariates and not given and row is None)
         self.data = source.data.train.rows if isinstance(source, Run) and needed else None
         self.numbers = max(1, prod(self.frame.row))

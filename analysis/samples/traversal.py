@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Bernoulli
 
-from pvae.analysis.aggregate.entry import accept
+from pvae.analysis.aggregate.entry import accept, require_room
 from pvae.analysis.decompose.collapse import activity
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.sites import as_value
@@ -132,6 +132,7 @@ def traverse(
         scores, order = (None, "their own order") if seen is None else _scores(pair, seen, name)
         at = base[name].value.flatten() if base else priors[name][0]
         chosen = _dims(dims, name, len(at), scores)
+        require_room(pair, "traverse", steps * len(chosen), 0, f"{steps:,} steps of {len(chosen)} coordinates")
         places = _places(nodes[name]["fn"], name, priors[name], chosen, steps, span)
         moved = at.expand(*places.shape, -1).clone()
         moved[range(len(chosen)), :, list(chosen)] = places.to(moved)

@@ -56,8 +56,7 @@ def surgery(
         for name, s in found.items()
         if by_class
     ]
-    whole = side_by_side(found) if split == "both" else found[split]
-    shared.answer({"run": str(opened.path), **more}, whole, *tables)
+    shared.answer({"run": str(opened.path), **more}, side_by_side(found) if split == "both" else found[split], *tables)
 
 
 METHODS = ("iwae", "prior", "ais", "bracket")
@@ -232,8 +231,7 @@ def posterior(
     path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
     summary = found.summary()
     data = {"run": str(opened.path), "split": split, "file": str(path), "summary": summary.to_dict("index")}
-    shown = summary.to_string(float_format="{:.3f}".format, max_rows=40)
-    shared.answer(data, shown, f"posterior: {path}")
+    shared.answer(data, summary.to_string(float_format="{:.3f}".format, max_rows=40), f"posterior: {path}")
 
 
 # ---------------------------------------------------------------------- HTML pages
@@ -253,6 +251,7 @@ def report(
     seed: int = 0,
 ) -> None:
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
+    from pvae.analysis.pages.document.document import claimed
     from pvae.analysis.pages.report import examine
     from pvae.analysis.pages.sections.examination import Examination
     from pvae.cli.handwritten import is_pair_file
@@ -262,8 +261,9 @@ def report(
         opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed,
         population="full" if population else "rows",
     )  # fmt: skip
-    found = shared.watched("report", examine, exam)
-    path = found.write(opened.files.report, figures=figures)
+    with claimed(opened.files.report):
+        found = shared.watched("report", examine, exam)
+        path = found.write(opened.files.report, figures=figures)
     shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found, f"report: {path}")
 
 
@@ -279,12 +279,12 @@ def compare(
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.pages.comparison.comparison import Comparison
-    from pvae.analysis.pages.document.document import claim
+    from pvae.analysis.pages.document.document import claimed
     from pvae.analysis.pages.report import examine_runs
 
     opened = [shared.open(run) for run in runs]
     comparison = Comparison(opened, split=split, evidence_samples=evidence_samples, seed=seed)
-    claim(out)  # before the work
-    found = shared.watched("compare", examine_runs, comparison, " and ".join(comparison.exams), "")
-    path = found.write(out, figures=figures)
+    with claimed(out):
+        found = shared.watched("compare", examine_runs, comparison, " and ".join(comparison.exams), "")
+        path = found.write(out, figures=figures)
     shared.answer({"file": str(path), **found.to_dict()}, found, f"comparison: {path}")

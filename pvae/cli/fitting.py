@@ -185,6 +185,7 @@ def study(
     file: Annotated[str, Argument(help="The name of a study (priors, discrete) or a TOML file with [sweep].")],
     jobs: Annotated[int | None, Option("--jobs", min=1, help="Processes at a time; cores / threads.")] = None,
     threads: Annotated[int, Option("--threads", min=1, help="Threads of each process.")] = 1,
+    allow_changes: Annotated[bool, Option("--allow-changes", help="Accept inexact continuations.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="List the cases with their states, run nothing.")] = False,
     out: Annotated[Path | None, Option("--out", help="Folder of the comparison; study-NAME unless said.")] = None,
     page: Annotated[bool, Option("--page/--no-page", help="Compare the runs on one HTML page.")] = True,
@@ -198,13 +199,14 @@ def study(
     if dry_run:
         _list(shared, declared)
         return
-    from pvae.analysis.pages.document.document import claim
+    from pvae.analysis.pages.document.document import earlier
 
     where = out or Path(f"study-{slug(declared.name)}")
     if page or out is not None:
-        claim(where)  # before the work
+        earlier(where)  # before the work
     options: dict[str, Any] = {"run_dir": shared.run_dir, "data_dir": shared.data_dir, "device": shared.device}
-    found = pvae.study(file, **options, jobs=jobs, threads=threads, progress=not shared.quiet)
+    options |= {"jobs": jobs, "threads": threads, "allow_changes": allow_changes}
+    found = pvae.study(file, **options, progress=not shared.quiet)
     written = None
     if page:
         try:
@@ -214,8 +216,8 @@ def study(
             tell(f"no comparison: {error}", err=True)
     if out is not None and written is None:
         found.save(out)
-    shown = [] if written is None else [f"comparison: {written}"]
-    shared.answer({**found.to_dict(), "file": written and str(written)}, found, *shown)
+    shown = (found,) if written is None else (found, f"comparison: {written}")
+    shared.answer({**found.to_dict(), "file": written and str(written)}, *shown)
     for (case, seed, stage), problem in found.failures.items():
         tell(f"failed: {case}, {stage}, seed {seed}: {problem}", err=True)
     if found.failures:

@@ -321,9 +321,8 @@ def _constant_features(train: Split) -> list[str]:
 
 def _dim(rows: Rows, data: Data, ready: Scaled, parts: Mapping[str, Part]) -> list[str]:
     """Return a remark on unsigned bytes that are all 0 or 1 (masks), which the scale "unit" makes 0 and 1/255."""
-    if data.scale != "unit" or rows.x.dtype != np.uint8 or rows.largest != 255:
-        return []
-    if any(chunk.max() > 1 / 255 for part in parts.values() for _, chunk in ready.chunks(part)):
+    known = data.scale == "unit" and rows.x.dtype == np.uint8 and rows.largest == 255
+    if not known or any(chunk.max() > 1 / 255 for part in parts.values() for _, chunk in ready.chunks(part)):
         return []
     return ['all values are 0 or 1, and scale = "unit" divides by 255: use scale = "raw"']
 

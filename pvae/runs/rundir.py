@@ -32,14 +32,14 @@ ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"
 """Kinds of events that are shown to the user as alerts."""
 _TEXTS, _DIGEST = r'\[("([^"\\]|\\.)*"(, )?)*\]', '"[0-9a-f]{64}"'
 MANIFEST: dict[str, tuple[str, str]] = {
-    "data": ("a table", r"\{.*\}"),
+    **dict.fromkeys(("data", "metrics"), ("a table", r"\{.*\}")),
     **dict.fromkeys(("git", "parent"), ("a table, or null,", r"null|\{.*\}")),
     **dict.fromkeys(("name", "id", "started", "figure", "origin", "host", "platform", "declaration"), ("text", '".*"')),
     **dict.fromkeys(("parent.run", "data.source"), ("text", '".*"')),
     **dict.fromkeys(("imports", "exports", "argv"), ("a list of texts", _TEXTS)),
-    **dict.fromkeys(("seed", "order", "schema", "step"), ("a whole number", r"\d{1,18}")),
-    **dict.fromkeys(("data.fingerprint", "spec"), ("a SHA-256 digest", _DIGEST)),
-    "declared": ("true or false", "true|false"),
+    **dict.fromkeys(("seed", "order", "schema", "step", "metrics.bytes"), ("a whole number", r"\d{1,18}")),
+    **dict.fromkeys(("data.fingerprint", "spec", "metrics.sha256"), ("a SHA-256 digest", _DIGEST)),
+    **dict.fromkeys(("declared", "ended"), ("true or false", "true|false")),
     "trainable": ("a list of texts, or null,", f"null|{_TEXTS}"),
     "device": ("cpu or cuda", r'"(cpu|cuda(:\d{1,3})?)"'),
     "engine": ("eager, compiled or captured", '"(eager|compiled|captured)"'),
@@ -237,6 +237,12 @@ class RunDirectory:
         """Return all rows of metrics; an incomplete last line is dropped; raises DataError for other damage."""
         return files.read_lines(self.path, "metrics.jsonl")
 
+    def metrics_digest(self, size: int | None = None) -> dict[str, Any]:
+        """Return size (bytes) and SHA-256 of the metrics on the disk, or of their first `size` bytes."""
+        there = os.path.lexists(self.path / "metrics.jsonl")
+        content = files.read_inside(self.path, "metrics.jsonl", 1 << 31)[:size] if there else b""
+        return {"bytes": len(content), "sha256": files.digest(content)}
+
     def metrics(self) -> pandas.DataFrame:
         """Return the metrics as a data frame, with null as NaN; raises DataError if they cannot be converted."""
         import pandas
@@ -323,9 +329,8 @@ def _row(path: Path) -> dict[str, Any]:
     return {
         **row,
         **{key: manifest[key] for key in ("name", "started") if key in manifest},
-        **{key: _number(status.get(key)) for key in ("epoch", "epochs", "elbo", "log_joint")},
+        **{key: _number(status.get(key)) for key in ("epoch", "epochs", "elbo", "log_joint", "seconds")},
         "state": "stale" if state == "running" and find.is_stale(status) else state,
-        "seconds": _seconds(status),
     }
 
 
@@ -333,11 +338,3 @@ def _number(value: object) -> int | float | None:
     """Return ``value`` if it is a number of displayable size, else None; a damaged status may contain anything."""
     known = isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
     return cast("int | float", value) if known else None
-
-
-def _seconds(status: Mapping[str, Any]) -> float | None:
-    """Return the training time in a run's status, else the seconds from the process's start to its last heartbeat."""
-    if (told := _number(status.get("seconds"))) is not None:
-        return float(told)
-    begun, silent = find.age_seconds(status.get("started")), find.age_seconds(status.get("heartbeat"))
-    return None if begun is None or silent is None else round(max(0.0, begun - silent), 3)

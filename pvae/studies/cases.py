@@ -264,13 +264,10 @@ def _require_distinct(cases: Sequence[Case], problems: _Problems) -> None:
     known: dict[tuple[str, Case | None], Case] = {}
     for case in cases:
         other = known.setdefault((case.digest, case.parent), case)
-        if other.label != case.label:
-            wanted = f"another declaration than {other.label!r}"
-        elif other.stage != case.stage:
-            wanted = f"{case.stage!r} to differ from {other.stage!r}"
-        else:
-            continue
-        problems[f"expected {wanted}; got the same. Drop one."][case.label] = None
+        if (other.label, other.stage) != (case.label, case.stage):
+            same, apart = f"{case.stage!r} to differ from {other.stage!r}", f"another declaration than {other.label!r}"
+            wanted = same if other.label == case.label else apart
+            problems[f"expected {wanted}; got the same. Drop one."][case.label] = None
 
 
 def _unknown_first_stages(sweep: Sweep, settings: Sequence[_Setting]) -> Iterator[str]:

@@ -94,6 +94,7 @@ class Runner:
         measure: settings of the metrics of a finished run.
         on_change: called with the tasks after every check of their states.
         origin: argument of `pvae study`, for the message that says how to continue.
+        allow_changes: resume runs of another machine or version, too, as `resume` does.
     """
 
     tasks: Sequence[Task]
@@ -106,6 +107,7 @@ class Runner:
     measure: Measure
     on_change: Callable[[Sequence[Task]], None]
     origin: str
+    allow_changes: bool = False
 
     def __post_init__(self) -> None:
         self.shelf, self.answer = Shelf(self.root), _Forward(self._pass_on)
@@ -216,6 +218,7 @@ class Runner:
             "device": had.get("device", self.device),
             "threads": had.get("threads", self.threads),
             "measure": self.measure.model_dump(exclude_none=True),
+            "allow_changes": self.allow_changes,
         }
 
     def _start(self, task: Task, job: Mapping[str, Any]) -> None:
@@ -321,7 +324,7 @@ def work(job: Mapping[str, Any]) -> None:
     spec = None if job["spec"] is None else Experiment.from_toml(job["spec"])
     run = None if job["run"] is None else Run.load(job["run"], root=root, data_dir=job["data_dir"])
     if job["kind"] == "resume" and run is not None:
-        run = resume(run, device=device, progress=False)
+        run = resume(run, device=device, progress=False, allow_changes=bool(job["allow_changes"]))
     elif run is not None and spec is not None:
         run = fit_stage(run, spec, root, device, progress=False)
     elif spec is not None:

@@ -83,8 +83,7 @@ class Study:
         rows = []
         for case in self.declared.cases:
             if case.key in self.runs:
-                run = self.runs[case.key]
-                found = row_of(figures(run, self.declared.measure))
+                found = row_of(figures(run := self.runs[case.key], self.declared.measure))
                 rows.append({**_names(case.key), **case.differences, **found, "run": str(run.path)})
         return frame(rows)
 
@@ -163,6 +162,7 @@ def study(
     device: str = "auto",
     jobs: int | None = None,
     threads: int = 1,
+    allow_changes: bool = False,
     progress: bool = True,
 ) -> Study:
     """Run every case of a study in a process of its own, and compute the metrics of each finished run.
@@ -179,6 +179,7 @@ def study(
         device: "auto", "cpu" or "cuda"; a resumed run keeps its device.
         jobs: number of processes at a time; by default the number of cores divided by `threads`.
         threads: threads of each process; a resumed run keeps its own number.
+        allow_changes: resume interrupted runs also on another machine or under other versions, as `resume` does.
         progress: show a table on a terminal, a line for each change elsewhere.
 
     Returns:
@@ -217,7 +218,7 @@ def study(
     with Board(declared.name, root, show=progress) as board:
         Runner(
             tasks, root, data_dir=data_folder, device=device, jobs=jobs or max(1, cores // threads), threads=threads,
-            measure=declared.measure, on_change=board.update, origin=declared.origin,
+            measure=declared.measure, on_change=board.update, origin=declared.origin, allow_changes=allow_changes,
         ).run()  # fmt: skip
     finished = {case.key: run for case, state, run in states(declared, root) if run is not None and state == "finished"}
     failed = {case.key: task.error for task in tasks if task.state == "failed" for case in task.cases}

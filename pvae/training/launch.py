@@ -18,7 +18,7 @@ from pvae.runs import checkpoint
 from pvae.runs.export.exporting import exporting
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
-from pvae.runs.seal import seal
+from pvae.runs.seal import recorded, seal
 from pvae.training import artefacts, loop
 from pvae.training.evaluation import evaluate
 from pvae.training.step import choose_engine, learned
@@ -107,8 +107,9 @@ def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) ->
     """
     row = evaluate(pair, data.validation.rows, plan.seed, len(data.train))
     files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
-    tensors = {"weights": dict(pair.state_dict()), "optimizer": {}}
-    checkpoint.write(files.path / "checkpoints", 0, tensors, {"select": "weights"}, run=seal(files, plan.to_toml()))
+    tensors, told = {"weights": dict(pair.state_dict()), "optimizer": {}}, seal(files, plan.to_toml())
+    where, run = files.path / "checkpoints", recorded(files, told, ended=True)
+    checkpoint.write(where, 0, tensors, {"select": "weights"}, run=run)
     total = pair.structure.total
     ended = {"epoch": 0, "epochs": 0, "step": 0, "engine": "none", "seconds": 0.0, total: row[total]}
     files.update_status(state="finished", **ended)

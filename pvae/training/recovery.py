@@ -19,6 +19,7 @@ from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.run import chosen, load_weights, require_same
+from pvae.runs.seal import recorded
 from pvae.training import step
 from pvae.training.trainer import State, Trainer, first_line
 from pvae.util.files import write_atomic
@@ -64,10 +65,11 @@ def save(trainer: Trainer, *, last: bool = False) -> None:
         tensors["progress"] = {"sums": trainer.sums, **trainer.gathered}
     state = {k: v for k, v in asdict(trainer.state).items() if v != -math.inf} | {"select": select}
     folder, start = trainer.files.path / "checkpoints", trainer.state.epoch * trainer.per_epoch
-    last = last or trainer.state.stopped or trainer.state.epoch >= trainer.train.epochs
+    ended = trainer.state.stopped or trainer.state.epoch >= trainer.train.epochs
+    last, run = last or ended, recorded(trainer.files, trainer.sealed, ended)
     for wait in (*RETRY_SECONDS, None) if last else (None,):
         try:
-            checkpoint.write(folder, trainer.state.step, tensors, state, run=trainer.sealed, spared=start)
+            checkpoint.write(folder, trainer.state.step, tensors, state, run=run, spared=start)
             break
         except StorageError as error:
             if wait is None and last:
@@ -104,6 +106,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         trainer.gathered.clear()  # in place: the stepper holds it
         trainer.gathered.update(progress)
         trainer.state = State.of(saved)
+        trainer.files.truncate_metrics(trainer.state.epoch)
         if keeps_best and trainer.best is None:
             trainer.state.best = trainer.state.elbo = -math.inf
         if trainer.state.step:
@@ -158,7 +161,6 @@ def handle(trainer: Trainer, message: str, steps: int) -> bool:
         fail(trainer, message)
     restore(trainer, saved)
     trainer.state.rollbacks = state.rollbacks + 1
-    trainer.files.truncate_metrics(trainer.state.epoch)
     if trainer.engine == "captured":  # the graph holds the tensors of the optimiser's former state
         trainer.make_stepper()
     trainer.tell("nonfinite", f"{message}; rolled back to step {trainer.state.step}, with other noise")

@@ -32,7 +32,7 @@ from pvae.util.provenance import UNCOUNTED, surroundings
 from pvae.util.toml import flat
 
 RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads", "precision", "figure", "host",
-             "platform", "versions", "manifest.json", "checkpoint")  # fmt: skip
+             "platform", "versions", "manifest.json", "metrics.jsonl", "status.json", "checkpoint")  # fmt: skip
 """Prefixes of the keys that `allow_changes` permits to change in a run: settings of training, never of model or
 data."""
 NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")

@@ -80,11 +80,10 @@ class Cleaning:
 
     def rows(self) -> Iterator[tuple[str, str, str]]:
         """Yield the printed rows: path, size (or "skipped", "failed") and reason of every file or run."""
-        for r in self.removals:
-            yield one_line(str(r.path)), megabytes(r.size), r.why
-        for label, pairs in (("skipped", self.skipped), ("failed", self.failed)):
-            for path, why in pairs:
-                yield one_line(str(path)), label, one_line(why)
+        found = [(r.path, megabytes(r.size), r.why) for r in self.removals]
+        found += [(path, "skipped", why) for path, why in self.skipped]
+        found += [(path, "failed", why) for path, why in self.failed]
+        return ((one_line(str(path)), size, one_line(why)) for path, size, why in found)
 
     def __rich__(self) -> Table:
         columns = (Column("path", overflow="fold"), Column("size", justify="right", no_wrap=True), "why")

@@ -133,12 +133,11 @@ def elbo(_: CheckArguments) -> Iterator[Check]:
 def determinism(_: CheckArguments) -> Iterator[Check]:
     """Yield a check that fails if the same seed gives different gradients."""
     first, second = _gradients(), _gradients()
-    if first.equal(second):
-        yield Check("determinism", "ok", "same seed, same bits of the loss and all gradients (eager, on the CPU)")
-    else:
-        off = float((first - second).abs().max())
+    text, advice = "same seed, same bits of the loss and all gradients (eager, on the CPU)", ""
+    if not first.equal(second):
+        text = f"same seed, gradients that differ by up to {float((first - second).abs().max()):.1e}"
         advice = "Runs are not resumed bit for bit here: set OMP_NUM_THREADS=1, and look again."
-        yield Check("determinism", "failed", f"same seed, gradients that differ by up to {off:.1e}", advice)
+    yield Check.judged("determinism", "failed", text, advice)
 
 
 def _gradients() -> Tensor:
@@ -211,7 +210,7 @@ CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
         ask.__name__: ask
         for ask in (python, packages, torch, machine.devices, machine.threads, machine.precision, pyro)
     },
-    **{ask.__name__: ask for ask in (machine.compiler, machine.run_dir, machine.lock, machine.space)},
+    **{ask.__name__: ask for ask in (machine.compiler, machine.run_dir, machine.space)},
     "cache": machine.cache,
     "home": machine.home,
     "temporary": machine.temporary,

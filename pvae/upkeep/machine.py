@@ -154,19 +154,6 @@ def run_dir(given: CheckArguments) -> Iterator[Check]:
         yield Check("run_dir", "ok", f"{folder.absolute()}: made, written, synced, renamed")
 
 
-def lock(given: CheckArguments) -> Iterator[Check]:
-    """Yield a check that fails if the file system of the runs grants the same file lock twice."""
-    from filelock import FileLock, Timeout
-
-    with _trial(given.runs) as trial, FileLock(trial / ".lock", timeout=0):
-        try:
-            with FileLock(trial / ".lock", timeout=0):
-                advice = "Keep runs on another file system: here two processes could write one run."
-                yield Check("lock", "failed", f"{given.runs}: a lock was given twice", advice)
-        except Timeout:
-            yield Check("lock", "ok", "held against a second owner")
-
-
 def space(given: CheckArguments) -> Iterator[Check]:
     """Yield a check that warns or fails if the disk of the runs is almost full."""
     folder = given.runs.absolute()
@@ -230,8 +217,8 @@ def collection(name: str, wanted: Collection, named: Path | None) -> Check:
         return Check(name, "ok", str(archive or ", ".join(sorted({str(path) for path in found}))))
     missing = f"{found.count(None)} of {len(found)} files are not here"
     if os.environ.get("PVAE_OFFLINE", "0") in ("", "0"):
-        facts = {"missing": found.count(None)}
-        return Check(name, "ok", f"{missing}; downloaded when they are first used", facts=facts)
+        there = f"{missing}; downloaded when they are first used"
+        return Check(name, "ok", there, facts={"missing": found.count(None)})
     package = f", or install {wanted.package}" if wanted.package else ""
     advice = f"Put them in DIR/{wanted.slug} and pass --data-dir DIR{package}."
     return Check(name, "warning", f"{missing}, and PVAE_OFFLINE is set", advice)

@@ -67,8 +67,8 @@ def verify(
     opened = run if isinstance(run, Run) else Run(_directory(run, Path(root)), data_dir=where)
     look = _Inspection(opened)
     checks = [check for name, ask in look.asked(data) for check in attempt(name, ask)]
-    loads = look.saved.path.name if look.saved else None
-    return Checks(f"run {opened.path}", tuple(checks), {"run": str(opened.path), "loads": loads})
+    facts = {"run": str(opened.path), "loads": look.saved.path.name if look.saved else None}
+    return Checks(f"run {opened.path}", tuple(checks), facts)
 
 
 def _directory(path: str | Path, root: Path) -> RunDirectory:
@@ -118,12 +118,10 @@ class _Inspection:
         yield Check("manifest.json", "ok", f"{found['name']}, started {found['started']}{told}")
 
     def spec(self) -> Iterator[Check]:
-        """Yield the check of spec.toml: it parses, round-trips, was not edited, and agrees with the manifest."""
+        """Yield the check of spec.toml: it parses, was not edited, and agrees with the manifest."""
         plan = self.run.plan
         text = plan.to_toml()
         where = self.path / "spec.toml"
-        if type(plan).from_toml(text, "spec.toml") != plan:
-            raise DataError(f"{where}: expected a declaration that round-trips; got another. Report it.")
         manifest = self.run.files.manifest
         for key, found in (("seed", plan.seed), ("name", plan.name)):
             if key in manifest and manifest[key] != found:

@@ -28,14 +28,13 @@ def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
     if (weights := saved.tensors.get("weights")) is None:
         yield f"expected a group of weights; got {', '.join(saved.tensors) or 'none'}"
         return
-    for group in [name for name in ("weights", "best", "average") if name in saved.tensors]:
+    groups = {name: (weights, pair) for name in ("weights", "best", "average") if name in saved.tensors}
+    for group, (first, own) in {**groups, "optimizer": ({}, None)}.items():
         try:
-            bad = _not_finite(group, {**weights, **saved.tensors[group]}, pair)
+            bad = _not_finite(group, {**first, **saved.tensors.get(group, {})}, own)
             yield from (f"{group}: {name} is not finite" for name in bad[:LISTED_TENSORS])
         except CheckpointError as problem:
             yield str(problem)
-    bad = _not_finite("optimizer", saved.tensors.get("optimizer", {}), None)
-    yield from (f"optimizer: {name} is not finite" for name in bad[:LISTED_TENSORS])
     for validated in (chosen, State.of):
         try:
             validated(saved)
@@ -91,9 +90,8 @@ def _compare(run: Run, device: str, recorded: Mapping[str, Any], measured: Mappi
     unit = " nats per datum" if {"elbo", "log_joint"}.intersection(names) else ""
     first = f"{names[0]} {recorded[names[0]]:.6f}{unit}" if names else "nothing"
     largest = max(off.values(), default=0.0)
-    same = (
-        f"within {ELBO_TOLERANCE:g}, off by {largest:.1e}: {_differences(run, device)}" if largest else "the same bits"
-    )
+    apart = f"within {ELBO_TOLERANCE:g}, off by {largest:.1e}: {_differences(run, device)}"
+    same = apart if largest else "the same bits"
     return Check("elbo", "ok", f"{first}, as recorded for validation: {same}", facts=facts)
 
 

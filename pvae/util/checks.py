@@ -118,10 +118,9 @@ class Checks:
 
 def attempt(name: str, check: Callable[[], Iterable[Check] | None]) -> list[Check]:
     """Return the results that `check` yields; an error that it raises becomes a failed check called `name`."""
-    found = []
+    found: list[Check] = []
     try:
-        for one in check() or ():  # one by one: what was found before an error is kept
-            found.append(one)
+        found += check() or ()  # one by one: what was found before an error is kept
     except Exception as problem:
         text = str(problem) if isinstance(problem, PvaeError) else f"{type(problem).__name__}: {problem}"
         advice = next(advice for kind, advice in _ADVICE if isinstance(problem, kind))

@@ -138,6 +138,8 @@ def remove(path: Path, *, ignore_errors: bool = False) -> None:
 
 def _open_plain(path: Path, flags: int) -> int:
     """Return the descriptor of an opened regular file; raises OSError for a link, device or pipe, without blocking."""
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "a link, which is not followed")
     descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     if stat.S_ISREG(os.fstat(descriptor).st_mode):
         return descriptor
@@ -235,8 +237,7 @@ def append(path: Path, line: bytes) -> None:
     """Append a complete line to a file, or nothing (raises OSError); an incomplete last line is repaired first."""
     descriptor = _open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
-        size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        if (size := os.fstat(descriptor).st_size) and os.pread(descriptor, 1, size - 1) != b"\n":
             content = os.pread(descriptor, size, 0)
             start = content.rfind(b"\n") + 1
             if _json_object(content[start:]) is None:  # cut off
@@ -261,8 +262,7 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     if not os.path.lexists(folder / name):
         return []
     lines = [line for line in read_inside(folder, name, 1 << 31).split(b"\n") if line.strip()]
-    rows = [_json_object(line) for line in lines]
-    if rows and rows[-1] is None:
+    if (rows := [_json_object(line) for line in lines]) and rows[-1] is None:
         rows.pop()
     if None in rows:
         raise DataError(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pvae.errors import DeclarationError, out_of_memory
+from pvae.errors import DataError, DeclarationError, out_of_memory
 
 COUNTED_BYTES = 1 << 26
 """Size (bytes) above which a tensor is only counted, not allocated. Once all tensors together exceed eight times this
@@ -84,8 +84,7 @@ class _Weighing(TorchDispatchMode):
 
     def _count(self, t: Tensor, size: int) -> None:
         storage = t.untyped_storage()
-        key = storage._cdata
-        if key not in self.living:
+        if (key := storage._cdata) not in self.living:
             self.living[key] = weakref.ref(storage, lambda _: self._end(key, size))
             self.now += size
             self.sum += size
@@ -201,8 +200,7 @@ def _on_meta(module: nn.Module) -> nn.Module:
     """Return a copy of a module whose parameters, and buffers of more than `SMALL_BYTES`, lie on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        own = isinstance(tensor, nn.Parameter)
-        if own or tensor.nbytes > SMALL_BYTES:
+        if (own := isinstance(tensor, nn.Parameter)) or tensor.nbytes > SMALL_BYTES:
             moved = tensor.detach().to("meta")
             memo[id(tensor)] = nn.Parameter(moved, requires_grad=tensor.requires_grad) if own else moved
     return copy.deepcopy(module, memo)
@@ -214,6 +212,25 @@ def _refused(needed: str, device: torch.device | None = None) -> DeclarationErro
         f"Expected a declaration that fits into the {_gib(total_memory(device))} of {where}; got one that needs "
         f"{needed}. Make latents, codes, networks or batches smaller."
     )
+
+
+def require_memory(needed: float, name: str, got: str, todo: str) -> None:
+    """Refuse rows that need more than half of this computer's memory.
+
+    Arguments:
+        needed: bytes that they need.
+        name: what reads or makes them.
+        got: their number, or shape and type.
+        todo: what the user can do.
+
+    Raises:
+        DataError: the message gives the memory that they need.
+    """
+    if 2 * needed > (memory := total_memory()):
+        raise DataError(
+            f"{name}: expected rows that fit into half of this computer's memory of {memory / GIB:,.2f} GiB; got "
+            f"{got}, which need {needed / GIB:,.2f} GiB. {todo}"
+        )
 
 
 def _gib(size: int) -> str:

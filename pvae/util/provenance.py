@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from contextlib import suppress
 from typing import Any
 
 GIT_SECONDS = 5.0
@@ -44,8 +45,7 @@ def _git(*arguments: str) -> str | None:
 
     there, none = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}, subprocess.DEVNULL
     command = ["git", "-c", "core.fsmonitor=false", *arguments]  # a repository could name a program there
-    try:
+    with suppress(OSError, subprocess.SubprocessError):
         said = subprocess.check_output(command, env=there, stdin=none, stderr=none, timeout=GIT_SECONDS)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return said.decode(errors="replace").strip()
+        return said.decode(errors="replace").strip()
+    return None

@@ -67,8 +67,7 @@ def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
     known = sorted(path.stem for path in folder.glob("*.toml"))
     if name_or_file in known:
         return folder / f"{name_or_file}.toml"
-    path = Path(name_or_file)
-    if path.is_file():
+    if (path := Path(name_or_file)).is_file():
         return path
     raise DeclarationError(
         f"{name_or_file}: expected {wanted} ({', '.join(known)}) or {file}; got neither{near(name_or_file, known)}."

@@ -97,7 +97,7 @@ def test_broken_torch_datasets(dataset: Any, match: str):
 
 def test_torch_datasets_larger_than_memory(monkeypatch: pytest.MonkeyPatch):
     """FAULTS 45 (data)."""
-    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 1000)
+    monkeypatch.setattr("pvae.util.memory.total_memory", lambda: 1000)
     with pytest.raises(DataError, match="got .60, 5. float32, which need .* Pass stream=True to Dataset.from_torch"):
         Dataset.from_torch(TensorDataset(XT))
     refused(r"train: expected rows that fit .* Pass a torch Dataset and stream=True", Dataset.from_tensors, XT)

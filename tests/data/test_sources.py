@@ -114,7 +114,7 @@ def test_a_fit_on_streamed_rows(name: str, tmp_path: Path):
 @pytest.mark.parametrize("name", ["npy", "npz_deflated", "idx_gz", "images"])
 def test_rows_too_large_for_memory(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """FAULTS 45 (data): refused with the memory they need, before they are read; streamed they pass."""
-    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 2000)
+    monkeypatch.setattr("pvae.util.memory.total_memory", lambda: 2000)
     refused(r"half of this computer's memory of .* GiB; got \(60, .*stream = true", load, made(name, tmp_path))
     assert len(load(made(name, tmp_path, stream=True)).train) == 48
 
@@ -273,7 +273,7 @@ def test_a_bomb_is_decoded_in_bounded_memory_or_refused(tmp_path: Path, monkeypa
     """FAULTS 27: 64 MiB of zeros in 64 KiB."""
     path = npz(tmp_path, np.savez_compressed, x=np.zeros((2**13, 2**10)))
     assert os.path.getsize(path) < 2**17
-    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 2**27)
+    monkeypatch.setattr("pvae.util.memory.total_memory", lambda: 2**27)
     refused("'x': expected rows that fit into half of this computer's memory", load, Npz(path=path))
 
 

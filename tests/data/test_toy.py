@@ -7,7 +7,6 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
 import pvae
 from pvae.analysis import surgery
@@ -173,12 +172,9 @@ def declared(
 
 
 def test_an_unknown_density_is_refused_with_the_near_name():
-    with pytest.raises(
-        DeclarationError, match=r"data.density: expected one of moons, .*; got 'moon' .did you mean 'moo"
-    ):
+    with pytest.raises(DeclarationError, match=r"data.density: expected .moons., .*; got .moon. .did you mean .moo"):
         declared(density="moon")
-    refused(r"data.density: expected one of moons, .*; got 3", declared, density=3, error=DeclarationError)
-    refused("did you mean 'rings'", Toy, density="ring", error=ValidationError)
+    refused(r"data.density: expected 'moons', .*; got 3", declared, density=3, error=DeclarationError)
 
 
 @pytest.mark.parametrize("change", [{"rows": 0}, {"noise": -0.1}, {"data_seed": "own"}, {"data_seed": -1}])
@@ -243,5 +239,5 @@ def test_a_prior_that_learns_wins_in_the_plane(prior: str, plain: Surgery, tmp_p
 
 def test_rows_too_large_for_memory_are_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """FAULTS 57."""
-    monkeypatch.setattr("pvae.data.rows.files.total_memory", lambda: 2**32)
+    monkeypatch.setattr("pvae.util.memory.total_memory", lambda: 2**32)
     refused("data.rows = 20,000,000.* which need 3.22 GiB. Lower data.rows", Toy(rows=20_000_000).read, None, 0)

@@ -5,13 +5,16 @@ Rows of the table in tests/README.md are named in the docstrings; the last secti
 
 import csv
 import itertools
+import json
 import os
+import platform
 import re
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +25,16 @@ from rich.text import Text
 from torch import Tensor
 
 import pvae
-from pvae.analysis.pages.report import examine, report
-from pvae.analysis.pages.sections.examination import Examination
+from pvae import analysis
+from pvae.analysis.pages.document.document import claimed
+from pvae.analysis.pages.report import compare, report
+from pvae.analysis.truths.example import example_pair
 from pvae.cli.app import say, tell
 from pvae.data import Dataset
-from pvae.errors import DataError, DeclarationError, DeviceError, StorageError, printable
+from pvae.errors import BusyError, DataError, DeclarationError, DeviceError, StorageError, printable
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss, weigh_step
+from pvae.runs.find import this_process
 from pvae.runs.rundir import RunDirectory
 from pvae.training import loop
 from pvae.training.trainer import Trainer
@@ -144,25 +150,33 @@ def test_a_report_on_a_full_disk_leaves_the_old_one(last: bool, runs: Path, repo
     assert written(min(reported).parent) == reported
 
 
-def test_two_reports_at_once_are_both_whole(
-    runs: Path, reported: dict[Path, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """FAULTS 44: the one that ends last stands, whole."""
-    run = pvae.Run.load("vae", root=runs)
+@pytest.mark.parametrize("kind", ["report", "comparison"])
+def test_one_process_makes_a_page(kind: str, runs: Path, reported: dict[Path, bytes], tmp_path: Path) -> None:
+    """FAULTS 44: the second gets 75 from the first moment to the last; a page whose maker was killed is made anew."""
+    run, few = pvae.Run.load("vae", root=runs), {"samples": 1, "evidence_samples": 2}
+    folder = run.files.report if kind == "report" else tmp_path
+    make = (
+        partial(report, run, **few)
+        if kind == "report"
+        else partial(compare, [run, run], folder, names=["a", "b"], **few)
+    )
+    command = ["report", "vae"] if kind == "report" else ["compare", "vae", "vae", "--out", str(folder)]
+    said = set()
+
+    def meanwhile(*_: object) -> None:
+        with pytest.raises(BusyError) as caught:
+            make()
+        said.add(str(caught.value).partition(" since")[0])
+
+    (folder / ".lock").write_text(json.dumps({**this_process(), "pid": 2**22 + 1}))  # of a process that was killed
     with hasty(laid_out=False):
-        document = examine(Examination(run, samples=1, evidence_samples=2))
-    original = os.replace
-    others: list[Path] = []
-
-    def interleaved(source: Path, path: Path) -> None:
-        if path.name == "index.html" and not others:
-            others.append(path)
-            others.append(document.write(run.files.report))
-        original(source, path)
-
-    monkeypatch.setattr(os, "replace", interleaved)
-    assert document.write(run.files.report) == others[1]
-    assert written(others[0].parent) == reported
+        page = make(on_progress=meanwhile)
+    assert said == {
+        f"{folder}: expected a page that nobody holds; got one held by process {os.getpid()} on host {platform.node()}"
+    }
+    assert kind == "comparison" or written(page.parent) == reported
+    with claimed(folder):
+        assert "a page that nobody holds" in run_cli(*command, "--run-dir", str(runs), code=75)[1]
 
 
 def test_standard_output_on_a_full_disk_is_74(runs: Path) -> None:
@@ -366,6 +380,31 @@ def test_a_step_that_does_not_fit_is_refused_before_anything_is_allocated(case: 
     with pytest.raises(DeclarationError, match=r"at least [\d,.]+ GiB to be trained in batches of"):
         experiment.build((1, 28, 28), experiment.train.batch_size)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 20  # KiB
+
+
+HUGE: dict[str, Callable[[pvae.Pair, Tensor], object]] = {
+    "samples": lambda pair, x: analysis.sample(pair, 10**11),
+    "steps": lambda pair, x: analysis.traverse(pair, x[:1], steps=10**11),
+    "points": lambda pair, x: analysis.interpolate(pair, x[0], x[1], steps=10**11),
+    "simulated rows": lambda pair, x: analysis.calibration(pair, 10**11),
+    "ranks": lambda pair, x: analysis.calibration(pair, 100, 10**11),
+    "weighted ranks": lambda pair, x: analysis.calibration(pair, 100, importance=10**10),
+    "surgery": lambda pair, x: analysis.surgery(pair, x, samples=10**11),
+    "chains": lambda pair, x: analysis.ais(pair, x, chains=10**11),
+    "temperatures": lambda pair, x: analysis.ais(pair, x, temperatures=10**11),
+    "brackets": lambda pair, x: analysis.bracket(pair, x, rows=10**11),
+}
+
+
+@pytest.mark.parametrize("case", HUGE)
+def test_an_analysis_that_does_not_fit_is_refused_before_anything_is_allocated(case: str) -> None:
+    """FAULTS 45 and 57: whatever its result, or what it keeps on the way, would take."""
+    pair, x = example_pair()
+    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    with pytest.raises(DataError, match=r"which need [\d,]+\.\d+ GiB\. Ask for fewer\.$"):
+        HUGE[case](pair, x)
+    assert time.monotonic() - started < 2
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1 << 18  # KiB
 
 
 MEASURED = {

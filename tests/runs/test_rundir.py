@@ -571,12 +571,6 @@ def test_68_what_was_begun_last_is_the_latest(tmp_path: Path) -> None:
     assert last.manifest["order"] > second.manifest["order"] > fields["order"]
 
 
-def test_seconds_run_from_the_owner_to_its_last_sign_of_life(run: RunDirectory) -> None:
-    run.update_status(state="finished", started=ago(seconds=100), heartbeat=ago(seconds=40))
-    (row,) = list_runs(run.path.parents[1])
-    assert row["seconds"] == pytest.approx(60, abs=0.1)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "why"),
     [

@@ -8,6 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from pvae.runs import checkpoint
+from pvae.runs.rundir import RunDirectory
+from pvae.runs.seal import recorded
 from pvae.util.checks import Check, Checks
 
 
@@ -30,10 +32,11 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 def rewritten(run: Path, change: Callable[[dict[str, dict[str, Tensor]]], Any], **state: Any) -> None:
-    """Write the newest checkpoint anew, with other tensors or state and the right checksums."""
+    """Write the newest checkpoint anew, with other tensors or state, the right checksums and the metrics of now."""
     saved = checkpoint.read(newest(run))
     change(saved.tensors)
-    checkpoint.write(run / "checkpoints", saved.step, saved.tensors, {**saved.state, **state}, run=saved.run)
+    sealed = recorded(RunDirectory(run), saved.run, saved.run.get("ended", True))
+    checkpoint.write(run / "checkpoints", saved.step, saved.tensors, {**saved.state, **state}, run=sealed)
 
 
 def flip(path: Path) -> None:

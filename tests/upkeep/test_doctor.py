@@ -8,7 +8,6 @@ import sys
 import tomllib
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +28,7 @@ from tests.cli_runner import run_cli, run_cli_json
 
 ASKED = CheckArguments(Path("runs"), None, Future())
 NAMES = (
-    "python packages torch devices threads precision pyro compiler run_dir lock space cache home temporary data.digits "
+    "python packages torch devices threads precision pyro compiler run_dir space cache home temporary data.digits "
     "data.fashion_mnist data.mnist extras variables elbo determinism plots arviz"
 ).split()
 
@@ -155,8 +154,6 @@ FAULTS: list[tuple[str, Inject, str, str]] = [
     ("compiler", lambda patch, where: compiler(patch, "echo no omp.h >&2; exit 3", where), "warning", "3: no omp.h"),
     ("run_dir", setting("pvae.upkeep.machine.write_atomic", raising(OSError(30, "Read-only"))), "failed", "Read-only"),
     ("run_dir", setting("pvae.upkeep.machine.read_inside", returning(b"one")), "failed", "something else"),
-    ("lock", setting("filelock.FileLock", lambda *_, **__: nullcontext()), "failed", "given twice"),
-    ("lock", setting("filelock.FileLock.acquire", raising(OSError(38, "no locks"))), "failed", "no locks"),
     ("space", free(1), "failed", "0.0 GiB"),
     ("space", free(1 << 29), "warning", "0.5 GiB"),
     ("cache", files_in_place_of_folders, "warning", "file/pvae: Not a directory"),

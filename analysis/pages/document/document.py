@@ -20,6 +20,7 @@ from rich.text import Text
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
 from pvae.analysis.pages.document.text import csv_of, html_cell, legible, rich_of
 from pvae.errors import DataError, OutputError
+from pvae.runs.claim import Claim
 from pvae.runs.find import is_abandoned, leftovers
 from pvae.util.files import make_folder, plain, pretty, raising, read_object, remove, write_together
 from pvae.util.progress import StageProgress, silent
@@ -84,7 +85,7 @@ class Document:
             DataError: the folder holds an `index.html` or `report.json` that pvae did not write, or a link.
             OutputError: the folder cannot be created, or a file cannot be written.
         """
-        old = claim(folder)
+        old = earlier(folder)
         files = {f"{TABLES}/{slug(table.id)}.csv": csv_of(table).encode() for table in self._of(PageTable)}
         if figures or any(name.startswith(f"{PICTURES}/") for name in old):
             files |= {f"{PICTURES}/{slug(picture.id)}.png": picture.png for picture in self._of(Picture)}
@@ -126,7 +127,18 @@ def _engine() -> Environment:
 # ---------------------------------------------------------------------- folder
 
 
-def claim(folder: Path) -> set[str]:
+def claimed(folder: Path) -> Claim:
+    """Return the claim of a page's folder: the context in which one process makes and writes the page.
+
+    Raises:
+        BusyError: another process makes a page there.
+        DataError, OutputError: as `earlier`.
+    """
+    earlier(folder)
+    return Claim(folder / ".lock", "a page")
+
+
+def earlier(folder: Path) -> set[str]:
     """Create the folder of a page, with its parents, or reuse that of an earlier page.
 
     Returns:

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -124,9 +124,8 @@ def decoded(key: Mapping[str, Any], make: Callable[[Writer], None]) -> Decoded:
 
 def _opened(folder: Path) -> Decoded | None:
     """Return the cache entry in a folder if all its checksums match, else None."""
-    try:
-        index = read_object(folder, INDEX)
-        if not is_sealed(index):
+    with suppress(OSError, DataError, KeyError, AttributeError, TypeError):
+        if not is_sealed(index := read_object(folder, INDEX)):
             return None
         arrays: dict[str, FileArray] = {}
         for name, kept in index["arrays"].items():
@@ -137,8 +136,7 @@ def _opened(folder: Path) -> Decoded | None:
             rows = version[0] // (dtype.itemsize * prod(kept["row"]))
             arrays[name] = FileArray(path, dtype, (rows, *kept["row"]), 0, version)
         return Decoded(arrays, index["notes"])
-    except (OSError, DataError, KeyError, AttributeError, TypeError):
-        return None
+    return None
 
 
 def _file_digest(path: Path) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pvae.errors import DataError, PvaeError
 from pvae.util.files import raising
-from pvae.util.memory import GIB, total_memory
+from pvae.util.memory import require_memory
 from pvae.util.types import Array
 
 SPAN_BYTES = 2**25
@@ -230,12 +230,8 @@ def require_room(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, advice
     Raises:
         DataError: the rows are too large; the message gives the memory that they need.
     """
-    needed, memory = (dtype.itemsize + 4) * prod(shape), total_memory()
-    if 2 * needed > memory:
-        raise DataError(
-            f"{name}: expected rows that fit into half of this computer's memory of {memory / GIB:,.2f} GiB; got "
-            f"{shape} {dtype}, which need {needed / GIB:,.2f} GiB. {advice or 'Set data.stream = true.'}"
-        )
+    needed = (dtype.itemsize + 4) * prod(shape)
+    require_memory(needed, name, f"{shape} {dtype}", advice or "Set data.stream = true.")
 
 
 def held(x: Stored, stream: bool, name: str) -> AnyArray:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import prod
 from typing import Any
 
@@ -234,10 +234,8 @@ def joined(
     if x.shape and 0 not in x.shape and x.dtype.kind in "biuf":  # else `Rows` refuses it
         missing = [split for split in SPLITS if split not in given]
         parts = tenths(len(first), missing, seed) if missing else {"train": np.arange(len(first))}
-        start = len(first)
-        for split, array in zip(order[1:], arrays[1:], strict=True):
-            parts[split] = np.arange(start, start + len(array))
-            start += len(array)
+        ends = np.cumsum([len(array) for array in arrays]).tolist()
+        parts |= {split: np.arange(*pair) for split, pair in zip(order[1:], pairwise(ends), strict=True)}
     return Rows(x, y, parts, largest, tuple(label_names or ()) or None, name, notes, **more)
 
 

@@ -8,6 +8,7 @@ The files of the latter two are checked by SHA-256. They are looked for in the u
 import hashlib
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -203,10 +204,9 @@ def _cached(collection: Collection, file: IdxFile) -> Array:
 
 
 def _verified(path: Path, file: IdxFile) -> Array | None:
-    try:
+    with suppress(DataError):
         return read_known(path, file) if path.is_file() else None
-    except DataError:
-        return None
+    return None
 
 
 def _by_hand(collection: Collection) -> str:

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
 from pvae.data.rows.cache import Writer, decoded
-from pvae.data.rows.files import candidate, held, version_of
+from pvae.data.rows.files import candidate, held, require_room, version_of
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, natural
 from pvae.data.sources.base import FileData
@@ -135,6 +135,8 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
                     continue
                 pixels, remarks = found
                 changed.update(remarks)
+                if shape is None and not declared.stream:
+                    require_room((len(files), *pixels.shape), pixels.dtype, str(root))
                 shape = shape or pixels.shape
                 if pixels.shape != shape:
                     raise DataError(

@@ -243,8 +243,7 @@ def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
     if layer is not None and layer not in adata.layers:
         held = list(adata.layers)
         raise DataError(f"Expected a layer, {', '.join(held) or 'none there'}; got {layer!r}{near(layer, held)}.")
-    matrix = adata.X if layer is None else adata.layers[layer]
-    if matrix is None:
+    if (matrix := adata.X if layer is None else adata.layers[layer]) is None:
         raise DataError(f"{name}: expected a matrix; got none. Name a layer.")
     if isinstance(matrix, np.ndarray | Stored | Tensor) or issparse(matrix):
         return as_array(matrix, name)

@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal
 
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pydantic import Field, field_validator
+from pydantic import Field
 from scipy.special import i0e, logsumexp, ndtr
 
 from pvae.data.rows.files import require_room
@@ -157,15 +157,6 @@ class Toy(Data):
     data_seed: Seed | Literal["experiment"] = 0
     """Seed of the samples, fixed for all experiments; `experiment`: samples depend on the seed of the experiment."""
 
-    @field_validator("density", mode="before")
-    @classmethod
-    def _known(cls, density: Any) -> Any:
-        known = get_args(DensityName)
-        if density not in known:
-            hint = near(density, known) if isinstance(density, str) else ""
-            raise ValueError(f"one of {', '.join(known)}; got {density!r}{hint}")
-        return density
-
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         """Return rows (1.2 rows, 2), float32; train [0, rows), then validation, then test, a tenth of `rows` each."""
         density, tenth = DENSITIES[self.density], max(1, self.rows // 10)
@@ -234,7 +225,6 @@ def _closed_form(name: str, noise: float | None) -> tuple[Callable[[Floats, floa
         found = f"{', '.join(known)}; got {name!r}{near(name, known)}"
         raise DeclarationError(f"Expected a density in closed form, {found}.")
     exact, own = known[name]
-    noise = own if noise is None else noise
-    if noise < 0 or (noise == 0 and name != "checkerboard"):
+    if (noise := own if noise is None else noise) < 0 or (noise == 0 and name != "checkerboard"):
         raise DeclarationError(f"Expected noise > 0, without which {name} has no density; got {noise}.")
     return exact, noise

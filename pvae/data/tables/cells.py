@@ -46,11 +46,6 @@ class Spelling:
     decimal: str = "."
     thousands: str = ""
 
-    @property
-    def usual(self) -> bool:
-        """True for the spelling of programs: a decimal point and no groups."""
-        return (self.decimal, self.thousands) == (".", "")
-
     def number(self, value: Any) -> float | None:
         """Return a cell as a number: a number itself, or its digits in this spelling; None if it is no number.
 

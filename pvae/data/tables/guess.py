@@ -151,9 +151,8 @@ def _parquet_cells(path: Path, left: dict[str, str]) -> tuple[pandas.DataFrame, 
     from pyarrow import types
 
     strange = (types.is_nested, types.is_binary, types.is_large_binary, types.is_fixed_size_binary)
-    for field in file.schema_arrow:
-        if any(test(field.type) for test in strange):
-            left[field.name] = f"{field.type}, neither numbers nor words"
+    odd = [field for field in file.schema_arrow if any(test(field.type) for test in strange)]
+    left |= {field.name: f"{field.type}, neither numbers nor words" for field in odd}
     names = [name for name in file.schema_arrow.names if name not in left]
     batches: Iterator[Any] = file.iter_batches(GUESSED_ROWS, columns=names)
     frame = next((batch.to_pandas() for batch in batches), pandas.DataFrame())
@@ -234,10 +233,7 @@ def _checked(kind: Found, cells: Cells, values: Floats, train: Part | None) -> F
     if not column.inside(values).all():
         return f"values that are not {column.expected}"
     if train is not None and column.is_standardised:
-        everywhere = np.full(len(cells), np.nan)
-        everywhere[present] = values
-        known = everywhere[np.asarray(train)]
-        known = known[~np.isnan(known)]
+        known = values[np.isin(np.flatnonzero(present), np.asarray(train))]
         if np.ptp(known) <= 1e-12 * np.abs(known).max():
             return "one value alone in the training rows"
     return kind

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.tables.cells import CellDecoder, Numbers, require_named_once, shown
+from pvae.data.tables.cells import CellDecoder, Numbers, Spelling, require_named_once, shown
 from pvae.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def text_pieces(table: TextTable, decoder: CellDecoder) -> Iterator[Numbers]:
 
 def _numbers(piece: Piece, table: TextTable, decoder: CellDecoder) -> Numbers:
     words = dict.fromkeys(decoder.names, "str")
-    numbers = dict.fromkeys(decoder.plain_numbers if decoder.spelling.usual else (), "float64")
+    numbers = dict.fromkeys(decoder.plain_numbers if decoder.spelling == Spelling() else (), "float64")
     try:
         frame = table.frame(piece, decoder.na, words | numbers)
     except (ValueError, OverflowError):  # some cell is no number: the decoder reads the same cells as text

@@ -178,7 +178,8 @@ class MLflow(Exporter):
         found = valid[0] if valid and not anew else self.client.create_run(experiment, start, tags, name)
         self.id = found.info.run_id
         self._describe(found.data.params)
-        return self._exported(found.data.metrics)
+        points = (metric for key in found.data.metrics for metric in self.client.get_metric_history(self.id, key))
+        return {(metric.key, metric.step): metric.value for metric in points}
 
     def _experiment(self) -> str:
         """Return the id of the MLflow experiment, which is created if it does not exist."""
@@ -205,10 +206,6 @@ class MLflow(Exporter):
         for key, value in tags.items():
             self.client.set_tag(self.id, key, value)
 
-    def _exported(self, keys: Mapping[str, float]) -> Exported:
-        points = (metric for key in keys for metric in self.client.get_metric_history(self.id, key))
-        return {(metric.key, metric.step): metric.value for metric in points}
-
     def write(self, points: Sequence[MetricPoint]) -> None:
         metrics = [self.entities.Metric(p.key, p.value, int(1000 * p.time), p.step) for p in points]
         for start in range(0, len(metrics), BATCH_SIZE):
@@ -234,8 +231,7 @@ class MLflow(Exporter):
             self.client.log_artifact(self.id, str(path), path.parent.name)
         status = self.files.status()
         state = {"finished": "FINISHED", "interrupted": "KILLED"}.get(str(status.get("state")), "FAILED")
-        end = self.started + float(status.get("seconds") or 0.0)
-        self.client.set_terminated(self.id, state, int(1000 * end))
+        self.client.set_terminated(self.id, state, int(1000 * (self.started + float(status.get("seconds") or 0.0))))
         self._replace()
         return f"MLflow run {self.id} ({without_secrets(str(self.client.tracking_uri))})"
 
