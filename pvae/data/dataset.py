@@ -292,7 +292,12 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
         fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
         label_names=rows.label_names,
         table=ColumnTransforms(rows.table, ready.shift, ready.divisor, ready.warps) if rows.table else None,
-        notes=(*rows.notes, *_constant_features(splits["train"]), *_dim(rows, data, ready, parts), *repeated),
+        notes=(
+            *rows.notes,
+            *_constant_features(splits["train"], rows.notes),
+            *_dim(rows, data, ready, parts),
+            *repeated,
+        ),
     )
 
 
@@ -310,12 +315,13 @@ def _fingerprint(splits: Iterable[Split], shape: tuple[int, ...], binarize: str)
     return digest.hexdigest()
 
 
-def _constant_features(train: Split) -> list[str]:
+def _constant_features(train: Split, notes: tuple[str, ...]) -> list[str]:
     x = train.rows if train.raw is None else train.raw
     low, high = x.blocks.survey[:2] if isinstance(x, Streamed) else extremes(x.numpy(), range(len(x)))
     constant, features = int((low == high).sum()), prod(x.shape[1:])
     if constant == features:
-        raise DataError(f"Expected features that vary in train; all {features} are constant over its {len(x)} rows.")
+        got = f"all {features} are constant over its {len(x)} rows"
+        raise DataError(". ".join([f"Expected features that vary in train; {got}", *notes]) + ".")
     return [f"{constant} of {features} features are constant in train"] if constant else []
 
 

@@ -1,5 +1,7 @@
 """HDF5, MATLAB and AnnData files: axes, splits, sparse matrices, old formats, and what is refused."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,20 @@ def test_broken_and_foreign_files_are_refused(tmp_path, name):
     write, source, options, said = BAD[name]
     write(tmp_path / "x.dat")
     refused(said, load, source(path=str(tmp_path / "x.dat"), **options))
+
+
+def test_a_damaged_heap_of_texts_is_refused_in_time(tmp_path: Path) -> None:
+    """A loop of libhdf5 without end, which answers no signal: an object that is empty and has no number."""
+    path = tmp_path / "x.h5ad"
+    content = bytearray(Path(h5ad(path, COUNTS, EMPTY)).read_bytes())
+    first = content.index(b"GCOL") + 16
+    content[first : first + 16] = bytes(16)
+    path.write_bytes(content)
+    if (pid := os.fork()) == 0:
+        signal.alarm(20)
+        refused("got one with a damaged heap of texts", load, H5ad(path=str(path)))
+        os._exit(65)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 65
 
 
 @pytest.mark.parametrize("part", ["indptr", "indices", "data"])

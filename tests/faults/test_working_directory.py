@@ -48,10 +48,10 @@ def run(folder: Path, *arguments: str, options: tuple[str, ...] = ()) -> subproc
 @pytest.mark.parametrize("engine", ["eager", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_a_study_and_its_processes_run_no_file_of_the_working_directory(engine: str, tmp_path: Path) -> None:
     """FAULTS 47: in the command, its children, the compiler's processes; --import alone names one that is imported."""
-    place(tmp_path, *FILES)
+    place(tmp_path, *FILES, "pvae", "runpy")
     (tmp_path / "own.py").write_text("open('own.imported', 'a').write('.')\n")
     (tmp_path / "few.toml").write_text(STUDY.format(engine=engine))
-    done = run(tmp_path, "--import", "own", "study", "few.toml")
+    done = run(tmp_path, "--import", "own", "study", "few.toml", options=("-P",))
     assert done.returncode == 0, done.stderr
     (manifest,) = tmp_path.glob("runs/few/*/manifest.json")
     assert json.loads(manifest.read_text())["engine"] == engine
@@ -60,5 +60,7 @@ def test_a_study_and_its_processes_run_no_file_of_the_working_directory(engine: 
 
 def test_the_doctor_and_its_processes_run_no_file_of_the_working_directory(tmp_path: Path) -> None:
     """FAULTS 47: pvae.py too, where Python is told not to look for pvae itself in the working directory."""
-    place(tmp_path, *FILES, "pvae", "matplotlib", "arviz")
+    place(tmp_path, *FILES, "matplotlib", "arviz")
+    assert "vae" in run(tmp_path, "list").stdout
+    place(tmp_path, "pvae")
     assert "elbo" in run(tmp_path, "doctor", options=("-P",)).stdout

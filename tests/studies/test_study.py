@@ -28,6 +28,7 @@ from pvae.studies.runner import Runner, Task, tasks_of, work
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.study import Board, states, study, told
 from pvae.studies.sweep import Measure, names
+from pvae.util.provenance import surroundings
 from tests.cli_runner import run_cli
 from tests.runs_shared import assert_same, fit, signalled_at
 
@@ -333,6 +334,18 @@ def test_runs_are_found_by_what_they_declare_and_measured_anew_with_other_settin
     for damage in ("", "[]", path.read_text().replace('"test"', '"tset"'), path.read_text().replace("40", "41")):
         path.write_text(damage)
         assert kept(fitted.files, Measure(rows=40, evidence=5)) is None
+
+
+def test_a_run_of_another_machine_is_gone_on_with_where_that_is_asked_for(tmp_path, started, monkeypatch):
+    """FAULTS 55: as resume does; else its case fails, and what to say is told."""
+    file = write(tmp_path, {})
+    with signalled_at(10), pytest.raises(Interrupted):
+        fit(Experiment.from_dict(TABLE), tmp_path / "runs")
+    monkeypatch.setattr("pvae.training.resume.surroundings", lambda: {**surroundings(), "host": "elsewhere"})
+    assert "say --allow-changes" in command(file, "--no-page", code=1)[1]
+    command(file, "--no-page", "--allow-changes")
+    [(_, state, _)] = states(Declared.load(file), tmp_path / "runs")
+    assert state == "finished"
 
 
 def test_an_interrupted_run_is_gone_on_with(tmp_path, started):

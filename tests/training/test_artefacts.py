@@ -90,6 +90,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(shelf: Path, monkeypatch:
     leave(shelf / "entry")
     shelf.chmod(0o777)
     with artefacts.kept(shelf / "entry"):
+        assert os.environ["PYTHONSAFEPATH"] == "1"  # for the compiler's processes
         place = Path(os.environ[artefacts.TORCHS_OWN])
         assert shelf not in place.parents
         assert not list(place.iterdir())

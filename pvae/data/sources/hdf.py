@@ -3,8 +3,12 @@
 Links out of a file and data stored in other files are refused. With `stream` rows are decoded once into the cache.
 """
 
+import mmap
+import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +30,9 @@ from pvae.util.types import Array
 MAX_CHUNK_BYTES = 2**30
 """Largest chunk of a data set of an HDF5 file; a chunk is decompressed whole."""
 MATLAB_HDF5 = b"MATLAB 7.3"
+HEAP = rb"GCOL\x01\0\0\0"
+"""First bytes of a heap of texts in an HDF5 file."""
+SEARCHED_BYTES = 2**32
 
 
 class ArrayFile(NamedArrays):
@@ -129,6 +136,27 @@ def _is_hdf5(path: Path) -> bool:
 # HDF5
 
 
+@cache
+def require_heaps(path: Path, version: tuple[int, ...]) -> None:
+    """Refuse a file with a damaged heap of texts, over which libhdf5 would go without end, deaf to all signals.
+
+    Objects of a heap lie one after another; one that is empty and has no number has no next. Files of more than
+    `SEARCHED_BYTES` are not searched; a `version` of a file, see `version_of`, is searched once.
+
+    Raises:
+        DataError: there is such an object.
+    """
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    for found in re.finditer(HEAP, content) if len(content) <= SEARCHED_BYTES else ():
+        at, end = found.end() + 8, found.start() + int.from_bytes(content[found.end() : found.end() + 8], "little")
+        while at + 16 <= min(end, len(content)):
+            number, size = struct.unpack_from("<H6xQ", content, at)
+            if number == size == 0:
+                raise DataError(f"{path}: expected a whole HDF5 file; got one with a damaged heap of texts.")
+            at += 16 + -(-size // 8) * 8 if number else size
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[h5py.File]:
     """Open an HDF5 file for reading, without a lock.
@@ -136,11 +164,10 @@ def opened(path: Path) -> Iterator[h5py.File]:
     Raises:
         DataError: the file is damaged or no HDF5 file; also for errors of reading it in the context.
     """
-    with (
-        files.broken_as(f"{path}: expected an HDF5 file; got a broken or foreign file"),
-        h5py.File(path, "r", locking=False) as file,
-    ):
-        yield file
+    with files.broken_as(f"{path}: expected an HDF5 file; got a broken or foreign file"):
+        require_heaps(path, files.version_of(path))
+        with h5py.File(path, "r", locking=False) as file:
+            yield file
 
 
 def _datasets(path: Path) -> list[str]:
