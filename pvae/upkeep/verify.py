@@ -118,10 +118,12 @@ class _Inspection:
         yield Check("manifest.json", "ok", f"{found['name']}, started {found['started']}{told}")
 
     def spec(self) -> Iterator[Check]:
-        """Yield the check of spec.toml: it parses, was not edited, and agrees with the manifest."""
+        """Yield the check of spec.toml: it parses, round-trips, was not edited, and agrees with the manifest."""
         plan = self.run.plan
         text = plan.to_toml()
         where = self.path / "spec.toml"
+        if type(plan).from_toml(text, "spec.toml") != plan:
+            raise DataError(f"{where}: expected a declaration that round-trips; got another. Report it.")
         manifest = self.run.files.manifest
         for key, found in (("seed", plan.seed), ("name", plan.name)):
             if key in manifest and manifest[key] != found:
