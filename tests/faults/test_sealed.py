@@ -336,12 +336,12 @@ def table_run(where: Path) -> tuple[Path, Path]:
 def without_fingerprint(run: Path) -> None:
     found = json.loads((run / "manifest.json").read_text())
     del found["data"]["fingerprint"]
-    (run / "manifest.json").write_text(json.dumps(sealed(found)))
+    (run / "manifest.json").write_text(json.dumps(sealed({**found, "spec": digest((run / "spec.toml").read_bytes())})))
 
 
 STRANGE: dict[str, Callable[[Path], None]] = {
     "no fingerprint": without_fingerprint,
-    "another host": in_manifest(host="elsewhere"),
+    "another host": dishonestly(in_manifest(host="elsewhere")),
     "edited": lambda run: None,
 }
 
