@@ -129,7 +129,13 @@ IN_PROCESSES = {
     "finaliser": "zoo.entries = last",
     "exit": "atexit.register(Stop.__del__, None)",
     "first": "",
-    "teardown": "late = type('Late', (), {'__del__': lambda _, kill=os.kill, pid=os.getpid(), n=signal.SIGNAL: kill(pid, n)})()",
+    "teardown": """
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid()):
+        kill(pid, signal.SIGNAL)
+
+late = Late()
+""",
 }
 FAST = [("first", signal.SIGTERM), ("exit", signal.SIGINT), ("teardown", signal.SIGTERM)]
 slow = pytest.mark.slow
