@@ -381,7 +381,7 @@ def the_alert(files: RunDirectory, kind: str) -> str:
 
 CALLS = [
     *((TensorBoard, name) for name in ("__init__", "begin", "write", "finish", "key", "catch_up", "show")),
-    *((MLflow, name) for name in ("__init__", "begin", "write", "finish", "_describe", "_exported")),
+    *((MLflow, name) for name in ("__init__", "begin", "write", "finish", "_describe")),
     *((MlflowClient, name) for name in ("__init__", "get_experiment_by_name", "search_runs", "create_run")),
     *((MlflowClient, name) for name in ("log_batch", "set_tag", "update_run", "log_text", "set_terminated")),
 ]
