@@ -160,7 +160,6 @@ def test_one_process_makes_a_page(kind: str, runs: Path, reported: dict[Path, by
         if kind == "report"
         else partial(compare, [run, run], folder, names=["a", "b"], **few)
     )
-    command = ["report", "vae"] if kind == "report" else ["compare", "vae", "vae", "--out", str(folder)]
     said = set()
 
     def meanwhile(*_: object) -> None:
@@ -176,7 +175,8 @@ def test_one_process_makes_a_page(kind: str, runs: Path, reported: dict[Path, by
     }
     assert kind == "comparison" or written(page.parent) == reported
     with claimed(folder):
-        assert "a page that nobody holds" in run_cli(*command, "--run-dir", str(runs), code=75)[1]
+        if kind == "report":
+            assert "a page that nobody holds" in run_cli("report", "vae", "--run-dir", str(runs), code=75)[1]
 
 
 def test_standard_output_on_a_full_disk_is_74(runs: Path) -> None:
