@@ -41,13 +41,8 @@ def group_sizes(samples: int) -> tuple[int, ...]:
 
 def _prime_factors(number: int) -> list[int]:
     """Return the prime factors of a number in ascending order, with repetitions."""
-    factors, divisor = [], 2
-    while divisor * divisor <= number:
-        while number % divisor == 0:
-            factors.append(divisor)
-            number //= divisor
-        divisor += 1
-    return factors + [number] * (number > 1)
+    divisor = next((d for d in range(2, math.isqrt(number) + 1) if number % d == 0), number)
+    return [divisor, *_prime_factors(number // divisor)] if number > 1 else []
 
 
 class Moments:

@@ -102,11 +102,8 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
     first, prior_first = name in account.guide_roots, name in account.model_roots - account.by_row
     kl_exact = None
     if len(level.closed) == len(level.log_q):
-        kl_exact = (
-            exact_mean(level.closed[0])
-            if first and name in account.model_roots
-            else account.over(torch.stack(level.closed))
-        )
+        alone = first and name in account.model_roots
+        kl_exact = exact_mean(level.closed[0]) if alone else account.over(torch.stack(level.closed))
     counted = latent.tally if first else None
     pooled = None if counted is None or counted.bits else counted
     return LatentSurgery(

@@ -138,11 +138,8 @@ def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
 
 def _observed(nodes: Sites, layout: Layout, size: int, known: Collection[str] = ()) -> Tensor:
     """Return log p(x | z) per row; sites outside the data plate are divided by `size`, sites in `known` left out."""
-    found = [
-        log_prob(nodes[name], layout, 0, size).double()
-        for name in layout.observed
-        if name not in known and name in nodes
-    ]
+    names = [name for name in layout.observed if name not in known and name in nodes]
+    found = [log_prob(nodes[name], layout, 0, size).double() for name in names]
     return sum_over(found) if found else torch.zeros((), dtype=torch.float64)  # a number: goes with any device
 
 

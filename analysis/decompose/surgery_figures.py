@@ -207,6 +207,5 @@ def _relaxed_draw(pair: Pair, x: Tensor) -> Tensor:
     with same_globals(pair, x):
         for part in x.split(pair.structure.rows_at_once()):
             terms = pair.terms(part, rows=len(x))
-            kl = sum_over([value.double() for value in terms.kl.values()])
-            parts.append(terms.reconstruction.double() - kl)
+            parts.append(terms.reconstruction.double() - sum_over([value.double() for value in terms.kl.values()]))
     return torch.cat(parts)

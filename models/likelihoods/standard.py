@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
+from pvae.distributions import base as distributions
 from pvae.distributions.base import Determined, DiscretizedLogistic, Event, FactoredNormal, Implicit, Rounded, lattice
 from pvae.distributions.exact import ExactNegativeBinomial, ExactPoisson
 from pvae.models.likelihoods import base
@@ -60,7 +61,7 @@ class Bernoulli(Elements):
     closed_form: ClassVar[type[base.ClosedForm] | None] = base.BernoulliForm
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=parameters[0])
+        return distributions.bernoulli(parameters[0])
 
 
 class Categorical(Elements):

@@ -24,10 +24,16 @@ class StandardNormalModule(nn.Module):
         super().__init__()
         self.loc = nn.Buffer(torch.zeros(event), persistent=False)
         self.scale = nn.Buffer(torch.ones(event), persistent=False)
+        self.fixed: Event | None = None
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return N(0, I) with batch shape `()`."""
-        return Event(UnitNormal(self.loc, self.scale), self.loc.dim())
+        """Return N(0, I) with batch shape `()`, the same one every time unless it is compiled."""
+        if self.fixed is None or self.fixed.base_dist.loc is not self.loc or torch.compiler.is_compiling():
+            fixed = Event(UnitNormal(self.loc, self.scale), self.loc.dim())
+            if torch.compiler.is_compiling():
+                return fixed
+            self.fixed = fixed.wide = fixed
+        return self.fixed
 
 
 class StandardNormal(Prior):

@@ -23,6 +23,9 @@ class Event(dist.Independent):
     bits changes its sign once.
     """
 
+    wide: Any = None
+    """Last expansion, which a distribution that never changes keeps (itself before the first); None in others."""
+
     def __init__(self, base: dist.TorchDistribution, dims: int, validate_args: bool | None = None) -> None:
         if validate_args is not None:
             base._validate_args = validate_args
@@ -33,22 +36,51 @@ class Event(dist.Independent):
 
     def expand(self, batch_shape: torch.Size | list[int] | tuple[int, ...], _instance: Any = None) -> Any:
         """Return this distribution expanded to `batch_shape`."""
-        if self._batch_shape == tuple(batch_shape):
+        shape, wide = torch.Size(batch_shape), self.wide
+        if self._batch_shape == shape:
             return self
-        return super().expand(batch_shape, self.__new__(type(self)) if _instance is None else _instance)
+        if wide is None or wide._batch_shape != shape:
+            wide = self.__new__(type(self)) if _instance is None else _instance
+            base = self.base_dist.expand(shape + self._event_shape[: self.reinterpreted_batch_ndims])
+            wide.__dict__.update(vars(self), base_dist=base, _batch_shape=shape, wide=None)
+            self.wide = None if self.wide is None else wide
+        return wide
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of values `(..., *event)`, nats, `(...)`."""
-        base, dims = self.base_dist, self.reinterpreted_batch_ndims
-        bits = base.__class__ is dist.Bernoulli and base.logits.shape == value.shape and not base._validate_args
-        score: Any = nn.functional.binary_cross_entropy_with_logits
-        parts = score(base.logits, value, reduction="none") if bits else base.log_prob(value)
-        total = parts.sum(-1) if dims == 1 else parts.flatten(-dims).sum(-1) if dims else parts
-        return -total if bits else total
+        base = self.base_dist
+        if base.__class__ is dist.Bernoulli and base.logits.shape == value.shape and not base._validate_args:
+            return -self.total(nn.functional.binary_cross_entropy_with_logits(base.logits, value, reduction="none"))
+        return self.total(base.log_prob(value))
+
+    def total(self, parts: Tensor) -> Tensor:
+        """Return the sum over the elements of every event, `(...)` of `(..., *event)`."""
+        dims = self.reinterpreted_batch_ndims
+        return parts.sum(-1) if dims == 1 else parts.flatten(-dims).sum(-1) if dims else parts
+
+    def normal_kl(self, prior: Any) -> Tensor | None:
+        """Return KL(self || N(0, I)) of normals whose log density was taken, `(...)`, nats; None for others."""
+        q, p = self.base_dist, getattr(prior, "base_dist", None)
+        if q.__class__ is not PlainNormal or p.__class__ is not UnitNormal or q.known is None:
+            return None
+        variance, log_scale = q.known
+        twice = self.total(torch.addcmul(variance, q.loc, q.loc).sub(log_scale, alpha=2))
+        return torch.rsub(twice, -self._event_shape.numel() / 2, alpha=-0.5)
+
+
+def bernoulli(logits: Tensor) -> dist.TorchDistribution:
+    """Return independent bits of logits `(...)`, as `Bernoulli(logits=logits)` does in more time."""
+    found = dist.Bernoulli.__new__(dist.Bernoulli)
+    found.logits = found._param = logits
+    torch.distributions.Distribution.__init__(found, logits.shape)
+    return found
 
 
 class PlainNormal(dist.Normal):
     """Normal distribution of a location and a scale of one shape: Pyro's numbers from fewer operations."""
+
+    known: tuple[Tensor, Tensor] | None = None
+    """Variance and log-scale, as the last log density had them; None before."""
 
     def __init__(self, loc: Tensor, scale: Tensor) -> None:
         self.loc, self.scale = loc, scale
@@ -56,14 +88,23 @@ class PlainNormal(dist.Normal):
 
     def expand(self, batch_shape: Size, _instance: Any = None) -> Any:
         """Return this distribution expanded to `batch_shape`."""
-        return super().expand(batch_shape, self.__new__(type(self)))
+        wide = self.__new__(type(self))
+        loc, scale = (t.expand(batch_shape) for t in (self.loc, self.scale))
+        wide.__dict__.update(vars(self), loc=loc, scale=scale, known=None, _batch_shape=loc.shape)
+        return wide
+
+    def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Return reparametrised samples, `sample_shape + (...)`."""
+        loc = self.loc
+        return loc + torch.randn(self._extended_shape(sample_shape), dtype=loc.dtype, device=loc.device) * self.scale
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of every element, nats, of the shape of `value`."""
         if self._validate_args:
             self._validate_sample(value)
-        variance, log_scale = self.scale**2, self.scale.log()
-        return (value - self.loc) ** 2 / (-2 * variance) - log_scale - HALF_LOG_2PI
+        self.known = variance, log_scale = self.scale**2, self.scale.log()
+        twice = torch.add((value - self.loc) ** 2 / variance, log_scale, alpha=2)
+        return torch.rsub(twice, -HALF_LOG_2PI, alpha=0.5)
 
 
 class UnitNormal(PlainNormal):
@@ -73,7 +114,7 @@ class UnitNormal(PlainNormal):
         """Return the log density of every element, nats, of the shape of `value`."""
         if self._validate_args or value.shape[value.dim() - self.loc.dim() :] != self.loc.shape:
             return super().log_prob(value)
-        return value**2 / -2 - HALF_LOG_2PI
+        return torch.rsub(value**2, -HALF_LOG_2PI, alpha=0.5)
 
 
 class Batched(dist.TorchDistribution):

@@ -2,18 +2,16 @@
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar, Literal, NoReturn
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from pvae.component import Shape
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Frame
-from pvae.models.graph import GraphModel
 from pvae.nn.network import MLP, Network, NetworkModule
 from pvae.objectives.base import Fitting, Objective, Stepper
 from pvae.pair.layout import samples
@@ -26,6 +24,7 @@ VALIDATION_ROWS = 1000
 """Number of rows processed at a time in validation."""
 TWO_SAMPLE_ROWS = 500
 """Largest number of data, and of samples, that the two-sample test in validation compares."""
+REFUSED = "objective gan: expected to be fitted by its own steps; got asked for terms of an ELBO."
 
 
 # ---------------------------------------------------------------------- the game
@@ -96,13 +95,6 @@ class Critic(nn.Module):
         return self.network({OBSERVED: x, **seen}).squeeze(-1)
 
 
-def critic_of(pair: Pair) -> Critic:
-    """Return the critic that `GAN.attach` has added to a pair."""
-    found = pair.critic
-    assert isinstance(found, Critic)  # noqa: S101 - narrows the type
-    return found
-
-
 class GAN(Objective):
     """GAN objective: min over the model, max over a critic D, of E log D(x) + E log(1 - D(g(z))), z ~ p(z).
 
@@ -137,34 +129,27 @@ class GAN(Objective):
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
         """Raise DeclarationError: a GAN has no ELBO."""
-        self._refuse()
+        raise DeclarationError(REFUSED)
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Raise DeclarationError: a GAN has two losses, minimised in turn."""
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise DeclarationError("objective gan: expected to be fitted by its own steps; got asked for terms of an ELBO.")
+        raise DeclarationError(REFUSED)
 
     def attach(self, pair: Pair) -> None:
         """Add the critic as `pair.critic`, and replace the likelihood by one without a density."""
-        model = pair.model
-        assert isinstance(model, GraphModel)  # noqa: S101 - the declaration has been built
+        model: Any = pair.model
         model.decoder.likelihood = model.decoder.likelihood.implicit()
-        frame = model.frame
-        inputs: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
         try:
-            network = self.critic.build(inputs, (1,))
+            network = self.critic.build({OBSERVED: model.frame.x, **model.frame.shapes}, (1,))
         except DeclarationError as error:
             raise DeclarationError([f"objective.critic: {problem}" for problem in error.problems]) from None
         pair.implicit = True
-        pair.critic = Critic(network, frame)
+        pair.critic = Critic(network, model.frame)
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         if not pair.implicit:
             return ["pair: expected a declared pair for the objective gan, which has a critic; got another."]
-        model = pair.model
-        assert isinstance(model, GraphModel)  # noqa: S101 - `attach` has seen it
+        model: Any = pair.model
         like = torch.zeros(2, *pair.frame.row).to(next(pair.parameters()))
         with torch.random.fork_rng():
             nodes = samples(pair.simulate(like))
@@ -185,14 +170,14 @@ class GAN(Objective):
         (log 4 - critic_loss) / 2: on rows the critic has not learned from, a lower bound in expectation of the
         Jensen-Shannon divergence, nats, at most log 2.
         """
-        totals, pieces, critic = dict.fromkeys(("critic_loss", "generator_loss"), 0.0), [], critic_of(pair)
+        totals, pieces = dict.fromkeys(("critic_loss", "generator_loss"), 0.0), []
         with quiet(pair, x[:1]):
             for start in range(0, len(x), VALIDATION_ROWS):
                 seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
                 real = pair.accept(x[start : start + VALIDATION_ROWS])
                 fake = generate(pair, real)
                 pieces.append((real, fake)) if start < TWO_SAMPLE_ROWS else None
-                seen, shown = (critic(rows).double() for rows in (real, fake))
+                seen, shown = (pair.get_submodule("critic")(rows).double() for rows in (real, fake))
                 totals["critic_loss"] += float(critic_loss(seen, shown)) * len(real)
                 totals["generator_loss"] += float(generator_loss(shown, self.form)) * len(real)
         means = {name: total / len(x) for name, total in totals.items()}
@@ -214,7 +199,7 @@ class GANStepper(Stepper):
     def __init__(self, objective: GAN, fitting: Fitting) -> None:
         self.objective, self.data = objective, fitting.data
         self.pair, self.optimizer = fitting.loss.pair, fitting.optimizer
-        self.critic = critic_of(self.pair)
+        self.critic: Any = self.pair.critic
         self.clip_norm, self.average = fitting.clip_norm, fitting.average
         self.learned = [p for p in self.pair.parameters() if p.requires_grad]
         critic = {id(p) for p in self.critic.parameters()}
@@ -245,10 +230,7 @@ class GANStepper(Stepper):
         """Take a critic step on data and samples; return its loss, R1 penalty and, if computed, gradient norm."""
         with torch.no_grad():
             fake = generate(self.pair, x)
-        if self.objective.r1:
-            real, penalty = slope_penalty(self.critic, x)
-        else:
-            real, penalty = self.critic(x), x.new_zeros(())
+        real, penalty = slope_penalty(self.critic, x) if self.objective.r1 else (self.critic(x), x.new_zeros(()))
         loss, penalty = critic_loss(real, self.critic(fake)), self.objective.r1 * penalty
         moved = self._move(loss + penalty, 0)
         return torch.cat([torch.stack([loss, penalty]).detach(), moved[1:]])

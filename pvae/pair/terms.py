@@ -1,5 +1,6 @@
 """Terms of the ELBO of a batch (log-likelihood, KLs, penalties, score functions), from one trace of each program."""
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -9,6 +10,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pvae.distributions.base import Event
 from pvae.distributions.exact import log_density
 from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
@@ -30,7 +32,7 @@ class Score:
     """Baseline subtracted from the gain, `(batch,)` or a scalar; None without a baseline."""
     learns: bool
     """True if the baseline has parameters (a network), which are fitted to the gain."""
-    note: Callable[[Tensor], None]
+    note: Callable[[Tensor], None] = lambda _: None
     """Callback that receives the gain and updates a moving-average baseline, if there is one."""
 
 
@@ -66,7 +68,7 @@ class Terms:
 def _apart(kl: Tensor, estimate: Tensor) -> Tensor:
     """Return the mean of closed-form KLs, at least 0 despite rounding, or the estimate where they are infinite."""
     mean = kl.mean()
-    return torch.where(mean.isfinite(), mean.clamp(min=0), estimate)
+    return torch.where(mean < math.inf, mean.clamp(min=0), estimate)
 
 
 @dataclass(frozen=True)
@@ -112,8 +114,10 @@ class TracedBatch:
     def closed(self, name: str) -> Tensor | None:
         """Return the closed-form KL of a latent whose term is an estimate from samples; None if there is none."""
         q, p = self.guide.nodes.get(name), self.model.nodes.get(name)
-        if self.closed_form or q is None or p is None or is_point(q["fn"]):
+        if self.closed_form or self.layout.enumerated or q is None or p is None or is_point(q["fn"]):
             return None  # the term itself is what there is
+        if q["fn"].__class__ is Event and (plain := q["fn"].normal_kl(p["fn"])) is not None:
+            return share(q, plain, self.layout, self.particles, self.size)
         if priced_kl(q, p, self.layout, self.particles) is not None:
             return None
         return closed_kl(q, p, self.layout, self.particles, self.size)
@@ -133,7 +137,7 @@ class TracedBatch:
                 scores[name] = self._score(self.guide.nodes[name], log_q, known is None)
                 log_q = log_q.detach()
             kl[name] = log_q - log_p(name) if known is None else known
-        return Terms(reconstruction, kl, self.penalties(), scores | self.scores_of_factors())
+        return Terms(reconstruction, kl, self.penalties(), scores | self.scores_of_factors(), self.closed)
 
     def is_scored(self, name: str) -> bool:
         """Return True for a latent whose sample has no pathwise gradient."""
@@ -150,15 +154,12 @@ class TracedBatch:
         if "nn_baseline" in told:
             baseline = told["nn_baseline"](told["nn_baseline_input"].detach())
         learns = baseline is not None and baseline.requires_grad
-        return Score(log_q, weighed, own_kl, baseline, learns, _no_average if average is None else average.note)
+        return Score(log_q, weighed, own_kl, baseline, learns, *([] if average is None else [average.note]))
 
     def scores_of_factors(self) -> dict[str, Score]:
         """Return the score-function terms of the observed sites of a guide that have no pathwise gradient."""
-        scores = {}
-        for name in self.unreparametrised():
-            log_q = self.log_prob({**self.guide.nodes[name], "mask": None})
-            scores[name] = Score(log_q, log_q, True, None, False, _no_average)
-        return scores
+        found = {name: self.log_prob({**self.guide.nodes[name], "mask": None}) for name in self.unreparametrised()}
+        return {name: Score(log_q, log_q, True, None, False) for name, log_q in found.items()}
 
     def unreparametrised(self) -> list[str]:
         """Return the observed sites of the guide on this batch that have no pathwise gradient."""
@@ -209,10 +210,6 @@ class ExpectedBatch(TracedBatch):
         return value.expand(self.particles, -1) if self.particles else value
 
 
-def _no_average(_gain: Tensor) -> None:
-    """Do nothing: the latent has no moving-average baseline."""
-
-
 def terms_of(traces: Traces, layout: Layout, particles: int, closed_form: bool, rows: int | None) -> Terms:
     """Return the ELBO terms of a batch from traces of guide and model; `particles` is 0 without a particle plate.
 
@@ -224,7 +221,7 @@ def terms_of(traces: Traces, layout: Layout, particles: int, closed_form: bool, 
     model, size = traces[1], full_size(traces[1], layout, rows)
     batch = TracedBatch(*traces, layout, particles, size, closed_form and not layout.enumerated)
     if not layout.enumerated:
-        return replace(batch.terms(batch.observed(), batch.log_p), closed=batch.closed)
+        return batch.terms(batch.observed(), batch.log_p)
     if layout.eliminated:
         total, names = eliminated(model, layout, particles)
         plain = [name for name in layout.observed if name not in names and name in model.nodes]
@@ -279,4 +276,4 @@ def expected_terms(traces: Traces, layout: Layout, particles: int, closed_form: 
     size = full_size(traces[1], layout, rows)
     batch = ExpectedBatch(*traces, layout, particles, size, closed_form and layout.nesting == 1)
     _require_expectations(batch, summed)
-    return batch.terms(batch.observed(), batch.log_p)
+    return replace(batch.terms(batch.observed(), batch.log_p), closed=Terms.closed)

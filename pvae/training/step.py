@@ -135,10 +135,8 @@ class Step(Stepper):
         clip_norm: float | None = None,
         average: tuple[Sequence[Tensor], float] | None = None,
     ) -> None:
-        self.loss = loss
-        self.optimizer = optimizer
-        self.clip_norm = clip_norm
-        self.average = average
+        self.loss, self.optimizer = loss, optimizer
+        self.clip_norm, self.average = clip_norm, average
         self.parameters = learned(loss)
         self.moving = [part for part in loss.modules() if isinstance(part, Moving) and part.training]
         self.shape = example.shape
@@ -221,11 +219,7 @@ class Capture:
         moved = [*step.parameters, *step.loss.buffers(), *(step.average[0] if step.average else ())]
         state = {p: {k: v.clone() for k, v in s.items()} for p, s in step.optimizer.state.items()}
         try:
-            with (
-                restored(moved),
-                torch.random.fork_rng(devices=[example.device]),
-                pyro.validation_enabled(False),
-            ):
+            with restored(moved), torch.random.fork_rng(devices=[example.device]), pyro.validation_enabled(False):
                 self.graph, self.out = self._record(step)
                 torch.manual_seed(0)
                 with torch.no_grad():

@@ -1,6 +1,7 @@
 """Faster forms of Pyro's distributions and statements give the same bits, values and gradients."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pyro
@@ -49,6 +50,27 @@ def test_densities_and_gradients_have_the_same_bits(name: str, lead: tuple[int, 
     assert shapes == others
     assert torch.equal(one, two)
     assert all((p is q is None) or torch.equal(p, q) for p, q in ((a, d), (b, e), (c, f)))
+
+
+def test_the_kl_of_a_metric_is_that_of_torch() -> None:
+    q, p = PLAIN["normal"][0](LOC, LOG_SCALE), PLAIN["standard normal"][0](LOC, LOG_SCALE)
+    assert q.normal_kl(p) is None
+    q.log_prob(VALUE)
+    torch.testing.assert_close(q.normal_kl(p), torch.distributions.kl_divergence(q, p))
+    assert q.normal_kl(q) is None
+
+
+def test_a_standard_normal_is_made_once_and_again_where_it_moves() -> None:
+    prior = Experiment.load("vae").build((1, 8, 8)).get_submodule("model.priors.z")
+    wide = prior({}).expand((7,))
+    assert prior({}).expand((7,)) is wide
+    copied = deepcopy(prior).double()
+    assert copied({}).expand((7,)).mean.dtype == torch.float64
+    assert prior({}).expand((7,)) is wide
+    with pyro.validation_enabled(False):
+        prior({}).expand((8,)).log_prob(torch.full((8, *wide.event_shape), torch.nan))
+    with pytest.raises(ValueError, match="support"):
+        prior({}).expand((8,)).log_prob(torch.full((8, *wide.event_shape), torch.nan))
 
 
 def test_values_outside_the_support_are_refused_in_validation() -> None:

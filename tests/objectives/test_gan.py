@@ -29,7 +29,6 @@ from pvae.objectives.gan import (
     GAN,
     GANStepper,
     critic_loss,
-    critic_of,
     generate,
     generator_loss,
     nearest_accuracy,
@@ -223,7 +222,7 @@ def test_each_side_takes_its_own_number_of_steps():
     pair = experiment.build(data.shape)
     optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3)
     _, step = duel(experiment, data)
-    step.optimizer, step.pair, step.critic = optimizer, pair, critic_of(pair)
+    step.optimizer, step.pair, step.critic = optimizer, pair, pair.critic
     critic = {id(p) for p in pair.critic.parameters()}
     learned = list(pair.parameters())
     step.sides = [p for p in learned if id(p) in critic], [p for p in learned if id(p) not in critic]
