@@ -96,14 +96,15 @@ class Population(Figures):
                 f"without it no figure below KL - 2 log n can be given)"
             )
         said = f"On new data a better prior wins at least {low}{high}."
-        return said if known is None else f"{said} {self._knowing(known.value)}"
+        return said if known is None else f"{said} {self._knowing(known)}"
 
-    def _knowing(self, known: float) -> str:
+    def _knowing(self, known: Estimate) -> str:
         """Return a sentence on the marginal KL on these rows alone, and on how much of it is knowing the rows."""
-        said = f"On these {self.n} rows alone a prior that knows them would win {_number(known)}"
-        if self.gain_upper is None or self.gain_upper.value + 2 * self.gain_upper.standard_error >= known:
+        said = f"On these {self.n} rows alone a prior that knows them would win {_number(known.value)}"
+        above, error = self.gain_upper, known.standard_error
+        if above is None or above.value + 2 * math.hypot(above.standard_error, error) >= known.value:
             return f"{said}."
-        most = self.gain.value + self.gain_upper.value < known
+        most = self.gain.value + above.value < known.value
         return f"{said}; {'most' if most else 'part'} of that is knowing the rows."
 
     @property

@@ -81,9 +81,10 @@ def test_the_interval_in_words():
         ),
         ({"gain": lower(5.0), "gain_upper": upper(5.5)}, KNOWN, "win 6.52; part of that is knowing the rows."),
         ({"gain": lower(6.3), "gain_upper": upper(6.4)}, KNOWN, "a prior that knows them would win 6.52."),
+        ({"gain": lower(5.0), "gain_upper": upper(5.5)}, Estimate(6.52, 0.6), "that knows them would win 6.52."),
         ({}, None, "no figure below KL - 2 log n can be given)."),
     ],
-    ids=["no upper end", "a prior that loses", "part", "unsaturated", "no marginal KL"],
+    ids=["no upper end", "a prior that loses", "part", "unsaturated", "a marginal KL known poorly", "no marginal KL"],
 )
 def test_every_case_has_its_sentence(changes, known, said):
     found = replace(SATURATED, **changes).sentence(known)
