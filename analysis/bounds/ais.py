@@ -222,7 +222,8 @@ def bracket(
 
     Returns:
         Bracket, nats per datum: a lower and an upper bound, both in expectation, and their difference, an estimate. The
-        standard error of `upper` is that of `width` over the data, as all chains of a datum start at the same z*.
+        standard error of `upper` is that of `width` over the data, as all chains of a datum start at the same z*; it is
+        about 1.3 times the spread over seeds.
 
     Raises:
         DataError: as in `ais`; or the model observes several sites, or a site that is not x itself.

@@ -113,9 +113,9 @@ def gap(
     are measured on.
 
     Warning: an imperfect optimum makes `amortisation` too small and `approximation` too large by about `unconverged`,
-    which their errors include, and the bias of the
-    bound on log p(x) makes `approximation` too small. A q* narrower than the posterior gives weights of large variance:
-    see `per_datum["ess"]`, and `ais` for another bound.
+    which their errors include (so that they are up to twice the spread over seeds), and the bias of the bound on log
+    p(x) makes `approximation` too small. A q* narrower than the posterior gives weights of large variance: see
+    `per_datum["ess"]`, and `ais` for another bound.
 
     References:
         Inference Suboptimality in Variational Autoencoders (Cremer, Li, Duvenaud, 2018),
@@ -280,10 +280,7 @@ def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
     lacks = max(0.0, float(found["lacks"].mean()))
     refined_elbo, elbo = _with(over_draws(other, "lower_bound"), lacks), over_draws(own, "lower_bound")
     return Gap(
-        n=len(log_p),
-        steps=plan.steps,
-        samples=plan.samples,
-        evidence_samples=plan.evidence_samples,
+        *(len(log_p), plan.steps, plan.samples, plan.evidence_samples),
         log_p=log_p_figure,
         refined_elbo=refined_elbo,
         elbo=elbo,
