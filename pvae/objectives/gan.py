@@ -199,7 +199,7 @@ class GANStepper(Stepper):
     def __init__(self, objective: GAN, fitting: Fitting) -> None:
         self.objective, self.data = objective, fitting.data
         self.pair, self.optimizer = fitting.loss.pair, fitting.optimizer
-        self.critic: Any = self.pair.critic
+        self.critic = self.pair.get_submodule("critic")
         self.clip_norm, self.average = fitting.clip_norm, fitting.average
         self.learned = [p for p in self.pair.parameters() if p.requires_grad]
         critic = {id(p) for p in self.critic.parameters()}
