@@ -28,8 +28,9 @@ def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
     if (weights := saved.tensors.get("weights")) is None:
         yield f"expected a group of weights; got {', '.join(saved.tensors) or 'none'}"
         return
-    groups = {name: (weights, pair) for name in ("weights", "best", "average") if name in saved.tensors}
-    for group, (first, own) in {**groups, "optimizer": ({}, None)}.items():
+    groups: dict[str, Any] = {name: (weights, pair) for name in ("weights", "best", "average") if name in saved.tensors}
+    for group in (*groups, "optimizer"):
+        first, own = groups.get(group, ({}, None))
         try:
             bad = _not_finite(group, {**first, **saved.tensors.get(group, {})}, own)
             yield from (f"{group}: {name} is not finite" for name in bad[:LISTED_TENSORS])

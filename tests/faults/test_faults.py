@@ -153,7 +153,7 @@ def test_a_report_on_a_full_disk_leaves_the_old_one(last: bool, runs: Path, repo
 @pytest.mark.parametrize("kind", ["report", "comparison"])
 def test_one_process_makes_a_page(kind: str, runs: Path, reported: dict[Path, bytes], tmp_path: Path) -> None:
     """FAULTS 44: the second gets 75 from the first moment to the last; a page whose maker was killed is made anew."""
-    run, few = pvae.Run.load("vae", root=runs), {"samples": 1, "evidence_samples": 2}
+    run, few = pvae.Run.load("vae", root=runs), dict[str, Any](samples=1, evidence_samples=2)
     folder = run.files.report if kind == "report" else tmp_path
     make = (
         partial(report, run, **few)
