@@ -222,7 +222,7 @@ def test_each_side_takes_its_own_number_of_steps():
     pair = experiment.build(data.shape)
     optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3)
     _, step = duel(experiment, data)
-    step.optimizer, step.pair, step.critic = optimizer, pair, pair.critic
+    step.optimizer, step.pair, step.critic = optimizer, pair, pair.get_submodule("critic")
     critic = {id(p) for p in pair.critic.parameters()}
     learned = list(pair.parameters())
     step.sides = [p for p in learned if id(p) in critic], [p for p in learned if id(p) not in critic]
