@@ -37,7 +37,8 @@ class Stepper(ABC):
     """Base of the training steps of a fit, one call per batch: a gradient step (`Step`), an E-step or GAN steps."""
 
     moving_now = False
-    """True from the first change of a weight in a step to its end; it stays True if an error interrupts the step."""
+    """True from the first change of a weight in a step to its end, and at the end of an epoch; it stays True if an
+    error interrupts them."""
 
     @property
     @abstractmethod

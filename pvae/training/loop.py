@@ -127,7 +127,9 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
         if state.step % SHOWN_STEPS == 0:
             bar.update(state.step)
     trainer.clock()
+    trainer.stepper.moving_now = True  # half of an epoch's end is no state to go on from, either
     end_epoch(trainer, bar)
+    trainer.stepper.moving_now = False
     if trainer.train.nonfinite == "rollback":
         recovery.save(trainer)
 
