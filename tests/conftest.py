@@ -93,7 +93,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @cache
 def shared_by(file: str) -> str:
-    """What tests of a file share, made once in a process: runs of the zoo, or what the file keeps; none is ""."""
+    """Return "zoo" for a file whose tests share runs of the zoo, its name if it keeps things of its own, else ""."""
     text = (Path(__file__).parents[1] / file).read_text() if file.startswith("tests/") else ""
     if re.search(r"from tests\.zoo_runs import .*tiny_run", text):
         return "zoo"

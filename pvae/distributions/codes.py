@@ -49,7 +49,8 @@ def joint_states(states: int, grid: Size, device: torch.device) -> Tensor:
     Raises:
         NotImplementedError: there are more than `MAX_STATES`; the same type as torch raises for infinite supports.
     """
-    if (positions := math.prod(grid)) * math.log(states) > math.log(MAX_STATES) + 1e-9:
+    positions = math.prod(grid)
+    if positions * math.log(states) > math.log(MAX_STATES) + 1e-9:
         raise NotImplementedError(f"{states}^{positions} joint states are more than {MAX_STATES}")
     return torch.cartesian_prod(*[torch.arange(states, device=device)] * positions).reshape(-1, *grid)
 

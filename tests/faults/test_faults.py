@@ -36,7 +36,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import Loss, weigh_step
 from pvae.runs.find import this_process
 from pvae.runs.rundir import RunDirectory
-from pvae.training import loop
+from pvae.training import evaluation, loop
 from pvae.training.trainer import Trainer
 from pvae.util import memory
 from tests.cli_runner import TINY, run_cli
@@ -339,6 +339,26 @@ def test_memory_that_runs_out_within_the_optimiser(tmp_path: Path, monkeypatch: 
     assert run.checkpoint.step == 0
     done = pvae.resume(run, device="cpu", progress=False)
     assert_same(whole, done)
+
+
+def test_memory_that_runs_out_in_a_validation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 40: half of an epoch's end is in no checkpoint, so that a continuation lacks no row of the metrics."""
+    whole = fit(tiny(**CALM), tmp_path / "whole")
+    original, calls = evaluation.evaluate, itertools.count()
+
+    def evaluate(*given: Any) -> dict[str, float]:
+        if next(calls) == 1:
+            raise MemoryError
+        return original(*given)
+
+    monkeypatch.setattr("pvae.training.loop.evaluate", evaluate)
+    with pytest.raises(DeviceError, match="out of memory"):
+        fit(tiny(**CALM), tmp_path / "part")
+    monkeypatch.undo()
+    done = pvae.resume(next((tmp_path / "part").glob("*/*")), device="cpu", progress=False)
+    assert_same(whole, done)
+    columns = [name for name in whole.metrics.columns if name != "seconds"]
+    assert done.metrics[columns].equals(whole.metrics[columns])
 
 
 def test_a_lost_device_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

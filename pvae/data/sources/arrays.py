@@ -307,7 +307,8 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: ArrayLayou
 
 def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
     """Refuse a zip entry whose name leads out of the archive, which is a link, or whose size is impossible."""
-    if (name := PurePosixPath(info.filename.replace("\\", "/"))).is_absolute() or ".." in name.parts:
+    name = PurePosixPath(info.filename.replace("\\", "/"))
+    if name.is_absolute() or ".." in name.parts:
         raise DataError(f"{where}: expected a plain name in the archive; got one that leads out of it.")
     if stat.S_ISLNK(info.external_attr >> 16):
         raise DataError(f"{where}: expected an array in the archive; got a link.")

@@ -172,7 +172,8 @@ def image(path: Path, declared: Images) -> tuple[Array, list[str]] | str:
             remarks = ["have more than one page or frame: the first is read"] if frames > 1 else []
             if file.mode not in PLAIN_MODES:
                 remarks.append(f"are in {file.mode}: converted to {declared.mode} without a colour profile")
-            if (upright := ImageOps.exif_transpose(file)).has_transparency_data:
+            upright = ImageOps.exif_transpose(file)
+            if upright.has_transparency_data:
                 upright, seen = _composited(upright, declared.background)
                 remarks += [f"have transparent pixels: composited on {declared.background} (data.background)"] * seen
             upright = upright.convert(declared.mode)

@@ -225,6 +225,7 @@ def _closed_form(name: str, noise: float | None) -> tuple[Callable[[Floats, floa
         found = f"{', '.join(known)}; got {name!r}{near(name, known)}"
         raise DeclarationError(f"Expected a density in closed form, {found}.")
     exact, own = known[name]
-    if (noise := own if noise is None else noise) < 0 or (noise == 0 and name != "checkerboard"):
+    noise = own if noise is None else noise
+    if noise < 0 or (noise == 0 and name != "checkerboard"):
         raise DeclarationError(f"Expected noise > 0, without which {name} has no density; got {noise}.")
     return exact, noise
