@@ -39,6 +39,7 @@ from pvae.training import loop, recovery
 from pvae.training.trainer import Trainer
 from pvae.util import files
 from pvae.util.files import pretty, write_atomic
+from pvae.util.signals import Answer
 
 PHASES = ("before the command", "in the command", "in the middle of an epoch", "in a write", "after the end")
 START, BEGUN, STEP, WRITE, END = range(5)
@@ -228,6 +229,7 @@ class Scene:
             os.dup2(os.open("output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             watched(self.phase, self.work.injected)
             sys.argv = ["pvae", *command]
+            Answer().__enter__()  # as `pvae` does first; before it Python's own answer is no matter of ours
             self.phase[0] = BEGUN
             signal.pthread_sigmask(signal.SIG_UNBLOCK, CODES)
             main_of_pvae()
