@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Protocol
 
 import pandas
@@ -175,9 +175,7 @@ class CounterExamples(Figures):
 
     def models(self) -> pandas.DataFrame:
         """Return a data frame of the values with one row for every model."""
-        columns = [f.name for f in fields(Example) if f.name != "name"]
-        values = [[float(getattr(e, column)) for column in columns] for e in self.examples]
-        return pandas.DataFrame(values, pandas.Index([e.name for e in self.examples], name="model"), columns)
+        return pandas.DataFrame(map(vars, self.examples)).set_index("name").rename_axis("model").map(float)
 
 
 def counterexamples(

@@ -2,19 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, get_args
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from numpy.typing import NDArray
-from scipy.stats import multivariate_normal, norm
+from scipy.stats import multivariate_normal
 from torch import Tensor
 
 from pvae.analysis.truths import truth
-from pvae.analysis.truths.truth import EstimatorName, FloatArray, Programs, Truth, normal_nodes
+from pvae.analysis.truths.truth import FloatArray, Programs, Truth
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,63 +218,6 @@ def gaussian_channel(dim: int, variance: float, n: int, seed: int = 0) -> Truth:
     return linear(f"channel, d={dim}, n={n}", identity_channel([math.sqrt(variance)] * dim), x, known=exact)
 
 
-def product_channel(centres: Sequence[FloatArray], noises: Sequence[float]) -> Truth:
-    """Return a test model whose data x are all tuples of the centres, with q(z|x) = N(x, diag(noises)^2).
-
-    Thus q_agg is a product, and its total correlation is 0. A label is a pair of neighbouring centres of the first
-    coordinate, the only coordinate that depends on it.
-    """
-    x = np.stack(np.meshgrid(*centres, indexing="ij"), -1).reshape(-1, len(centres))
-    parts = [truth.information(c[:, None], np.array([[s * s]])) for c, s in zip(centres, noises, strict=True)]
-    law = identity_channel(noises)
-    labels = np.argsort(np.argsort(centres[0])).repeat(len(x) // len(centres[0])) // 2
-    kl = float(law.kl(x).mean())
-    exact = truth.split_kl(kl, sum(parts))
-    if len(centres) > 1:
-        exact |= {"total_correlation": 0.0, "coordinate_kl": kl - sum(parts)}
-    exact["label_information"] = identity_channel([noises[0]]).label_information(x[:, :1], labels)
-    sizes = " x ".join(str(len(c)) for c in centres)
-    return linear(f"product channel, {sizes}", law, x, labels, exact)
-
-
-def binary_input(a: float, copies: int = 200) -> Truth:
-    """Return a test model with data x = a and x = -a, `copies` of each, and q(z|x) = N(x, 1).
-
-    The mutual information is log 2 - E log(1 + exp(-2 a (a + eps))) with eps ~ N(0, 1), and KL(q(z|x) || N(0, 1)) is
-    a^2/2.
-    """
-    nodes, weights = normal_nodes()
-    mutual = math.log(2) - float(weights @ np.logaddexp(0, -2 * a * (a + nodes)))
-    x, kl = np.tile([[a], [-a]], (copies, 1)), a * a / 2
-    known = {"kl": kl, **truth.split_kl(kl, mutual)}
-    return linear(f"binary input, a={a:g}", identity_channel([1.0]), x, known=known)
-
-
-def disjoint(n: int) -> Truth:
-    """Return a test model whose n posteriors are 20 standard deviations apart: the mutual information is log n."""
-    x = np.arange(n)[:, None] - (n - 1) / 2
-    return linear(f"disjoint, n={n}", identity_channel([0.05]), x, known={"mutual_information": math.log(n)})
-
-
-def blind(x: FloatArray, loc: float = 0.3, scale: float = 0.7) -> Truth:
-    """Return a test model whose guide N(loc, scale^2 I) does not depend on x: the mutual information is 0."""
-    d = x.shape[1]
-    law = replace(identity_channel([scale] * d), g=np.zeros((d, d)), c=np.full(d, loc))
-    exact = {**truth.split_kl(float(law.kl(x).mean()), 0.0), "total_correlation": 0.0}
-    return linear(f"blind, d={d}", law, x, known=exact)
-
-
-def wrong_guide(law: LinearGaussian, x: FloatArray) -> Truth:
-    """Return a test model: a linear Gaussian model whose guide is wider than the posterior, and data x `(n, d)`.
-
-    Its importance weights are therefore bounded. With one latent coordinate the bound IWAE_2 is known as well, by a
-    double integral.
-    """
-    d, q = law.w.shape
-    exact = {"iwae_2": float(iwae_2(law, x).mean())} if q == 1 else {}
-    return linear(f"wrong guide, {q} in {d}", law, x, known=exact, estimators=get_args(EstimatorName))
-
-
 def widened(w: FloatArray, noise: float, stretch: float, shift: float) -> LinearGaussian:
     """Return the linear model p(x|z) = N(W z, s^2 I) with a spherical guide that is wider than the true posterior.
 
@@ -292,15 +235,3 @@ def widened(w: FloatArray, noise: float, stretch: float, shift: float) -> Linear
     g = 0.9 * covariance @ w.T / noise**2
     wide = np.asarray(stretch * widest * np.eye(q))
     return LinearGaussian(w, np.zeros(d), noise, g, np.full(q, shift), wide, np.eye(q))
-
-
-def iwae_2(law: LinearGaussian, x: FloatArray) -> FloatArray:
-    """Return the importance-weighted bound IWAE_2, E log (w_1 + w_2) / 2, of a model with one latent, `(n,)`, nats."""
-    nodes, weights = normal_nodes()
-    scale = math.sqrt(law.s[0, 0])
-    z = law.means(x) + scale * nodes
-    log_q = norm.logpdf(nodes) - math.log(scale)
-    log_x = norm.logpdf(x[:, None], law.b + z[..., None] * law.w[:, 0], law.noise).sum(2)
-    log_w = norm.logpdf(z) + log_x - log_q
-    both = np.logaddexp(log_w[:, :, None], log_w[:, None, :]) - math.log(2)
-    return np.asarray(np.einsum("nij,i,j->n", both, weights, weights, optimize=True))

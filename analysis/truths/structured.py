@@ -1,20 +1,19 @@
-"""Test models with discrete codes, mixtures, or two levels of latents, whose exact values are sums or integrals."""
+"""Test models with a code, a mixture as prior, or two levels of latents, whose exact values are sums or integrals."""
 
 import math
 
 import numpy as np
 import pyro
 import pyro.distributions as dist
-from numpy.typing import NDArray
 from scipy.special import logsumexp, rel_entr
 from scipy.stats import norm
 from torch import Tensor
 
 from pvae.analysis.truths import truth
 from pvae.analysis.truths.linear import LinearGaussian
-from pvae.analysis.truths.truth import EVIDENCE_SAMPLES, FloatArray, Programs, Truth, normal_nodes
+from pvae.analysis.truths.truth import EstimatorName, FloatArray, Programs, Truth, normal_nodes
 
-WITH_EVIDENCE = ("surgery", "evidence", "prior_evidence")
+WITH_EVIDENCE: tuple[EstimatorName, ...] = ("surgery", "evidence", "prior_evidence")
 """Estimators that find the exact values of a test model whose importance weights have a small variance."""
 
 
@@ -39,89 +38,30 @@ class CodePrograms(Programs):
             pyro.sample("c", dist.Categorical(logits=self.log_q[x[:, 0].long()]).to_event(1))
 
 
-def code_truth(name: str, table: FloatArray, prior: FloatArray, copies: int = 40) -> Truth:
+def code(
+    name: str, table: FloatArray, prior: FloatArray, estimators: tuple[EstimatorName, ...] = WITH_EVIDENCE
+) -> Truth:
     """Return a test model with a categorical code of P independent positions, see `CodePrograms`.
 
-    Exact values are sums over all joint states of the code. The evidence estimator is checked only if the variance of
-    its importance weights, known by the same sums, is small enough.
+    Exact values are sums over all joint states of the code. Every input has 40 data rows.
 
     Arguments:
         name: name of the test model.
         table: posterior probabilities q(c_p | x = i), `(inputs, P, K)`; the inputs i are equally likely.
         prior: prior probabilities p(c_p), `(P, K)`.
-        copies: number of data rows for every input.
+        estimators: estimators that find the exact values.
     """
     inputs, positions, k = table.shape
-    states = np.stack(np.meshgrid(*[np.arange(k)] * positions, indexing="ij"), -1).reshape(-1, positions)
+    states = np.indices([k] * positions).reshape(positions, -1)
     tables = (table, prior[None], table.mean(0, keepdims=True))
-    q, p, alone = (np.prod([t[:, i, column] for i, column in enumerate(states.T)], axis=0) for t in tables)
-    log_x = norm.logpdf(np.arange(inputs)[:, None], states.sum(1), 1.0)
-    is_tame = _relative_square(log_x + np.log(p), q) < EVIDENCE_SAMPLES / 20
-    asked = ("surgery", "prior_evidence", "evidence") if is_tame else ("surgery", "prior_evidence")
+    q, p, alone = (np.prod([t[:, i, column] for i, column in enumerate(states)], axis=0) for t in tables)
+    log_x = norm.logpdf(np.arange(inputs)[:, None], states.sum(0), 1.0)
     exact = truth.state_figures(q, p[0], log_x) | {
         "total_correlation": float(rel_entr(q.mean(0), alone[0]).sum()),
         "coordinate_kl": float(rel_entr(table.mean(0), prior).sum()),
     }
-    x = np.tile(np.arange(inputs), copies)[:, None]
-    return CodePrograms(table, prior).truth(name, x, exact, estimators=asked)
-
-
-def _relative_square(log_joint: FloatArray, q: FloatArray) -> float:
-    """Return the largest E_q w^2 / (E_q w)^2 over inputs, where w = p(x, c) / q(c|x); infinite if q misses a state."""
-    missed = (q == 0).any(1)
-    squares = logsumexp(2 * log_joint - np.log(np.where(q == 0, 1.0, q)), axis=1) - 2 * logsumexp(log_joint, axis=1)
-    return float(np.where(missed, math.inf, np.exp(squares)).max())
-
-
-def symmetric_channel(k: int, error: float) -> Truth:
-    """Return a test model: a k-ary symmetric channel as the posterior, with a uniform prior.
-
-    The code equals the symbol x with probability 1 - `error`, and is otherwise one of the other k - 1, equally likely.
-    """
-    table = np.full((k, 1, k), error / (k - 1)) + np.eye(k)[:, None] * (1 - error - error / (k - 1))
-    return code_truth(f"{k}-ary symmetric, {error:g}", table, np.full((1, k), 1 / k))
-
-
-def deterministic_code(symbols: NDArray[np.intp], k: int) -> Truth:
-    """Return a test model whose posterior gives input i the code `symbols[i]` with certainty; symbols `(inputs, P)`.
-
-    The mutual information is the entropy of the joint code over the inputs.
-    """
-    positions = symbols.shape[1]
-    return code_truth(f"deterministic code, {positions} x {k}", np.eye(k)[symbols], np.full((positions, k), 1 / k))
-
-
-def random_code(inputs: int, positions: int, k: int, seed: int = 0) -> Truth:
-    """Return a test model with a categorical code whose posterior and prior probabilities are random (Dirichlet)."""
-    random = np.random.default_rng(seed)
-    even = np.full(k, 2.0)
-    table, prior = random.dirichlet(even, (inputs, positions)), random.dirichlet(even, positions)
-    return code_truth(f"random code, {positions} x {k}", table, prior)
-
-
-class MixturePrograms(Programs):
-    """Pyro model of a mixture of normals p(c) p(x | c), with c summed out (enumerated); the parameter is the means."""
-
-    def model(self, x: Tensor) -> None:
-        """Sum out the component c and observe x: the model p(x, c)."""
-        with pyro.plate("data", len(x)):
-            c = pyro.sample("c", dist.Categorical(self.weights), infer={"enumerate": "parallel"})
-            pyro.sample("x", dist.Normal(self.learned[c], self.scale).to_event(1), obs=x)
-
-    def guide(self, x: Tensor) -> None:
-        """Sample nothing: an empty guide, as the posterior p(c|x) follows from Bayes' rule."""
-
-
-def mixture(weights: FloatArray, means: FloatArray, scale: float, x: FloatArray) -> Truth:
-    """Return a test model: a mixture of normals with weights `(K,)`, means `(K, d)` and a common standard deviation.
-
-    The posterior p(c|x) of the component is exact, so that ELBO = log p(x).
-    """
-    log_x = norm.logpdf(x[:, None], means, scale).sum(2)
-    log_joint = log_x + np.log(weights)
-    q = np.exp(log_joint - logsumexp(log_joint, axis=1, keepdims=True))
-    programs, exact = MixturePrograms(means, weights=weights, scale=scale), truth.state_figures(q, weights, log_x)
-    return programs.truth(f"mixture of {len(weights)}", x, exact, estimators=WITH_EVIDENCE)
+    x = np.tile(np.arange(inputs), 40)[:, None]
+    return CodePrograms(table, prior).truth(name, x, exact, estimators=estimators)
 
 
 class MixturePriorPrograms(Programs):

@@ -23,6 +23,7 @@ from pvae.analysis.truths.standard import digits
 from pvae.analysis.truths.truth import Truth
 from pvae.data.dataset import load
 from pvae.data.sources.collections import FashionMNIST
+from tests.truths import members
 from tests.truths.helpers import DIGITS, failures, wrong_line
 
 # ---------------------------------------------------------------------- published values
@@ -55,20 +56,20 @@ PUBLISHED = {
     "channel, d10": (lambda: lin.gaussian_channel(10, 0.1, 1000), {"population_mutual_information": (11.513, 5e-4)}),
     **{
         f"binary input, a={a}": (
-            lambda a=a: lin.binary_input(a),
+            lambda a=a: members.binary_input(a),
             {"kl": (a * a / 2, 1e-10), "mutual_information": (want, 1e-9), "marginal_kl": (a * a / 2 - want, 1e-9)},
         )
         for a, want in ((0.5, 0.1114214822), (1.0, 0.3368308203), (2.0, 0.6327201940))
     },
-    "disjoint": (lambda: lin.disjoint(100), {"mutual_information": (math.log(100), 1e-8)}),
-    "blind": (lambda: lin.blind(np.ones((50, 2)).cumsum(0)), {"mutual_information": (0, 1e-12)}),
-    "binary symmetric .1": (lambda: structured.symmetric_channel(2, 0.1), {"mutual_information": (0.3680642072, 1e-9)}),
+    "disjoint": (lambda: members.disjoint(100), {"mutual_information": (math.log(100), 1e-8)}),
+    "blind": (lambda: members.blind(np.ones((50, 2)).cumsum(0)), {"mutual_information": (0, 1e-12)}),
+    "binary symmetric .1": (lambda: members.symmetric_channel(2, 0.1), {"mutual_information": (0.3680642072, 1e-9)}),
     "10-ary symmetric .1": (
-        lambda: structured.symmetric_channel(10, 0.1),
+        lambda: members.symmetric_channel(10, 0.1),
         {"mutual_information": (1.7577796619, 1e-9)},
     ),
     "deterministic": (
-        lambda: structured.deterministic_code(np.arange(5)[:, None], 5),
+        lambda: members.deterministic_code(np.arange(5)[:, None], 5),
         {"mutual_information": (math.log(5), 1e-12), "kl": (math.log(5), 1e-12)},
     ),
 }
@@ -139,11 +140,11 @@ def test_integrals_have_converged(step, monkeypatch):
     means, law = random.standard_normal((40, 2)) * 3, lin.widened(np.array([[1.0], [0.5]]), 0.5, 1.3, 0.1)
     covariance = np.array([[0.4, 0.1], [0.1, 0.2]])
     x = random.standard_normal((5, 2))
-    coarse = integrals.mixture_entropy(means, covariance), lin.iwae_2(law, x)
+    coarse = integrals.mixture_entropy(means, covariance), members.iwae_2(law, x)
     monkeypatch.setattr(integrals, "GRID_STEP", step)
-    monkeypatch.setattr(lin, "normal_nodes", lambda: integrals.normal_nodes(step / 2))
+    monkeypatch.setattr(members, "normal_nodes", lambda: integrals.normal_nodes(step / 2))
     assert integrals.mixture_entropy(means, covariance) == pytest.approx(coarse[0], abs=1e-9)
-    np.testing.assert_allclose(lin.iwae_2(law, x), coarse[1], rtol=0, atol=1e-9)
+    np.testing.assert_allclose(members.iwae_2(law, x), coarse[1], rtol=0, atol=1e-9)
 
 
 def random_law(random: np.random.Generator, d: int, q: int) -> lin.LinearGaussian:
@@ -225,12 +226,12 @@ def test_iwae_2_lies_between_the_elbo_and_log_p():
     assert truth.exact["elbo"] < truth.exact["iwae_2"] < truth.exact["log_evidence"]
     # The true posterior has equal weights: no gap at all.
     law = lin.probabilistic_pca(DIGITS[:, 20:24], 1)
-    np.testing.assert_allclose(lin.iwae_2(law, DIGITS[:9, 20:24]), law.log_p(DIGITS[:9, 20:24]), atol=1e-9)
+    np.testing.assert_allclose(members.iwae_2(law, DIGITS[:9, 20:24]), law.log_p(DIGITS[:9, 20:24]), atol=1e-9)
 
 
 def test_a_product_channel_is_the_sum_of_its_coordinates():
     # The closed form of the product against the integral over the plane, which knows nothing of it.
-    truth = lin.product_channel([np.linspace(-1, 1, 8), np.linspace(-2, 1, 8)], [0.4, 0.7])
+    truth = members.product_channel([np.linspace(-1, 1, 8), np.linspace(-2, 1, 8)], [0.4, 0.7])
     law, x = lin.identity_channel([0.4, 0.7]), truth.x.numpy()
     assert truth.exact["total_correlation"] == 0
     for figure, value in law.informations(x).items():
@@ -241,7 +242,7 @@ def test_a_product_channel_is_the_sum_of_its_coordinates():
 def test_positions_of_a_code():
     # The joint code says no more than its positions say one by one, and they no more than the pooled perplexity.
     symbols = np.array([[0, 1], [1, 1], [2, 0], [3, 4], [0, 1]])
-    exact = structured.deterministic_code(symbols, 5).exact
+    exact = members.deterministic_code(symbols, 5).exact
     _, counts = np.unique(symbols, axis=0, return_counts=True)
     assert exact["mutual_information"] == pytest.approx(scipy.stats.entropy(counts), abs=1e-12)
     singles = sum(scipy.stats.entropy(np.bincount(column, minlength=5)) for column in symbols.T)
@@ -274,34 +275,32 @@ def full_rank(random: np.random.Generator) -> Truth:
     """A guide of the posterior's correlations, wider and off: no approximation gap."""
     law = lin.widened(random.standard_normal((4, 2)), 0.9, 1.2, 0.2)
     x = random.standard_normal((20, 4))
-    return lin.wrong_guide(dataclasses.replace(law, s=1.3 * np.linalg.inv(law.precision)), x)
+    return members.wrong_guide(dataclasses.replace(law, s=1.3 * np.linalg.inv(law.precision)), x)
 
 
 def wrong(r: np.random.Generator, q: int, stretch: float) -> Truth:
     law = lin.widened(r.normal(size=(3, q)), r.uniform(0.6, 1.2), r.uniform(1.1, stretch), r.normal() / 4)
-    return lin.wrong_guide(law, r.normal(size=(20, 3)))
+    return members.wrong_guide(law, r.normal(size=(20, 3)))
 
 
 OTHERS = {
     "linear VAE": lambda r: lin.linear_vae(any_digits(r), int(r.integers(1, 8)), r.integers(3, size=300)),
     "rotated linear VAE": rotated_vae,
     "channel": lambda r: lin.gaussian_channel(int(r.integers(1, 4)), r.uniform(0.1, 0.6), 150, int(r.integers(1000))),
-    "product channel": lambda r: lin.product_channel([r.normal(size=6), r.normal(size=9)], r.uniform(0.3, 1.2, 2)),
-    "one-dimensional channel": lambda r: lin.product_channel([r.normal(size=40)], r.uniform(0.2, 1.2, 1)),
-    "binary input": lambda r: lin.binary_input(r.uniform(0.2, 3.0)),
-    "disjoint": lambda r: lin.disjoint(int(r.integers(30, 400))),
-    "blind": lambda r: lin.blind(r.normal(size=(100, 2)), r.normal(), r.uniform(0.3, 1.5)),
-    "symmetric": lambda r: structured.symmetric_channel(int(r.integers(2, 12)), r.uniform(0.02, 0.6)),
-    "deterministic": lambda r: structured.deterministic_code(r.integers(4, size=(6, 3)), 4),
-    "random code": lambda r: structured.random_code(
+    "product channel": lambda r: members.product_channel([r.normal(size=6), r.normal(size=9)], r.uniform(0.3, 1.2, 2)),
+    "one-dimensional channel": lambda r: members.product_channel([r.normal(size=40)], r.uniform(0.2, 1.2, 1)),
+    "binary input": lambda r: members.binary_input(r.uniform(0.2, 3.0)),
+    "disjoint": lambda r: members.disjoint(int(r.integers(30, 400))),
+    "blind": lambda r: members.blind(r.normal(size=(100, 2)), r.normal(), r.uniform(0.3, 1.5)),
+    "symmetric": lambda r: members.symmetric_channel(int(r.integers(2, 12)), r.uniform(0.02, 0.6)),
+    "deterministic": lambda r: members.deterministic_code(r.integers(4, size=(6, 3)), 4),
+    "random code": lambda r: members.random_code(
         int(r.integers(2, 7)), int(r.integers(1, 4)), 3, int(r.integers(1000))
     ),
     "wrong guide, one latent": lambda r: wrong(r, 1, 2.0),
     "wrong guide, two latents": lambda r: wrong(r, 2, 1.5),
     "full rank": full_rank,
-    "mixture": lambda r: structured.mixture(
-        r.dirichlet(np.ones(4)), r.normal(size=(4, 2)), 0.7, r.normal(size=(200, 2))
-    ),
+    "mixture": lambda r: members.mixture(r.dirichlet(np.ones(4)), r.normal(size=(4, 2)), 0.7, r.normal(size=(200, 2))),
     "mixture prior": lambda r: structured.mixture_prior(
         r.dirichlet(np.ones(3)), r.normal(size=3), 0.7, 0.8, r.normal(size=200), r.uniform(0.3, 0.7), 0.9
     ),
