@@ -174,11 +174,14 @@ def neighbours(data: Tensor, samples: Tensor, k: int) -> list[Estimate]:
     holding, near = (torch.zeros(LEFT_OUT + 1, len(data), device=data.device) for _ in range(2))
     for start, block in blocks(data, len(samples)):
         distance, at = torch.cdist(block, samples), slice(start, start + len(block))
+        row, column = (distance <= data_reach[:, at].amax(0)[:, None].maximum(reach.amax(0))).nonzero(as_tuple=True)
+        pairs, groups = distance[row, column], samples_of[column]
         for g in range(LEFT_OUT + 1):
-            inside = distance <= data_reach[g, at, None]
-            held[g] += inside.sum(0)
-            holding[g, at] = (inside & (samples_of != g)).any(1).float()
-            near[g, at] = (distance <= reach[g]).any(1).float()
+            inside, of_sample = pairs <= data_reach[g, at][row], pairs <= reach[g][column]
+            held[g].index_add_(0, column, inside.double())
+            holding[g, at].index_add_(0, row, (inside & (groups != g)).float())
+            near[g, at].index_add_(0, row, of_sample.float())
+    holding, near = holding.sign_(), near.sign_()
     found, recall, coverage = [], (proportion, near, of), (proportion, holding, of)
     for make, hits, group in ((proportion, held > 0, samples_of), recall, (over_rows, held / k, samples_of), coverage):
         fixed = make(hits[-1].double())
