@@ -209,12 +209,10 @@ def data(given: CheckArguments) -> Iterator[Check]:
 
 def collection(name: str, wanted: Collection, named: Path | None) -> Check:
     """Return the check that the files of an image collection exist, which names their folders; files are not read."""
-    own = [named / wanted.slug, named] if named else []
-    places = [*own, *([wanted.system] if wanted.system else []), user_cache() / wanted.slug]
-    found = [_first(file.name, places) for file in wanted.files.values()]
-    archive = next((path for path in own if wanted.archive and (path / wanted.archive).is_file()), None)
-    if archive or all(found):
-        return Check(name, "ok", str(archive or ", ".join(sorted({str(path) for path in found}))))
+    archive = wanted.find_archive(named)
+    found = [archive or wanted.find(file, named, user_cache() / wanted.slug) for file in wanted.files.values()]
+    if all(found):
+        return Check(name, "ok", ", ".join(sorted({str(path.parent) for path in found if path})))
     missing = f"{found.count(None)} of {len(found)} files are not here"
     if os.environ.get("PVAE_OFFLINE", "0") in ("", "0"):
         there = f"{missing}; downloaded when they are first used"
@@ -222,7 +220,3 @@ def collection(name: str, wanted: Collection, named: Path | None) -> Check:
     package = f", or install {wanted.package}" if wanted.package else ""
     advice = f"Put them in DIR/{wanted.slug} and pass --data-dir DIR{package}."
     return Check(name, "warning", f"{missing}, and PVAE_OFFLINE is set", advice)
-
-
-def _first(name: str, places: list[Path]) -> Path | None:
-    return next((place for place in places if (place / name).is_file() or (place / f"{name}.gz").is_file()), None)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.files import user_folder
@@ -22,17 +23,11 @@ from pvae.data.rows.rows import Rows
 from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
 from pvae.errors import DataError
+from pvae.util import toml
 from pvae.util.types import Array
 
 DOWNLOAD_PIECE_BYTES = 2**20
 CONNECT_AND_READ_SECONDS = (10, 60)
-FILES = {
-    "x_train": ("train-images-idx3-ubyte", (60000, 28, 28)),
-    "y_train": ("train-labels-idx1-ubyte", (60000,)),
-    "x_test": ("t10k-images-idx3-ubyte", (10000, 28, 28)),
-    "y_test": ("t10k-labels-idx1-ubyte", (10000,)),
-}
-"""Name and shape of the four files of a collection, by the name of the array."""
 
 
 @dataclass(frozen=True)
@@ -56,39 +51,22 @@ class Collection:
     archive: str | None = None
     label_names: tuple[str, ...] | None = None
 
+    def find(self, file: IdxFile, named: Path | None, *others: Path) -> Path | None:
+        """Return the path of a file, plain or gzipped: in the user's folder, the system's, or the others."""
+        places = [*self._own(named), *([self.system] if self.system else []), *others]
+        paths = [place / name for place in places for name in (file.name, f"{file.name}.gz")]
+        return next(filter(Path.is_file, paths), None)
 
-def _files(*digests: str) -> dict[str, IdxFile]:
-    return {key: IdxFile(*FILES[key], digest) for key, digest in zip(FILES, digests, strict=True)}
+    def find_archive(self, named: Path | None) -> Path | None:
+        """Return the path of the archive of all four files in the user's folder."""
+        return next(filter(Path.is_file, (place / self.archive for place in self._own(named) if self.archive)), None)
+
+    def _own(self, named: Path | None) -> list[Path]:
+        return [named / self.slug, named] if named else []
 
 
-FASHION_MNIST = Collection(
-    "fashion-mnist",
-    _files(
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    ),
-    mirrors=("https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/",),
-    system=Path("/usr/share/datasets/fashion-mnist"),
-    package="dataset-fashion-mnist",
-    label_names=(
-        "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-    ),
-)  # fmt: skip
-
-MNIST_FILES = Collection(
-    "mnist",
-    _files(
-        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
-        "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
-        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
-        "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
-    ),
-    mirrors=("https://ossci-datasets.s3.amazonaws.com/mnist/",),
-    archive="mnist.npz",
-    label_names=tuple("0123456789"),
-)
+_KNOWN = TypeAdapter(dict[str, Collection]).validate_python(toml.read(Path(__file__).with_suffix(".toml")))
+FASHION_MNIST, MNIST_FILES = (_KNOWN[name] for name in ("fashion_mnist", "mnist"))
 
 
 class FashionMNIST(Data):
@@ -139,13 +117,10 @@ def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
         DataError: files are missing or damaged.
     """
     folder = user_folder(data_dir)
-    places = [folder / collection.slug, folder] if folder else []
-    archives = [place / collection.archive for place in places if collection.archive]
-    if archive := next(filter(Path.is_file, archives), None):
+    if archive := collection.find_archive(folder):
         arrays = {key: _checked_array(archive, key, file) for key, file in collection.files.items()}
     else:
-        places += [collection.system] if collection.system else []
-        arrays = {key: _read_file(collection, file, places) for key, file in collection.files.items()}
+        arrays = {key: _read_file(collection, file, folder) for key, file in collection.files.items()}
     x = np.concatenate([arrays["x_train"], arrays["x_test"]])[:, None]
     y = np.concatenate([arrays["y_train"], arrays["y_test"]])
     train = len(arrays["x_train"])
@@ -163,9 +138,8 @@ def _checked_array(path: Path, key: str, file: IdxFile) -> Array:
     return _checked_digest(array.reshape(file.shape), file, path)
 
 
-def _read_file(collection: Collection, file: IdxFile, places: list[Path]) -> Array:
-    paths = [place / name for place in places for name in (file.name, f"{file.name}.gz")]
-    path = next(filter(Path.is_file, paths), None)
+def _read_file(collection: Collection, file: IdxFile, folder: Path | None) -> Array:
+    path = collection.find(file, folder)
     return read_known(path, file) if path else _cached(collection, file)
 
 
