@@ -206,16 +206,13 @@ def _imported(name: str, level: Level, package: str, found: Any, without: str) -
 
 
 CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
-    **{
-        ask.__name__: ask
-        for ask in (python, packages, torch, machine.devices, machine.threads, machine.precision, pyro)
-    },
-    **{ask.__name__: ask for ask in (machine.compiler, machine.run_dir, machine.space)},
-    "cache": machine.cache,
-    "home": machine.home,
-    "temporary": machine.temporary,
-    **{ask.__name__: ask for ask in (machine.data, extras, variables, elbo, determinism, plots, arviz)},
-}
+    ask.__name__: ask
+    for ask in (
+        python, packages, torch, machine.devices, machine.threads, machine.precision, pyro, machine.compiler,
+        machine.run_dir, machine.space, machine.cache, machine.home, machine.temporary, machine.data, extras, variables,
+        elbo, determinism, plots, arviz,
+    )
+}  # fmt: skip
 """All checks by name, in the order of the report; `data` yields one for each data source, `data.<source>`."""
 
 

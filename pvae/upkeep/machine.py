@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,9 +170,7 @@ def user_cache() -> Path:
     return cache_folder()
 
 
-def _writable(
-    name: str, folder: Callable[[], str | Path], bad: Level, advice: str, _: CheckArguments
-) -> Iterator[Check]:
+def _writable(name: str, folder: Callable[[], str | Path], bad: Level, advice: str) -> Iterator[Check]:
     """Yield the check that a file of 1 MiB can be written in a folder; its level is `bad` if not."""
     where: str | Path = "no folder"
     try:
@@ -186,12 +183,20 @@ def _writable(
         yield Check(name, "ok", str(where))
 
 
-cache = partial(_writable, "cache", user_cache, "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
-home = partial(
-    _writable, "home", Path.home, "warning", "Set HOME, or MPLCONFIGDIR and XDG_CACHE_HOME, to folders of yours."
-)
-_ROOM = "Make room there, or set TMPDIR to a folder that has some."
-temporary = partial(_writable, "temporary", lambda: tempfile.gettempdir(), "failed", _ROOM)
+def cache(_: CheckArguments) -> Iterator[Check]:
+    """Yield the check that the folder of cached data can be written to."""
+    return _writable("cache", user_cache, "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
+
+
+def home(_: CheckArguments) -> Iterator[Check]:
+    """Yield the check that the home folder can be written to."""
+    return _writable("home", Path.home, "warning", "Set HOME, or MPLCONFIGDIR and XDG_CACHE_HOME, to folders of yours.")
+
+
+def temporary(_: CheckArguments) -> Iterator[Check]:
+    """Yield the check that the folder of temporary files can be written to; unlike the others it fails if not."""
+    advice = "Make room there, or set TMPDIR to a folder that has some."
+    return _writable("temporary", tempfile.gettempdir, "failed", advice)
 
 
 def data(given: CheckArguments) -> Iterator[Check]:

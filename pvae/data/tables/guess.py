@@ -163,15 +163,8 @@ def _parquet_cells(path: Path, left: dict[str, str]) -> tuple[pandas.DataFrame, 
 def _spelling(columns: Sequence[Sequence[str]], german: bool) -> Spelling:
     """Return the spelling under which most columns are numbers; a separator `;` suggests a decimal comma."""
     tried = sorted(SPELLINGS, key=lambda s: (s.decimal == ",") != german)
-
-    def numeric(spelling: Spelling) -> int:
-        return sum(
-            bool(rest := [w for w in words if w not in MISSING_WORDS])
-            and all(spelling.number(word) is not None for word in rest)
-            for words in columns
-        )
-
-    return max(tried, key=numeric)
+    present = [rest for words in columns if (rest := [word for word in words if word not in MISSING_WORDS])]
+    return max(tried, key=lambda s: sum(all(s.number(word) is not None for word in words) for words in present))
 
 
 def _missing_words(columns: Iterable[Sequence[str]], spelling: Spelling) -> list[str]:

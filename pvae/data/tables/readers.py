@@ -172,7 +172,7 @@ class TextTable:
 
 
 @contextmanager
-def opened_text(path: Path, encoding: str) -> Iterator[_Recoded]:
+def opened_text(path: Path, encoding: str) -> Iterator[IO[bytes] | _Recoded]:
     """Open a text file as a stream of UTF-8, decompressed if it is compressed with gzip, bzip2 or xz.
 
     Raises:
@@ -182,7 +182,7 @@ def opened_text(path: Path, encoding: str) -> Iterator[_Recoded]:
         unpack = next((module for magic, module in PACKED.items() if plain.peek(6).startswith(magic)), None)
         file = cast("IO[bytes]", plain if unpack is None else unpack.open(plain))
         try:
-            yield _Recoded(file, encoding)
+            yield file if codecs.lookup(encoding).name == "utf-8" else _Recoded(file, encoding)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: expected a whole compressed file; got {error}.") from error
         except UnicodeError as error:
@@ -198,14 +198,10 @@ class _Recoded:
     """
 
     def __init__(self, file: IO[bytes], encoding: str) -> None:
-        self.file, self.plain = file, codecs.lookup(encoding).name == "utf-8"
-        self.text = None if self.plain else codecs.getreader(encoding)(file)
-        self.rest = b""
+        self.text, self.rest = codecs.getreader(encoding)(file), b""
 
     def read(self, size: int) -> bytes:
         """Return the next `size` bytes, or fewer at the end."""
-        if self.text is None:
-            return self.file.read(size)
         while len(self.rest) < size and (more := self.text.read(size, size)):
             self.rest += more.encode()
         out, self.rest = self.rest[:size], self.rest[size:]
