@@ -153,18 +153,10 @@ def hierarchy(w: FloatArray, slope: float, spread: float, noise: float, stretch:
     law = LinearGaussian(wide, np.zeros(len(w)), noise, g, np.array([0.2, -0.1]), stretch * covariance, v)
     random = np.random.default_rng(seed)
     x = random.multivariate_normal(np.zeros(2), v, n) @ wide.T + noise * random.standard_normal((n, len(w)))
-    exact = law.bounds(x) | _of_levels(law, x)
+    top, _ = truth.coordinates(law.means(x), law.s)
+    kl, upper = float(law.kl(x).mean()), float(truth.normal_kl(*top, np.eye(1)).mean())
+    exact = law.bounds(x) | truth.split_kl(kl, truth.information(law.means(x), law.s))
+    exact |= {"z2.kl": upper, **truth.split_kl(upper, truth.information(*top), "z2."), "z1.kl": kl - upper}
     del exact["approximation_gap"], exact["amortisation_gap"]
     asked = (*WITH_EVIDENCE, "ais", "bracket")
     return TwoLevelPrograms(law).truth(f"two levels, n={n}", x, exact, estimators=asked, log_p=law.log_p)
-
-
-def _of_levels(law: LinearGaussian, x: FloatArray) -> dict[str, float]:
-    """Return the exact mutual information and marginal KL of both levels together and of z2 alone, and the KL of each.
-
-    Values are in nats, under the names that `Truth` uses.
-    """
-    top, _ = truth.coordinates(law.means(x), law.s)
-    kl, upper = float(law.kl(x).mean()), float(truth.normal_kl(*top, np.eye(1)).mean())
-    joint = truth.split_kl(kl, truth.information(law.means(x), law.s))
-    return {**joint, "z2.kl": upper, **truth.split_kl(upper, truth.information(*top), "z2."), "z1.kl": kl - upper}
