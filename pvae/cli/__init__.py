@@ -30,10 +30,11 @@ def main() -> None:
     with Raising() as answer:
         try:
             try:
+                answer.working = True
                 code = app(standalone_mode=False, obj=settings)
                 sys.stdout.flush()
             finally:
-                answer.leaving = True
+                answer.working = False
         except KeyboardInterrupt:
             code = 130
         except (BrokenPipeError, SystemExit):  # the latter is the parser's own answer to a broken pipe

@@ -38,8 +38,8 @@ class Answer(ExitStack):
 class Raising(Answer):
     """Answer of a command at work: KeyboardInterrupt, so that it leaves nothing half done; in an import the end."""
 
-    leaving = False
-    """True when the work is done or has failed, and only messages are left."""
+    working = False
+    """True while an exception is caught: not before the work begins, nor when only messages are left."""
 
     def __enter__(self) -> Self:
         self.callback(setattr, sys, "unraisablehook", sys.unraisablehook)
@@ -49,7 +49,7 @@ class Raising(Answer):
     def first(self, frame: FrameType | None) -> None:
         while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
             frame = frame.f_back
-        if frame is not None or self.leaving:  # extensions take exceptions for failures of their own
+        if frame is not None or not self.working:  # extensions take exceptions for failures of their own
             super().first(frame)
         raise KeyboardInterrupt
 

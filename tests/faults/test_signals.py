@@ -170,13 +170,26 @@ def test_a_second_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch, capfd: py
     """FAULTS 14 and 67: with a line."""
     exits: list[int] = []
     monkeypatch.setattr(os, "_exit", exits.append)
-    with signals.Raising():
+    with signals.Raising() as answer:
+        answer.working = True
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):  # as the process goes on here
             os.kill(os.getpid(), signal.SIGINT)
     assert exits == [130]
     assert capfd.readouterr().err == "SIGINT: ended at once, as it came twice\n"
+
+
+def test_a_signal_before_the_work_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """FAULTS 67: between the handlers and the first line that catches an exception."""
+    exits: list[int] = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    with signals.Raising() as answer, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)  # goes on here, to what it would raise otherwise
+    assert exits == [128 + (answer.signal or 0)] == [130]
+    assert capfd.readouterr().err == f"SIGINT: {STOPPED}\n"
 
 
 def test_a_process_ends_with_its_parent() -> None:
