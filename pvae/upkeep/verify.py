@@ -131,10 +131,9 @@ class _Inspection:
                 raise DataError(f"{where}: expected {wanted}; got {found!r}. Put back what was edited.")
         if lines := changed_keys(own_plan(self.run), plan).values():
             raise DataError(f"{where}: expected {' '.join(lines)} Put back what was edited.")
-        if text != self.run.files.spec_text or not self.run.files.spec_is_own():
-            yield Check("spec.toml", "warning", "not as it was written: edited, or of another version of pvae")
-        else:
-            yield Check("spec.toml", "ok", f"declaration {plan.name}")
+        own = text == self.run.files.spec_text and self.run.files.spec_is_own()
+        found = f"declaration {plan.name}" if own else "not as it was written: edited, or of another version of pvae"
+        yield Check("spec.toml", "ok" if own else "warning", found)
 
     def state(self) -> Iterator[Check]:
         """Yield the check of status.json: its state is known, its process is alive, and no write failed."""
@@ -161,10 +160,8 @@ class _Inspection:
             return
         rows = read_lines(self.path, name)
         written = [line for line in read_inside(self.path, name, 1 << 31).split(b"\n") if line.strip()]
-        if len(written) > len(rows) and not self._live:
-            yield Check(name, "warning", f"{len(rows)} rows, and a torn last line, which readers drop")
-        else:
-            yield Check(name, "ok", f"{len(rows)} rows")
+        torn = ", and a torn last line, which readers drop" if len(written) > len(rows) and not self._live else ""
+        yield Check(name, "warning" if torn else "ok", f"{len(rows)} rows{torn}")
 
     def checkpoints(self) -> Iterator[Check]:
         """Yield a check of every checkpoint, newest first; the first readable one is that which `Run.load` loads."""
