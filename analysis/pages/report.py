@@ -7,15 +7,12 @@ from typing import Any
 from pvae.analysis.pages.comparison.comparison import Comparison
 from pvae.analysis.pages.comparison.sections import COMPARISON_SECTIONS
 from pvae.analysis.pages.document.document import Document, Stages, claimed
+from pvae.analysis.pages.document.words import text
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.runs.run import Run
 from pvae.util.progress import StageProgress, silent
 from pvae.util.threads import single_thread
-
-FOOTER = (
-    "Every number of this page stands in report.json beside it, every table in tables/. The seed of all samples is {}."
-)
 
 
 def report(
@@ -65,18 +62,17 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
     """Return the report of a run as a page, with all its numbers, tables and pictures computed."""
     exam.stages = Stages(len(SECTIONS), on_progress)
     run = exam.run
-    started = run.files.manifest.get("started")
-    named = {"name": run.name, "id": run.path.name, "started": started}
+    named = {"name": run.name, "id": run.path.name, "started": run.files.manifest.get("started")}
     with single_thread(exam.is_small):
         sections = exam.stages.sections(SECTIONS, exam)
     return Document(
         kicker="pvae report",
         title=run.name,
         description=run.plan.description,
-        identity=f"run {run.path.name}{f', started {started}' if started else ''}; figures of the split {exam.split}",
+        identity=text("page.identity", run=named, split=exam.split),
         numbers={"run": named, "split": exam.split, "seed": exam.seed},
         sections=sections,
-        footer=f"{FOOTER.format(exam.seed)} Nats are natural units of information: 1 nat = 1.44 bits.",
+        footer=f"{text('page.footer', seed=exam.seed)} {text('page.nats')}",
     )
 
 
@@ -142,8 +138,8 @@ def examine_runs(found: Comparison, title: str, description: str, on_progress: S
         kicker="pvae comparison",
         title=title,
         description=description,
-        identity=f"{len(runs)} runs on {found.first.data.source}, the same rows of {found.split} for all",
+        identity=text("compared.identity", count=len(runs), source=found.first.data.source, split=found.split),
         numbers={"title": title, "runs": runs, "split": found.split, "seed": found.first.seed},
         sections=sections,
-        footer=FOOTER.format(found.first.seed),
+        footer=text("page.footer", seed=found.first.seed),
     )

@@ -18,9 +18,9 @@ from pvae.analysis.pages.document.blocks import (
     PageColumn,
     PageSection,
     PageTable,
+    Picture,
     Sentence,
     Tile,
-    picture,
 )
 from pvae.analysis.pages.document.document import Document, slug
 from pvae.analysis.pages.document.text import csv_of, error_of, legible, percent, shown_value
@@ -46,7 +46,7 @@ def document(*sections: PageSection) -> Document:
 
 
 def whole() -> Document:
-    made = picture("p" + HOSTILE[6], base.panels(1.0)[0], HOSTILE[0], HOSTILE[1])
+    made = Picture("p" + HOSTILE[6], base.png(base.panels(1.0)[0]), HOSTILE[0], HOSTILE[1])
     blocks = table(), made, Note(HOSTILE[0]), Listing(HOSTILE[0], HOSTILE[3])
     first = (*blocks, "fine", Tile(HOSTILE[0], "1", HOSTILE[1]), {"one": exact(1.0)})
     folded = table("u", folded=True), Listing("x", "folded", folded=True)

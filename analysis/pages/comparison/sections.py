@@ -1,7 +1,7 @@
 """Sections of a comparison page in reading order: functions of a `Comparison`; None if a section does not apply."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,11 +11,12 @@ from scipy.stats import spearmanr
 from pvae.analysis.bounds.rate_distortion import rate_distortion_of
 from pvae.analysis.figures.estimate import Estimate, merged
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
-from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence, columns, picture, section
-from pvae.analysis.pages.document.text import Value, nats, plus_minus
+from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence
+from pvae.analysis.pages.document.text import Value
+from pvae.analysis.pages.document.words import alert, picture, section, table, text
 from pvae.analysis.pages.plots import comparisons, pictures
 from pvae.analysis.pages.plots.base import array, plain
-from pvae.analysis.pages.sections.fit import LESS_OVERFITTING, OVERFITTING_NATS, SHOWN_NATS
+from pvae.analysis.pages.sections.fit import OVERFITTING_NATS, SHOWN_NATS
 from pvae.analysis.pages.sections.run import environment_of
 from pvae.analysis.pages.sections.samples import whole
 from pvae.analysis.samples.features import is_image
@@ -29,24 +30,18 @@ COLUMN_RUNS = 6
 # ---------------------------------------------------------------------- overview and verdict
 
 
-@section("overview", "Overview")
+@section("overview", "compared.overview")
 def _overview(found: Comparison) -> Iterator[Part]:
     """Yield the metrics of each run, their means over groups of runs, and the verdict."""
     all_of = _by_key(list(found.figures.values()))
     known = {term: values for term, values in all_of.items() if any(value is not None for value in values)}
-    caption = (
-        f"Nats per datum (bits per dimension: bits) on {found.split} ({found.first.rows[found.split].note}; log_p, a "
-        f"lower bound, on {found.first.evidence_rows.note}); proportions; Fréchet distances in features; seconds of "
-        "training"
-    )
-    yield _by_run("overview", caption, list(found.exams), known)
+    yield _by_run("compared.overview", list(found.exams), known, exam=found.first)
     if (groups := found.groups) is not None and len(set(groups)) < len(found.exams):
         rows = []
         for group in dict.fromkeys(groups):
             chosen = [i for i, g in enumerate(groups) if g == group]
             rows.append((group, len(chosen), *(_average([values[i] for i in chosen]) for values in known.values())))
-        titles = columns("group", "runs", *(term.replace("_", " ") for term in known), digits=2)
-        yield PageTable("averages", "Mean ± standard error over runs that differ in their seeds only", titles, rows)
+        yield table("compared.averages", rows, *_spaced(known), digits=2)
     yield from _on_best(found)
     yield from _on_new_data(found)
     yield from _on_overfitting(found)
@@ -54,15 +49,18 @@ def _overview(found: Comparison) -> Iterator[Part]:
     yield {"figures": found.figures, "groups": None if groups is None else list(groups)}
 
 
-def _by_run(id: str, caption: str, names: Sequence[str], found: Mapping[str, Sequence[Value]]) -> PageTable:
+def _by_run(entry: str, names: Sequence[str], found: Mapping[str, Sequence[Value]], **fields: Any) -> PageTable:
     """Return a table of the values by term, with a column per run, or a row per run if there are many runs.
 
     Each sequence of `found` holds the values of one term, in the order of `names`.
     """
     if len(names) <= COLUMN_RUNS:
-        return PageTable(id, caption, columns("figure", *names), [(term, *values) for term, values in found.items()])
-    titles = columns("run", *(term.replace("_", " ") for term in found), digits=2)
-    return PageTable(id, caption, titles, list(zip(names, *found.values(), strict=True)))
+        return table(entry, [(term, *values) for term, values in found.items()], "figure", *names, **fields)
+    return table(entry, list(zip(names, *found.values(), strict=True)), "run", *_spaced(found), digits=2, **fields)
+
+
+def _spaced(terms: Iterable[str]) -> list[str]:
+    return [term.replace("_", " ") for term in terms]
 
 
 def _by_key(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -85,30 +83,25 @@ def _on_best(found: Comparison) -> Iterator[str]:
     rest = found.against(found.best)
     gains = {name: d.log_p or d.elbo for name, d in rest.items()}
     second = max(gains, key=lambda name: gains[name].value)
-    gain, what = -gains[second].value, "bound on log p(x)" if rest[second].log_p is not None else "ELBO"
-    error = gains[second].standard_error
-    lead = f"{nats(gain)} ± {nats(error)} nats" if gain >= SHOWN_NATS else "less than 0.01 nats"
-    if gain <= 2 * error or gain < SHOWN_NATS:
-        text = f"{found.best} and {second} have the highest {what}. They differ by {lead}: these data do not show"
-        yield f"{text} which is better."
-    else:
-        yield f"{found.best} has the highest {what}, {lead} above {second} (paired by datum)."
+    gain, error, bounds = -gains[second].value, gains[second].standard_error, rest[second].log_p is not None
+    tie = gain <= 2 * error or gain < SHOWN_NATS
+    yield text(
+        "compared.overview.tie" if tie else "compared.overview.best",
+        best=found.best, second=second, bounds=bounds, gain=gain, error=error, seen=gain >= SHOWN_NATS,
+    )  # fmt: skip
 
 
 def _on_new_data(found: Comparison) -> Iterator[str]:
     """Yield the sentence on what a better prior wins on new data with the encoder of each run."""
     known = {name: new.interval for name, exam in found.scored.items() if (new := exam.held.population) is not None}
     if known:
-        said = "; ".join(f"{interval} nats with that of {name}" for name, interval in known.items())
-        yield f"What a better prior wins on new data while the encoder stays: {said}."
+        yield text("compared.overview.new_data", known=known)
 
 
 def _on_overfitting(found: Comparison) -> Iterator[Sentence]:
     gaps = {name: exam.gap for name, exam in found.scored.items() if found.split != "train"}
-    wide = [f"{name} ({nats(gap)} nats)" for name, gap in gaps.items() if gap is not None and gap > OVERFITTING_NATS]
-    if wide:
-        text = f"The train ELBO is more than {OVERFITTING_NATS:g} nat higher than the {found.split} ELBO for"
-        yield Sentence(f"{text} {', '.join(wide)}. These models overfit: {LESS_OVERFITTING}", True)
+    if wide := {name: gap for name, gap in gaps.items() if gap is not None and gap > OVERFITTING_NATS}:
+        yield alert("compared.overview.overfitting", limit=OVERFITTING_NATS, split=found.split, wide=wide)
 
 
 def _on_samples(found: Comparison) -> Iterator[str]:
@@ -116,45 +109,32 @@ def _on_samples(found: Comparison) -> Iterator[str]:
         return
     distances = sorted((q.distances.frechet.value, name, q.distances) for name, q in found.quality.items())
     (_, near, least), *_, (_, far, most) = distances
-    expected = f"({nats(least.frechet_floor)} expected for samples of the data distribution)"
-    yield f"Samples of {near} have the smallest Fréchet distance to data, {plus_minus(least.frechet)} {expected}."
-    yield f"Samples of {far} have the largest Fréchet distance to data, {plus_minus(most.frechet)}."
+    yield text("compared.overview.nearest", name=near, distances=least)
+    yield text("compared.overview.farthest", name=far, distances=most)
 
 
 # ---------------------------------------------------------------------- likelihood
 
 
-@section("training", "Training")
+@section("training", "compared.training")
 def _training(found: Comparison) -> Iterator[Part]:
     if rows := {name: exam.metrics for name, exam in found.scored.items() if exam.metrics}:
-        yield picture(
-            "training",
-            comparisons.overlaid(list(rows), list(rows.values())),
-            f"Validation ELBO over epochs for {len(rows)} runs.",
-            "Curves that still rise at their end need more epochs; curves that fall after a maximum show overfitting.",
-        )
+        yield picture("compared.training", comparisons.overlaid(list(rows), list(rows.values())), count=len(rows))
 
 
-@section("plane", "Rate and distortion")
+@section("plane", "compared.plane")
 def _plane(found: Comparison) -> Iterator[Part]:
     if len(found.scored) < 2:
         return
     plane = rate_distortion_of(found.split, {name: exam.held for name, exam in found.scored.items()})
-    yield picture(
-        "rate_distortion",
-        plane.figure(),
-        "Runs as points: rate to the right, distortion upwards; lines of equal ELBO.",
-        "Runs on one dashed line have the same ELBO. Further right they spend more nats on the code; further down "
-        "they reconstruct better.",
-    )
+    yield picture("compared.rate_distortion", plane.figure())
     keys = ("rate", "distortion", "elbo")
     rows = [(row["run"], *(Estimate(row[key], row[f"{key}_error"], "estimate") for key in keys)) for row in plane.rows]
-    caption = f"Nats per datum on {found.split}, ± Monte Carlo standard error"
-    yield PageTable("rate_distortion", caption, columns("run", "rate", "distortion", "ELBO"), rows)
+    yield table("compared.rate_distortion", rows, split=found.split)
     yield {"rate_distortion": plane.to_dict()}
 
 
-@section("paired", "Paired differences")
+@section("paired", "compared.paired")
 def _pairs(found: Comparison) -> Iterator[Part]:
     if len(found.scored) < 2:
         return
@@ -162,37 +142,28 @@ def _pairs(found: Comparison) -> Iterator[Part]:
     others = found.against(reference)
     gains = {name: d.log_p or d.elbo for name, d in others.items()}
     what = "Bound on log p(x)" if all(d.log_p is not None for d in others.values()) else "ELBO"
-    yield picture(
-        "paired",
-        comparisons.differences(list(gains), list(gains.values()), reference, what),
-        f"Paired differences to {reference}: " + "; ".join(f"{name} {plus_minus(e)}" for name, e in gains.items()),
-        "To the right of the line a run is better than the reference. The interval is that of the difference datum by "
-        "datum, so that the spread of data cancels. An interval that contains the line shows no difference.",
-    )
-    titles = columns("run", "ELBO", "log p(x), lower bound", "proportion of data won")
-    caption = (
-        f"Difference to {reference}, nats per datum ± standard error over data ({found.split}: ELBO on "
-        f"{exam.rows[found.split].note}, log p(x) on {exam.evidence_rows.note})"
-    )
-    yield PageTable("paired", caption, titles, [(name, d.elbo, d.log_p, d.wins) for name, d in others.items()])
+    made = comparisons.differences(list(gains), list(gains.values()), reference, what)
+    yield picture("compared.paired", made, reference=reference, gains=gains)
+    rows = [(name, d.elbo, d.log_p, d.wins) for name, d in others.items()]
+    yield table("compared.paired", rows, reference=reference, exam=exam)
     yield {"paired": {"reference": reference, "runs": {name: d.to_dict() for name, d in others.items()}}}
 
 
-@section("surgery", "ELBO surgery")
+@section("surgery", "compared.surgery")
 def _surgeries(found: Comparison) -> Iterator[Part]:
     if not found.scored:
         return
     held = {name: exam.held for name, exam in found.scored.items()}
     rows = merged(held)
-    caption = f"Surgery on {found.split}: nats per datum, ± Monte Carlo standard error with the data fixed"
     if len(held) > COLUMN_RUNS:
-        yield _by_run("surgery", caption, list(held), {str(row[0]): row[1:-1] for row in rows})
+        by_term = {str(row[0]): row[1:-1] for row in rows}
+        yield _by_run("compared.many.surgery", list(held), by_term, split=found.split)
     else:
-        yield PageTable("surgery", caption, columns("term", *held, words=["what it is"]), rows, strong=(0,))
+        yield table("compared.surgery", rows, *held, strong=(0,), split=found.split)
     yield {"surgery": {name: s.to_dict() for name, s in held.items()}}
 
 
-@section("together", "Correlation with the marginal KL")
+@section("together", "compared.together")
 def _together(found: Comparison) -> Iterator[Part]:
     """Yield rank correlations of the marginal KL with likelihood and sample quality; nothing for too few runs."""
     rows = {name: row for name, row in found.figures.items() if isinstance(row.get("marginal_kl"), Estimate)}
@@ -213,46 +184,33 @@ def _together(found: Comparison) -> Iterator[Part]:
     if not panels or max(x) - min(x) < 1e-9:
         return
     of = f"marginal KL on these rows of {found.split}, nats per datum"
-    yield picture(
-        "together",
-        comparisons.together(list(rows), x, list(panels.items()), of),
-        f"Figures of {len(rows)} runs over their marginal KL.",
-        "Each point is a run. If a smaller marginal KL went with a better model, the upper chart would fall from left "
-        "to right. Runs of one kind cluster: compare clusters, not points.",
-    )
+    yield picture("compared.together", comparisons.together(list(rows), x, list(panels.items()), of), count=len(rows))
     ranks = {title: float(spearmanr(x, y).statistic) if max(y) > min(y) else math.nan for title, y in panels.items()}
-    caption = f"Rank correlation with the marginal KL over {len(rows)} runs, from −1 to 1: too few runs for a test"
-    yield PageTable("together", caption, columns("figure", "Spearman", digits=2), tuple(ranks.items()))
+    yield table("compared.together", tuple(ranks.items()), digits=2, count=len(rows))
     yield {"rank_correlation": ranks}
 
 
 # ---------------------------------------------------------------------- samples, declarations
 
 
-@section("samples", "Samples")
+@section("samples", "compared.samples")
 def _samples(found: Comparison) -> Iterator[Part]:
     first = found.first
     drawn = {name: exam.sampled.x[:STRIP] for name, exam in found.exams.items() if exam.sampled is not None}
     shown = is_image(first.shape) and bool(drawn)
     if shown:
         images = np.stack([array(x).reshape(len(x), *first.shape) for x in drawn.values()])
-        yield picture(
-            "samples",
-            pictures.gallery(images, *first.scale_of_grey, row_names=[plain(name)[:18] for name in drawn]),
-            f"{STRIP} samples of each of {len(drawn)} runs.",
-            "Means of p(x | z) at samples of each model's own prior (samples of x where there is no mean). Look for "
-            "runs whose samples mix kinds, miss kinds, or are blurred.",
-        )
+        made = pictures.gallery(images, *first.scale_of_grey, row_names=[plain(name)[:18] for name in drawn])
+        yield picture("compared.samples", made, each=STRIP, count=len(drawn))
     if quality := found.quality:
         space = next(iter(quality.values())).fidelity.space
         known = {str(row[0]): row[1:-1] for row in whole(quality)}
-        caption = f"Samples of each run beside data of {found.split}: proportions, and distances in {space}"
-        yield _by_run("sample_quality", caption, list(quality), known)
+        yield _by_run("compared.sample_quality", list(quality), known, split=found.split, space=space)
     if shown or quality:
         yield {"sample_quality": {name: q.to_dict() for name, q in quality.items()}}
 
 
-@section("declarations", "Declarations", is_appendix=True)
+@section("declarations", "compared.declarations", is_appendix=True)
 def _declared(found: Comparison) -> Iterator[Part]:
     """Yield the settings that differ between the runs, and the software environment of each run."""
     runs = [exam.run for exam in found.exams.values()]
@@ -263,9 +221,9 @@ def _declared(found: Comparison) -> Iterator[Part]:
         if key not in ("name", "description") and len(set(map(repr, values))) > 1
     }
     if settings:
-        yield _by_run("declarations", "Settings that differ", list(found.exams), settings)
+        yield _by_run("compared.declarations", list(found.exams), settings)
     environments = _by_key([dict(environment_of(run)) for run in runs])
-    yield _by_run("environment", "Environments of the runs", list(found.exams), environments)
+    yield _by_run("compared.environment", list(found.exams), environments)
     yield {"declarations": settings}
 
 

@@ -1,16 +1,9 @@
 """Building blocks of a page: sentences, tiles, pictures, tables, notes and listings, grouped in sections."""
 
 import base64
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
-from typing import Any, TypeVar
-
-from matplotlib.figure import Figure
-
-from pvae.analysis.pages.plots import base
-
-T = TypeVar("T")
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -49,11 +42,6 @@ class Picture:
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
-def picture(id: str, made: Figure, alt: str, caption: str) -> Picture:
-    """Return a matplotlib figure, drawn at 120 dpi, as a picture of a page."""
-    return Picture(id, base.png(made), alt, caption)
-
-
 @dataclass(frozen=True)
 class PageColumn:
     """Title and number format of one column of a table."""
@@ -63,11 +51,6 @@ class PageColumn:
     """Decimal places of the numbers of the column."""
     is_text: bool = False
     """True for a column of text, which is aligned left and may wrap."""
-
-
-def columns(*titles: str, digits: int = 3, words: Sequence[str] = ()) -> tuple[PageColumn, ...]:
-    """Return columns of numbers with these titles (the first names the rows), then columns of text titled `words`."""
-    return (*(PageColumn(title, digits) for title in titles), *(PageColumn(title, is_text=True) for title in words))
 
 
 @dataclass(frozen=True)
@@ -139,22 +122,3 @@ class PageSection:
     def is_shown(self) -> bool:
         """True for a section with blocks or a lead; of others only sentences, tiles and numbers are on the page."""
         return bool(self.blocks or self.lead)
-
-
-def section(
-    id: str, title: str, lead: str = "", *, is_appendix: bool = False, scored: bool = False
-) -> Callable[[Callable[[T], Iterable[Part]]], Callable[[T], PageSection | None]]:
-    """Decorate a function that yields the parts of a section: it then returns the section, None if it has no parts.
-
-    A section that is `scored` has none for a model without a likelihood, such as a GAN.
-    """
-
-    def decorate(make: Callable[[T], Iterable[Part]]) -> Callable[[T], PageSection | None]:
-        @wraps(make)
-        def made(subject: T) -> PageSection | None:
-            parts = () if scored and getattr(subject, "implicit", False) else tuple(make(subject))
-            return PageSection(id, title, parts, lead, is_appendix) if parts else None
-
-        return made
-
-    return decorate

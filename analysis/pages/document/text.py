@@ -5,14 +5,14 @@ import io
 import math
 import re
 import unicodedata
-from typing import Any
+from typing import Any, SupportsFloat
 
 from markupsafe import Markup
 from rich.table import Table
 from rich.text import Text
 
-from pvae.analysis.figures.estimate import Estimate, Figures, cell
-from pvae.analysis.pages.document.blocks import PageTable, columns
+from pvae.analysis.figures.estimate import Estimate, cell
+from pvae.analysis.pages.document.blocks import PageTable
 from pvae.analysis.pages.plots.base import nats as nats
 
 Value = Estimate | float | int | str | None
@@ -34,11 +34,11 @@ def typeset(text: str) -> str:
     return re.sub(r"(?<![\w.])-(?=[\d ])", "−", text.replace("+-", "±"))
 
 
-def percent(value: float) -> str:
+def percent(value: SupportsFloat) -> str:
     """Return a proportion as a percentage without decimals, or with one decimal below 9.5 %; a dash if not finite."""
-    if not math.isfinite(value):
+    if not math.isfinite(share := float(value)):
         return "–"
-    return f"{100 * value:.0f} %" if value == 0 or abs(value) >= 0.095 else f"{100 * value:.1f} %"
+    return f"{100 * share:.0f} %" if share == 0 or abs(share) >= 0.095 else f"{100 * share:.1f} %"
 
 
 def shown_value(value: Value, digits: int) -> str:
@@ -74,14 +74,6 @@ def legible(value: Any) -> Any:
 
 
 # ---------------------------------------------------------------------- tables
-
-
-def table_of(id: str, figures: Figures, caption: str = "", digits: int = 3) -> PageTable:
-    """Return the table of one result, a row per term: name, estimate, kind (exact, bound, estimate) and explanation."""
-    titles = columns("term", figures.unit, digits=digits, words=("kind", "what it is"))
-    return PageTable(
-        id, caption or figures.title, titles, [(name, e, e.label, meaning) for name, e, meaning in figures.known()]
-    )
 
 
 def csv_of(table: PageTable) -> str:

@@ -9,13 +9,13 @@ import torch
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import CodeUse, Collapse
-from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence, Tile, columns, picture, section
-from pvae.analysis.pages.document.text import nats, percent
+from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence
+from pvae.analysis.pages.document.words import picture, section, table, text, tile
 from pvae.analysis.pages.plots import bars, clouds
 from pvae.analysis.pages.plots.base import array
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
-from pvae.analysis.samples.probe import RAW, Probe
+from pvae.analysis.samples.probe import RAW
 from pvae.analysis.samples.probe import probe as probe_of
 from pvae.errors import DataError
 from pvae.pair.code_usage import SILENT
@@ -32,29 +32,27 @@ ALL_AT_ONCE, PAIR_BY_PAIR = (20_000, 2000), (1000, 500)
 """
 
 
-@section("latents", "Latents", scored=True)
+@section("latents", scored=True)
 def latents(exam: Examination) -> Iterator[Part]:
     """Yield active units, marginals and planes of latents, and holes; nothing for a model without a likelihood."""
     figures = []
     for name, z in exam.held.latents.items():
         use, total = exam.collapse.latents[name], None if z.dimensions is None else z.dimensions.total_correlation
         figures.append((name, use.dim, use.active, z.kl, z.kl_exact, z.mutual_information, z.marginal_kl, total))
-    titles = ("latent", "size", "active", "KL", "KL, closed form", "I_q", "marginal KL", "total correlation")
-    caption = f"Latents on {exam.split}: nats per datum; a dash where the posterior or prior depends on other latents"
-    yield PageTable("latents", caption, columns(*titles), figures)
+    yield table("latents", figures, split=exam.split)
     real = [name for name, latent in exam.collapse.latents.items() if latent.codes is None]
     for name in real:
         yield from _units(exam, name)
         yield from _against_prior(exam, name)
     yield from _curves(exam, real)
-    yield from (Sentence(text, True) for text in exam.collapse.alerts)
+    yield from (Sentence(said, True) for said in exam.collapse.alerts)
     if not exam.collapse.alerts:
         yield _all_in_use(exam.collapse)
     found = exam.attempt("holes", holes, exam)
     yield {"collapse": exam.collapse.to_dict(), "holes": None if found is None else vars(found)}
     if found is not None:
         yield on_holes(found)
-        yield Tile("prior holes", percent(found.share), f"of prior samples; {percent(HOLE)} expected")
+        yield tile("latents.hole", holes=found, quantile=HOLE)
 
 
 def _units(exam: Examination, name: str) -> Iterator[Part]:
@@ -62,22 +60,12 @@ def _units(exam: Examination, name: str) -> Iterator[Part]:
     latent, d = exam.collapse.latents[name], exam.held.latents[name].dimensions
     if latent.activity is None and latent.kl_per_dimension is None:
         return
-    known = latent.active is not None
-    said = f"{latent.active} of {latent.dim} coordinates of {name} are active." if known else f"KL of {name}."
     figures = {"KL": latent.kl_per_dimension, "variance of the mean": latent.activity}
     figures |= {} if d is None else {"I_q": d.mutual_information, "marginal KL": d.marginal_kl}
     there = {title: values for title, values in figures.items() if values is not None}
     rows = tuple((i, *(values[i] for values in there.values())) for i in range(latent.dim))
-    caption = f"Coordinates of {name} on {exam.split}: nats per datum, except for the variance"
-    yield picture(
-        f"units_{name}",
-        bars.units(name, latent),
-        f"Bars, one per coordinate: KL, and variance of the posterior mean. {said}",
-        "All charts have the same order. A unit is active if the variance of its posterior mean over the data is above "
-        f"{SILENT.variance} (dashed line). Units to the right of a sharp drop are not used. If the prior depends on "
-        "other latents the mean can move with it: then read the KL.",
-    )
-    yield PageTable(f"units_{name}", caption, columns("coordinate", *there), rows, folded=latent.dim > 5)
+    yield picture("latents.units", bars.units(name, latent), of=name, latent=latent, least=SILENT.variance)
+    yield table("latents.units", rows, *there, of=name, folded=latent.dim > 5, split=exam.split)
 
 
 def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
@@ -96,26 +84,10 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
         d = exam.held.latents[name].dimensions
         costs = None if d is None else d.marginal_kl
         order = np.argsort(-np.array(costs if costs else seen.means.var(0)), kind="stable")
-        by = "marginal KL" if costs else "variance of the posterior mean"
-        yield picture(
-            f"marginals_{name}",
-            clouds.marginals(seen, order.tolist(), costs),
-            f"Histograms of the aggregated posterior of {name} in single coordinates, with the prior's outline.",
-            f"Coordinates with the largest {by} first. Where the filled shape differs from the outline, the prior is "
-            "wrong in that coordinate alone: another location, scale or shape would help. If all shapes agree and the "
-            "marginal KL is large, the coordinates depend on each other.",
-        )
-    coloured = ", coloured by label" if labels is not None else ""
-    yield picture(
-        f"plane_{name}",
-        clouds.plane(seen, labels, exam.data.label_names),
-        f"Samples of the aggregated posterior of {name} in its two leading directions{coloured}, and contours of the "
-        "prior.",
-        "Each point is a sample of q(z | x), projected on the two directions in which the posterior means vary most. "
-        "Dark lines are the prior: 1, 2, 3 standard deviations, or 39, 86, 99 % of its samples if it is not a single "
-        "normal. Points outside the lines are codes that are improbable under the prior; empty regions inside them are "
-        "holes, where the decoder was never fitted.",
-    )
+        made = clouds.marginals(seen, order.tolist(), costs)
+        yield picture("latents.marginals", made, of=name, known=bool(costs))
+    made = clouds.plane(seen, labels, exam.data.label_names)
+    yield picture("latents.plane", made, of=name, coloured=labels is not None)
 
 
 def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
@@ -125,22 +97,16 @@ def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
         return
     thresholds = [f"> {threshold:g}" for threshold, _ in next(iter(use.values())).curve[::4]]
     rows = tuple((name, latent.dim, *(count for _, count in latent.curve[::4])) for name, latent in use.items())
-    caption = (
-        f"Active units by threshold on the variance of the posterior mean (usual threshold {SILENT.variance}); counts "
-        "that do not change mean a clear answer"
-    )
-    yield PageTable("active_units", caption, columns("latent", "size", *thresholds), rows)
+    yield table("latents.active_units", rows, *thresholds, usual=SILENT.variance)
 
 
 def _all_in_use(c: Collapse) -> str:
     known = [latent for latent in c.latents.values() if latent.active is not None]
     if (coded := [name for name, latent in c.latents.items() if latent.codes is not None]) and not known:
-        return f"No collapse: every code (or bit) of {', '.join(coded)} is in use."
+        return text("latents.codes_in_use", names=coded)
     if c.n < 2:
-        return "Active units are not defined for a single row."
-    if not known:
-        return "Active units are not known for this posterior."
-    return f"No collapse: all {sum(latent.dim for latent in known)} latent units are active."
+        return text("latents.one_row")
+    return text("latents.all_active", units=sum(z.dim for z in known)) if known else text("latents.unknown")
 
 
 # ---------------------------------------------------------------------- holes of the prior
@@ -195,14 +161,10 @@ def holes(exam: Examination) -> Holes:
 
 def on_holes(found: Holes) -> Sentence:
     """Return the sentence on prior samples in holes; an alert if their proportion exceeds `MANY_HOLES`."""
-    where = f"where q_agg of the training rows is thinner than at {percent(1 - found.expected)} of held-out codes"
     if found.share <= found.expected:
-        return Sentence(f"The prior has no holes: at most the expected {percent(HOLE)} of its samples lie {where}.")
-    text = f"{percent(found.share)} of prior samples lie in holes, {where} ({percent(found.expected)} expected)."
-    if found.share > MANY_HOLES:
-        advice = "Fit a richer prior to the codes (pvae refit RUN latents.z.prior.kind=realnvp), or train with vamp or"
-        return Sentence(f"{text} The decoder was never fitted to these codes. {advice} mixture.", True)
-    return Sentence(text)
+        return Sentence(text("latents.no_holes", holes=found, quantile=HOLE))
+    many = found.share > MANY_HOLES
+    return Sentence(text("latents.holes", holes=found, many=many), many)
 
 
 # ---------------------------------------------------------------------- codes
@@ -213,48 +175,27 @@ LISTED_CODES = 4096
 """Largest number of codes K for which the proportion of each code is listed in a table."""
 
 
-@section("codes", "Codes", scored=True)
+@section("codes", scored=True)
 def codes(exam: Examination) -> Iterator[Part]:
     """Yield usage, perplexity and maps of every discrete latent; nothing if no latent is discrete."""
     if uses := {name: z.codes for name, z in exam.collapse.latents.items() if z.codes is not None}:
         yield _code_table(exam, uses)
     for name, use in uses.items():
-        yield _use(name, use)
+        yield picture("codes.codes", bars.code_use(name, use), of=name, use=use)
         yield from _maps(exam, name, use)
         if use.share is not None and use.states <= LISTED_CODES:
-            caption = f"Proportion of each code of {name} on {exam.split}, most used first"
-            titles = columns("rank", "proportion", digits=5)
-            yield PageTable(f"codes_{name}", caption, titles, list(enumerate(use.share, 1)), folded=True)
+            rows = list(enumerate(use.share, 1))
+            yield table("codes.codes", rows, of=name, digits=5, folded=True, split=exam.split)
 
 
 def _code_table(exam: Examination, uses: dict[str, CodeUse]) -> PageTable:
-    titles = ("latent", "positions", "codes", "I_q", "log K", "silent", "perplexity", "pooled", "in use", "duplicates")
     rows = []
     for name, use in uses.items():
         count = len(use.perplexity)
         information, mean = (sum(values) / count for values in (use.information, use.perplexity))
         measured = information, math.log(use.states), use.silent, mean, use.pooled_perplexity, use.used, use.duplicates
         rows.append((name, count, use.states, *measured))
-    caption = (
-        f"Use of the codes on {exam.split} under the aggregated posterior: I_q of a position (mean), nats, of at most "
-        "log K, and silent positions, which carry at most 1 % of it; perplexity of a position, and pooled; a dash "
-        "where a figure is not defined (bits have no common codebook)"
-    )
-    return PageTable("codes", caption, columns(*titles, digits=2), rows)
-
-
-def _use(name: str, use: CodeUse) -> Picture:
-    said = f"{use.used} of {use.states} codes are in use. " if use.used is not None else ""
-    low, high = min(use.perplexity), max(use.perplexity)
-    return picture(
-        f"codes_{name}",
-        bars.code_use(name, use),
-        f"Use of the codes of {name}. {said}Perplexity of positions: {nats(low)} to {nats(high)}.",
-        "Under the aggregated posterior of these rows. A code is in use if its proportion is above a thousandth of "
-        "the uniform one. Perplexity is the effective number of codes in use: a position of perplexity 1 carries no "
-        "information about x. Look for many codes that are never chosen (fewer would do) and for positions that stay "
-        "dark.",
-    )
+    return table("codes", rows, digits=2, split=exam.split)
 
 
 def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
@@ -270,25 +211,14 @@ def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
         return
     data = array(exam.part.observed(exam.x[rows.tolist()]))
     maps = values.reshape(len(rows), *use.grid).astype(np.int64)
-    yield picture(
-        f"code_maps_{name}",
-        bars.code_maps(name, data, maps, use.states, *exam.scale_of_grey),
-        f"{len(rows)} data of {exam.split}, and below each the grid of codes of {name} that stands for it.",
-        "Colours are ranks of use among these rows: dark codes are frequent (often background), bright ones rare. Maps "
-        "that follow the picture show that codes say what is where; maps that are all alike carry little information.",
-    )
+    made = bars.code_maps(name, data, maps, use.states, *exam.scale_of_grey)
+    yield picture("codes.code_maps", made, of=name, count=len(rows), split=exam.split)
 
 
 # ---------------------------------------------------------------------- probe
 
 
-@section(
-    "probe",
-    "Downstream probe",
-    "Two classifiers predict the label from the code, k nearest neighbours and logistic regression. Beside them stand "
-    "the same classifiers of x itself.",
-    scored=True,
-)
+@section("probe", scored=True)
 def probe(exam: Examination) -> Iterator[Part]:
     """Yield the accuracy of k-NN and logistic regression on codes; nothing without labels or codes."""
     if exam.part.y is None or exam.data.train.y is None:
@@ -297,20 +227,8 @@ def probe(exam: Examination) -> Iterator[Part]:
     if found is None:
         return
     rows = [(r.of, r.knn, r.knn_gain, r.linear, r.linear_gain) for r in found.readings]
-    yield PageTable(
-        "probe",
-        f"{found.title}: accuracies ± standard error; predicting the most frequent label is right in "
-        f"{percent(found.majority.value)}",
-        columns("classifier of", "k-NN", "k-NN − that of x", "linear", "linear − that of x"),
-        (*rows, ("most frequent label", found.majority, None, None, None)),
-    )
-    yield from _on_probe(found)
+    yield table("probe", (*rows, ("most frequent label", found.majority, None, None, None)), probe=found)
+    best = max((r for r in found.readings if r.of != RAW), key=lambda r: r.linear.value)
+    yield text("probe.logistic", best=best, raw=found[RAW])
+    yield text("probe.neighbours", best=best, raw=found[RAW])
     yield {"probe": found.to_dict()}
-
-
-def _on_probe(found: Probe) -> Iterator[str]:
-    best, raw = max((r for r in found.readings if r.of != RAW), key=lambda r: r.linear.value), found[RAW]
-    pairs = (("Logistic regression", best.linear, raw.linear), ("A k-NN classifier", best.knn, raw.knn))
-    for name, of_code, of_x in pairs:
-        accuracy = f"{percent(of_code.value)} accuracy ({percent(of_x.value)} from x itself)"
-        yield f"{name} predicts the label from {best.of} with {accuracy}."

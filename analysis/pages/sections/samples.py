@@ -9,8 +9,8 @@ import torch
 from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.export.sites import as_value
 from pvae.analysis.figures.estimate import merged
-from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence, Tile, columns, picture, section
-from pvae.analysis.pages.document.text import nats, percent
+from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence
+from pvae.analysis.pages.document.words import alert, picture, section, table, text, tile
 from pvae.analysis.pages.plots import pictures
 from pvae.analysis.pages.plots.base import array
 from pvae.analysis.pages.sections.examination import Examination
@@ -30,22 +30,14 @@ MEMORISED = 0.6
 """Proportion of samples nearer to training than to held-out rows above which the report warns of memorisation."""
 
 
-@section("samples", "Samples")
+@section("samples")
 def samples(exam: Examination) -> Iterator[Part]:
     """Yield samples and their nearest training rows; nothing if the model cannot be sampled."""
     if (drawn := exam.sampled) is None:
         return
     data = array(exam.data.train.observed(exam.rows["train"].x[:1000]))
     x = array(drawn.x[:ON_SHEET]).reshape(-1, *exam.shape)
-    what = "Means of p(x | z)" if drawn.is_mean else "Samples of the model"
-    noise = "Without the likelihood's own noise they look smoother than data. " if drawn.is_mean else ""
-    yield picture(
-        "samples",
-        pictures.samples(x, data, *exam.scale_of_grey),
-        f"{len(x)} samples of the model.",
-        f"{what}, each at its own sample of the prior. {noise}Look for samples that mix kinds (they come from holes of "
-        "the prior), for kinds that are missing, and for samples that repeat.",
-    )
+    yield picture("samples", pictures.samples(x, data, *exam.scale_of_grey), count=len(x), means=drawn.is_mean)
     known = {}
     for kind, some in (("means", drawn), ("draws", exam.draws)):
         if some is not None and some.is_mean == (kind == "means"):
@@ -60,16 +52,12 @@ def samples(exam: Examination) -> Iterator[Part]:
         train = exam.data.train
         nearest = train.observed(train.rows[first.nearest[:BESIDE_NEIGHBOURS].to(exam.x.device)])
         pairs = np.stack([x[:BESIDE_NEIGHBOURS], array(nearest)[: len(x)]])
-        yield picture(
-            "nearest",
-            pictures.gallery(pairs, *exam.scale_of_grey, row_names=("sample", "nearest")),
-            f"{len(pairs[0])} samples, and below each the training datum nearest to it.",
-            "Above a sample, below the training datum nearest to it. Identical pairs are memorised data.",
-        )
+        made = pictures.gallery(pairs, *exam.scale_of_grey, row_names=("sample", "nearest"))
+        yield picture("samples.nearest", made, count=len(pairs[0]))
     yield _table(known)
-    yield from (Note(text) for text in next(reversed(known.values())).remarks)
+    yield from map(Note, next(reversed(known.values())).remarks)
     yield on_copies(known)
-    yield Tile("nearer to train", percent(first.nearer.value), "of samples, than to held-out; 50 % expected")
+    yield tile("samples.nearer", first=first)
 
 
 def _table(known: Mapping[str, Copying]) -> PageTable:
@@ -79,30 +67,23 @@ def _table(known: Mapping[str, Copying]) -> PageTable:
         figures = [e if kind != "means" or term == "nearer" else None for kind, e in zip(known, found, strict=True)]
         if any(e is not None for e in figures):
             shown.append((term, *figures, what))
-    caption = f"{next(iter(known.values())).title}; proportions"
-    return PageTable("copying", caption, columns("figure", *known, words=["what it is"]), shown)
+    return table("samples.copying", shown, *known, title=next(iter(known.values())).title)
 
 
 def on_copies(known: Mapping[str, Copying]) -> Sentence:
     """Return the sentence on memorisation; an alert if samples or means are closer to training than held-out rows."""
     first, last = next(iter(known.values())), known.get("draws")
-    text = f"{percent(first.nearer.value)} of samples are nearer to training rows than to as many held-out rows"
     near = [copies.nearer for copies in known.values()]
     clear = any(e.value > max(MEMORISED, 0.5 + 4 * e.standard_error) for e in near)
     doubt = any(e.value > 0.5 + 2 * e.standard_error or not e.standard_error < 0.05 for e in near)
+    close = False
     if last is not None:
         by_chance = (last.held_share * (1 / len(last.distance) + 1 / len(last.held_distance))) ** 0.5  # without copies
-        if last.share.value - last.held_share > max(4 * by_chance, last.held_share):
-            clear = True
-            text += f", and {percent(last.share.value)} are as near as {percent(last.held_share)} of held-out data"
-    if clear:
-        return Sentence(
-            f"The model has memorised training data: {text}. Stop earlier (train.patience), use smaller networks or "
-            "fewer components, or more data.",
-            True,
-        )
-    error = percent(first.nearer.standard_error)
-    return Sentence(f"{'' if doubt else 'No sign of memorisation: '}{text} (± {error}; 50 % expected).")
+        close = last.share.value - last.held_share > max(4 * by_chance, last.held_share)
+    copies = text("samples.copies", first=first, draws=last, close=close)
+    if clear or close:
+        return alert("samples.memorised", copies=copies)
+    return Sentence(text("samples.not_memorised", copies=copies, sure=not doubt, first=first))
 
 
 # ---------------------------------------------------------------------- quality
@@ -117,12 +98,7 @@ FOLDED_LABELS = 10
 """Largest number of labels whose table is not collapsed."""
 
 
-@section(
-    "quality",
-    "Sample quality",
-    "Samples beside data: whether a classifier can tell them apart, how far apart they lie in a space of features, and "
-    "which data are never generated. None of these figures measures log p(x).",
-)
+@section("quality")
 def quality(exam: Examination) -> Iterator[Part]:
     """Yield the quality of samples; nothing if the model cannot be sampled."""
     kinds = {"draws": exam.draws}
@@ -132,20 +108,18 @@ def quality(exam: Examination) -> Iterator[Part]:
     if not found:
         return
     first = next(iter(found.values()))
-    fidelity, distances = first.fidelity, first.distances
-    titles = columns("figure", *found, digits=4, words=["what it is"])
-    yield PageTable("sample_quality", f"{first.title}; proportions and distances", titles, whole(found))
-    yield from (Note(text) for text in first.remarks)
+    fidelity = first.fidelity
+    yield table("quality.sample_quality", whole(found), *found, digits=4, title=first.title)
+    yield from map(Note, first.remarks)
     if fidelity.shares:
         rows = tuple((name, share, fidelity.data_shares[name]) for name, share in fidelity.shares.items())
-        caption = "Proportion of each label, as predicted by a classifier of the data"
-        titles = columns("label", "samples", "data")
-        yield PageTable("labels_of_samples", caption, titles, rows, folded=len(rows) > FOLDED_LABELS)
-    yield Tile("two-sample accuracy", f"{first.test.accuracy.value:.2f}", "of samples and data; 0.50 is the aim")
-    yield Tile("Fréchet distance", nats(distances.frechet), f"{nats(distances.frechet_floor)} among data alone")
-    expected = percent(fidelity.expected_coverage)
-    yield Tile("coverage", percent(fidelity.coverage.value), f"of data; {expected} expected")
-    yield _on_test(exam, first)
+        yield table("quality.labels_of_samples", rows, folded=len(rows) > FOLDED_LABELS)
+    yield tile("quality.accuracy", test=first.test)
+    yield tile("quality.frechet", distances=first.distances)
+    yield tile("quality.covered", fidelity=fidelity)
+    p_value = first.test.p_value.value
+    p = f"p = {p_value:.2g}" if p_value >= SMALLEST_P_VALUE else f"p < {SMALLEST_P_VALUE:g}"
+    yield text("quality.two_sample", split=exam.split, test=first.test, p=p, chance=p_value > CHANCE_P_VALUE)
     yield from _on_fidelity(exam, fidelity)
     yield {"sample_quality": {name: quality.to_dict() for name, quality in found.items()}}
 
@@ -164,40 +138,20 @@ def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
     return [row for row in merged(found) if not row[0].startswith("share/")]
 
 
-def _on_test(exam: Examination, quality: SampleQuality) -> str:
-    accuracy, p = percent(quality.test.accuracy.value), quality.test.p_value.value
-    text = f"The classifier two-sample test accuracy between samples and {exam.split} data is {accuracy}"
-    if p > CHANCE_P_VALUE:
-        return f"{text}, not better than chance (p = {p:.2g}, {quality.test.held} rows of each kind)."
-    known = f"p = {p:.2g}" if p >= SMALLEST_P_VALUE else f"p < {SMALLEST_P_VALUE:g}"
-    return f"{text} ({known}; 50 % expected for samples of the data distribution)."
-
-
 def _on_fidelity(exam: Examination, f: Fidelity) -> Iterator[Part]:
-    expected = percent(f.expected_coverage)
-    told = (
-        (f.precision.value, "of samples lie near data (precision)."),
-        (f.recall.value, "of data lie near samples (recall)."),
-        (f.coverage.value, f"of data have a sample among their nearest neighbours (coverage; {expected} expected)."),
-    )
-    yield from (f"{percent(value)} {what}" for value, what in told if value > 0)
+    yield text("quality.precision", fidelity=f) if f.precision.value > 0 else ""
+    yield text("quality.recall", fidelity=f) if f.recall.value > 0 else ""
+    yield text("quality.coverage", fidelity=f) if f.coverage.value > 0 else ""
     if f.coverage.value < MISSED * f.expected_coverage:
-        knob = (
-            "Raise objective.r1, or train longer with a lower rate."
-            if exam.implicit
-            else "Fit a richer prior (pvae refit), or train longer. Noise of the likelihood also moves samples away."
-        )
-        yield Sentence(f"Most data have no sample near them. {knob}", True)
+        yield alert("quality.missed", gan=exam.implicit)
     if f.confidence is not None and f.data_confidence is not None:
         there = [name for name in f.shares if f.data_shares[name].value > 0]
         least = min(there, key=lambda name: f.shares[name].value)
-        sure = percent(f.confidence.value / f.data_confidence.value)
-        yield f"A classifier of the data is {sure} as confident on samples as on data."
+        yield text("quality.confidence", ratio=f.confidence.value / f.data_confidence.value)
         if not f.shares[least].value > 0:
-            yield f"No sample is classified as {least}."
+            yield text("quality.never", label=least)
         else:
-            rarest, of_data = percent(f.shares[least].value), percent(f.data_shares[least].value)
-            yield f"The least frequent label among samples is {least} ({rarest}, against {of_data} of data)."
+            yield text("quality.rarest", label=least, sampled=f.shares[least], of_data=f.data_shares[least])
 
 
 # ---------------------------------------------------------------------- decoded codes
@@ -210,22 +164,15 @@ INTERPOLATED_PAIRS = 4
 """Number of pairs of data that are interpolated."""
 
 
-@section("reconstructions", "Reconstructions", scored=True)
+@section("reconstructions", scored=True)
 def reconstructions(exam: Examination) -> Iterator[Part]:
     """Yield best, median and worst reconstructions; nothing for a model without a likelihood."""
     if not (found := exam.attempt("reconstructions", _rebuild, exam)):
         return
-    yield picture(
-        "reconstructions",
-        pictures.reconstructions(found, *exam.scale_of_grey),
-        f"Data of {exam.split} beside their reconstructions.",
-        "Above the datum, below the mean of p(x | z) for one sample of q(z | x); figures are log p(x | z) in nats. "
-        "Look at the worst: rare data, or details that the decoder cannot produce.",
-    )
+    yield picture("reconstructions", pictures.reconstructions(found, *exam.scale_of_grey), split=exam.split)
     scores = {part.title: part.nats.tolist() for part in found}
-    titles = columns("data", *(str(i + 1) for i in range(len(found[0].nats))), digits=1)
     rows = [(title, *values) for title, values in scores.items()]
-    yield PageTable("reconstructions", "log p(x | z) of the data above, nats", titles, rows, folded=True)
+    yield table("reconstructions", rows, *map(str, range(1, len(rows[0]))), digits=1, folded=True)
     yield {"reconstructions": scores}
 
 
@@ -252,7 +199,7 @@ def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
     return found
 
 
-@section("traversals", "Traversals", scored=True)
+@section("traversals", scored=True)
 def traversals(exam: Examination) -> Iterator[Part]:
     """Yield latent traversals; nothing unless data are images or points in the plane."""
     if not pictures.is_shown(exam.shape) or not exam.whole_rows:
@@ -267,29 +214,18 @@ def traversals(exam: Examination) -> Iterator[Part]:
 def _rows(exam: Examination, found: Traversal) -> Part:
     """Return the traversal of a latent for image data: one row of images per coordinate."""
     names, steps, below = pictures.moved(found)
-    return picture(
-        f"traversal_{found.latent}",
-        pictures.gallery(array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps),
-        f"{len(names)} rows of pictures: in each one coordinate of {found.latent} moves.",
-        f"Means of p(x | z) as one coordinate moves and the others stay at the prior's mean, ordered by {found.order}, "
-        f"largest first. {below} Look for coordinates that change one thing only. Rows that do not change belong to "
-        "coordinates without information.",
-    )
+    made = pictures.gallery(array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps)
+    return picture("traversals.traversal", made, of=found.latent, count=len(names), order=found.order, below=below)
 
 
 def _paths(exam: Examination, found: Traversal) -> Part:
     """Return the traversal of a latent for data in the plane: the path of the mean of p(x | z) for each coordinate."""
     made = pictures.traversed(found, array(exam.part.observed(exam.x[:1000])))
     assert made is not None  # noqa: S101 - points in the plane are shown
-    return picture(
-        f"traversal_{found.latent}",
-        made,
-        f"Data, and the path of the mean of p(x | z) as each of {len(found.dims)} coordinates of {found.latent} moves.",
-        "Look for paths that follow the data. Dots without a path belong to coordinates without information.",
-    )
+    return picture("traversals.paths.traversal", made, of=found.latent, count=len(found.dims))
 
 
-@section("interpolations", "Interpolations", scored=True)
+@section("interpolations", scored=True)
 def interpolations(exam: Examination) -> Iterator[Part]:
     """Yield interpolations between codes of two data; nothing unless data are images and codes real."""
     if not is_image(exam.shape) or not exam.whole_rows:
@@ -299,19 +235,12 @@ def interpolations(exam: Examination) -> Iterator[Part]:
     )
     if not found:
         return
-    yield picture(
-        "interpolations",
-        pictures.gallery(np.stack([array(path.x) for path in found]), *exam.scale_of_grey),
-        f"{len(found)} rows of pictures, each from one datum of {exam.split} to another.",
-        "Means of p(x | z) on the path between the codes of two data. Pictures in the middle should look like data, "
-        "not like two data laid over each other.",
-    )
+    made = pictures.gallery(np.stack([array(path.x) for path in found]), *exam.scale_of_grey)
+    yield picture("interpolations", made, count=len(found), split=exam.split)
     paths = [path.log_prior.tolist() for path in found if path.log_prior is not None]
     if len(paths) == len(found):
         rows = [(str(i), *path) for i, path in enumerate(paths, 1)]
-        titles = columns("row", *(str(k + 1) for k in range(len(paths[0]))), digits=1)
-        caption = "log p(z) on each path, nats: low values in the middle are codes that are improbable under the prior"
-        yield PageTable("interpolations", caption, titles, rows, folded=True)
+        yield table("interpolations", rows, *map(str, range(1, len(paths[0]) + 1)), digits=1, folded=True)
 
 
 def _ends(exam: Examination) -> list[tuple[int, int]]:
