@@ -101,6 +101,10 @@ class BusyError(PvaeError):
     exit_code = 75
 
 
+class Stopped(PvaeError):
+    """Another process of the same fit ended, or did not answer in time."""
+
+
 class NonFiniteError(PvaeError):
     """The loss, a gradient or a weight became NaN or infinite."""
 

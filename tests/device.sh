@@ -18,6 +18,7 @@ check() {  # NAME COMMAND...: run a command, keep its output, go on after a fail
 "$python" -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())' || exit 1
 check cuda "$python" -m pytest -q -m cuda tests
 check fit "$python" -m pvae fit vae train.epochs=20 --device cuda --run-dir "$log/runs"
+check shards "$python" -m pvae fit vae train.epochs=5 train.shards=2 --device cuda --run-dir "$log/shards"
 check surgery "$python" -m pvae surgery vae --run-dir "$log/runs" --device cuda
 check nccl "$python" -c '
 import tempfile, torch, torch.distributed as dist

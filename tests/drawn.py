@@ -25,8 +25,7 @@ from pvae.data.rows.prepare import Binarize
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment, Refit
 from pvae.experiment.plan import Latent, Train, Watch
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Space
+from pvae.graph.site import Link, Site, Space
 from pvae.guides.graph import Encoder
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import RelaxedPosterior

@@ -16,6 +16,7 @@ from pvae.pair import densities
 from pvae.pair.code_usage import Undrawn
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
+from pvae.util import group
 
 TILE_ROWS, TILE_COLUMNS = 512, 2048
 """Largest number of values, and of components, in one tile of the matrix product that scores values."""
@@ -119,7 +120,7 @@ class Products(Components):
         tile, start = value.new_empty(self.rows, self.columns), 0
         for chunk in self.chunks(order):
             score = chunk.scorer()
-            for at in range(0, len(value), self.rows):
+            for at in sums.mine(range(0, len(value), self.rows)):
                 rows = slice(at, at + self.rows)
                 block = tile[: len(value[rows]), : len(chunk)]
                 score(value[rows], block)
@@ -161,8 +162,15 @@ class LogSums:
                 total += part.sub_(higher[..., None]).clamp_(min=floor).exp_().sum(2)
                 top.copy_(higher)
 
+    def mine(self, starts: Sequence[int]) -> Iterator[int]:
+        """Yield those of the first rows of tiles that are this process's work."""
+        yield from (at for i, at in enumerate(starts) if group.is_mine(i))
+
     def found(self) -> Tensor:
         """Return the log sums, `(groups + 1, m)`."""
+        if group.size() > 1:  # a row that has no sums is another process's
+            self.top.mul_(self.total.sum(1, keepdim=True) > 0)
+            group.add_up(self.top, self.total)
         return (self.top + self.total.log()).clamp_(min=LOG_ZERO).T
 
 
@@ -275,11 +283,11 @@ class Tallied(Held):
         place = torch.full_like(self.group, -1)  # position of a row among those summed
         for code in at[at >= 0].unique().tolist():
             mine, rows = (at == code).nonzero()[:, 0], (self.group == code).nonzero()[:, 0]
-            for group in of[rows].unique().tolist():
-                chosen = rows[of[rows] == group]
+            for number in of[rows].unique().tolist():
+                chosen = rows[of[rows] == number]
                 place[chosen] = torch.arange(len(chosen), device=rows.device)
                 left_out = None if skip is None else torch.where(skip[mine] < 0, -1, place[skip[mine]])
-                out[group, mine] = Kept(self.rest.rows(chosen), self.memory).log_sum(rest[mine], left_out)
+                out[number, mine] = Kept(self.rest.rows(chosen), self.memory).log_sum(rest[mine], left_out)
                 place[chosen] = -1
         return out.clamp_(min=LOG_ZERO)
 

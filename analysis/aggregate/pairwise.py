@@ -13,6 +13,7 @@ from pvae.pair.densities import certainty, log_prob, rows_first, sum_over
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.pair.running import PARTICLES
+from pvae.util import seeds
 
 PAIRS_AT_ONCE = 8192
 """Largest number of pairs of a latent value and a row that the guide scores at once."""
@@ -99,7 +100,7 @@ class GuideRuns(Components):
         with quiet(self.pair, self.x, 0):
             for part in self.order.split(self.columns):
                 x, step = self.x[part], max(1, self.pairs // len(part))
-                for at in range(0, len(value), step):
+                for at in sums.mine(range(0, len(value), step)):
                     block = slice(at, at + step)
                     scores = self.score(value[block], x).clamp(min=LOG_ZERO)
                     if skip is not None:
@@ -113,7 +114,7 @@ class GuideRuns(Components):
             return torch.cat([self._scores(z, self.x[i]).reshape(len(z)) for z, i in pairs])
 
     def sample(self, index: Tensor) -> Tensor:
-        with quiet(self.pair, self.x, int(torch.randint(2**31, ()))):
+        with quiet(self.pair, self.x, seeds.drawn()):
             return torch.cat([self._drawn(self.x[i]) for i in index.split(self.pair.structure.rows_at_once())])
 
     def _drawn(self, x: Tensor) -> Tensor:

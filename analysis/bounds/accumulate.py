@@ -1,7 +1,7 @@
 """Importance-weighted bounds on log p(x) from the log weights of many samples, accumulated in constant memory."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pvae.analysis.bounds.weights import WeightSampler, pareto_k, squared_error, tail_length
 from pvae.analysis.figures.estimate import Estimate, over_noisy_rows
+from pvae.util import group, seeds
 from pvae.util.progress import Progress
 
 CURVE_POINTS = 10
@@ -179,17 +180,24 @@ def accumulate_weights(
 ) -> Accumulated:
     """Sample and accumulate the importance weights of all data, in chunks of rows and blocks of samples.
 
-    With `together` all rows are one chunk, for programs that run on all rows only.
+    With `together` all rows are one chunk, for programs that run on all rows only. Every chunk has noise of its own, so
+    that several processes (`group`) find what one does.
     """
     block = max(block_size(x), len(x)) if together else block_size(x)
     rows = len(x) if together else max(1, min(len(x), block, BLOCKS_PER_SUM * block // samples))
-    parts = []
-    for start in range(0, len(x), rows):
-        chunk = x[start : start + rows]
-        parts.append(_of_chunk(chunk, samples, block // len(chunk), draw))
-        on_progress(start + len(chunk), len(x))
-    columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(Accumulated)[1:]}
-    return Accumulated(parts[0].sizes, **{name: torch.cat(column, -1) for name, column in columns.items()})
+    seed = seeds.drawn()
+
+    def of(number: int) -> dict[str, Tensor]:
+        chunk = x[number * rows : (number + 1) * rows]
+        seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, number), x.device)
+        found = _of_chunk(chunk, samples, block // len(chunk), draw)
+        on_progress(number * rows + len(chunk), len(x))
+        return {name: value for name, value in vars(found).items() if name != "sizes"}
+
+    parts = group.dealt(-(-len(x) // rows), of)
+    seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, len(parts)), x.device)
+    columns = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
+    return Accumulated(group_sizes(samples), **columns)
 
 
 def _of_chunk(x: Tensor, samples: int, most: int, draw: WeightSampler) -> Accumulated:

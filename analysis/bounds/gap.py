@@ -18,7 +18,7 @@ from pvae.errors import DataError
 from pvae.nn.optimizers import LeanAdam
 from pvae.pair.pair import Pair
 from pvae.pair.structure import PairData
-from pvae.util import seeds
+from pvae.util import group, seeds
 from pvae.util.progress import Progress, silent
 
 LEARNING_RATE = 0.1
@@ -160,7 +160,7 @@ def gap(
     with quiet(pair, x, seed):
         require_likelihood(pair, "gap")
         draw = _sampler(pair, x)
-        parts = [_measure(pair, rows, draw, plan, i) for i, rows in enumerate(chunks)]
+        parts = group.dealt(len(chunks), lambda i: _measure(pair, chunks[i], draw, plan, i))
     return _assemble(parts, plan)
 
 

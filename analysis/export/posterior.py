@@ -25,6 +25,7 @@ from pvae.pair.pair import Pair
 from pvae.pair.structure import ROWS_OF_A_BATCH
 from pvae.runs.run import Run
 from pvae.util import seeds
+from pvae.util.group import add_up, is_mine
 from pvae.util.progress import Progress, silent
 from pvae.util.types import Array
 
@@ -89,10 +90,10 @@ class PosteriorExport:
             found[f"posterior_predictive/{site.name}"] = self.predictive_draws * found[f"observed_data/{site.name}"]
         if (total := sum(found.values())) > memory:
             largest = max(found, key=found.__getitem__)
-            group = largest.partition("/")[0]
+            reduced_by = REDUCED_BY.get(largest.partition("/")[0], "draws or rows")
             raise DataError(
                 f"posterior: expected arrays of at most {memory} bytes together; got {total} bytes, of which {largest} "
-                f"takes {found[largest]}. Lower {REDUCED_BY.get(group, 'draws or rows')}, or raise memory."
+                f"takes {found[largest]}. Lower {reduced_by}, or raise memory."
             )
 
     def fill(self, on_progress: Progress) -> None:
@@ -100,25 +101,31 @@ class PosteriorExport:
         pair, x, n, draws, sites = self.pair, self.x, len(self.rows), self.draws, self.sites
         self.values = {site.site: site.empty(1, draws, n) for site in sites.latents}
         self.values |= {site.site: site.empty(1, draws) for site in sites.shared}
-        self.log_q, self.log_p, self.log_likelihood = (np.empty((1, draws, n)) for _ in range(3))
-        self.global_log_ratio = np.zeros((1, draws))
+        self.log_q, self.log_p, self.log_likelihood = (np.zeros((1, draws, n)) for _ in range(3))
+        self.global_log_ratio, starts = np.zeros((1, draws)), range(0, n, ROWS_OF_A_BATCH)
         self.kl = {site.site: np.zeros((n, *site.like.shape)) for site in sites.latents if site.closed}
         with quiet(pair, x, self.seed):
             for draw in range(draws):
+                seeds.set_noise(seeds.mix(self.seed, seeds.NOISE, draw), x.device)
                 with same_globals(pair, x) as shared:
-                    for site in sites.shared:
+                    for site in sites.shared if is_mine(draw) else ():
                         self.values[site.site][0, draw] = exported.whole(shared[site.site])
-                    for start in range(0, n, ROWS_OF_A_BATCH):
-                        rows = slice(start, start + ROWS_OF_A_BATCH)
-                        self._keep(draw, rows, draw_chunk(pair, x[rows], n))
+                    for number, start in enumerate(starts, draw * len(starts)):
+                        if is_mine(number):
+                            seeds.set_noise(seeds.mix(self.seed, seeds.ANALYSIS, 4 + number), x.device)
+                            rows = slice(start, start + ROWS_OF_A_BATCH)
+                            self._keep(draw, rows, draw_chunk(pair, x[rows], n))
                 on_progress(draw + 1, draws)
+        own = *self.values.values(), *self.kl.values(), self.log_q, self.log_p, self.log_likelihood
+        add_up(*map(torch.from_numpy, (*own, self.global_log_ratio)))
 
     def _keep(self, draw: int, rows: slice, part: Draw) -> None:
         at = (0, draw, rows)
         self.log_likelihood[at] = numpy_of(part.reconstruction)
         self.log_q[at] = sum(numpy_of(latent.log_q) for latent in part.latents.values())
         self.log_p[at] = sum(numpy_of(latent.log_p) for latent in part.latents.values())
-        self.global_log_ratio[0, draw] = sum(part.shared.values())
+        if rows.start == 0:
+            self.global_log_ratio[0, draw] = sum(part.shared.values())
         for name, latent in part.latents.items():
             kept = self.values[name][at]
             kept[...] = numpy_of(latent.value).reshape(kept.shape)

@@ -154,8 +154,8 @@ class ExportedSite:
         return dims_of(self.name, self.like.shape)
 
     def empty(self, *lead: int) -> Array:
-        """Return an uninitialised array `(*lead, *event)` of the site's type."""
-        return np.empty((*lead, *self.like.shape), self.like.dtype)
+        """Return an array of zeros, `(*lead, *event)`, of the site's type."""
+        return np.zeros((*lead, *self.like.shape), self.like.dtype)
 
     def variable(self, values: Array, *lead: str, **attrs: str) -> Variable:
         """Return values `(*lead, *event)` as a variable, whose attributes name the sample site."""

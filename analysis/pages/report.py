@@ -12,7 +12,7 @@ from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.runs.run import Run
 from pvae.util.progress import StageProgress, silent
-from pvae.util.threads import single_thread
+from pvae.util.threads import threads
 
 
 def report(
@@ -63,7 +63,7 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
     exam.stages = Stages(len(SECTIONS), on_progress)
     run = exam.run
     named = {"name": run.name, "id": run.path.name, "started": run.files.manifest.get("started")}
-    with single_thread(exam.is_small):
+    with threads(1 if exam.is_small else None):
         sections = exam.stages.sections(SECTIONS, exam)
     return Document(
         kicker="pvae report",
@@ -130,7 +130,7 @@ def compare(
 def examine_runs(found: Comparison, title: str, description: str, on_progress: StageProgress = silent) -> Document:
     """Return the page of a comparison, with all its numbers, tables and pictures computed."""
     found.stages = Stages(len(found.exams) + len(COMPARISON_SECTIONS), on_progress)
-    with single_thread(found.first.is_small):
+    with threads(1 if found.first.is_small else None):
         _ = found.figures  # computes the metrics of every run, one run after the other
         sections = found.stages.sections(COMPARISON_SECTIONS, found)
     runs = {name: {"name": exam.run.name, "id": exam.run.path.name} for name, exam in found.exams.items()}

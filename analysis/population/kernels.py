@@ -18,7 +18,7 @@ from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, Ne
 from pvae.analysis.population.sweep import log_mean, relative, tiles
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
 from pvae.distributions.exponential_codes import Product
-from pvae.util import seeds
+from pvae.util import group, seeds
 
 WIDTHS = (0.0, 0.1, 0.17, 0.24, 0.34, 0.48, 0.68)
 """Widths b that are tried: a kernel has the variance of its posterior plus b^2 var(z)."""
@@ -177,8 +177,12 @@ class KernelPrior(HonestPrior):
                 log_r[i] = torch.logaddexp(w[0] + top + total.log() - log_others, rest[at])
                 apart[i] = torch.logaddexp(w[0] + top + within.log() - math.log(len(part)), far[at])
                 influence += lost(e, (w[0] + top - log_others - log_r[i]).exp().float())
+            for each in (log_r, apart):
+                group.add_up(found := each[mine])
+                each[mine] = found
             weight[mine] = (w[1] + normal[mine] - log_r[mine]).exp()
             widths.append(width)
+        group.add_up(influence)
         influence += FittedNormal(rows.value).influence(rows.value, weight)
         return HonestScores(log_r, influence, apart, _words(widths))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from pvae.analysis.figures.estimate import Estimate, Kind
 from pvae.distributions.exponential import Members
 from pvae.distributions.exponential_codes import IMPOSSIBLE, CertainCodes, Codes, Product
+from pvae.util import group
 
 TILE = 2**20
 """Largest number of pairs in a tile of some values and all rows."""
@@ -18,7 +19,7 @@ FLOOR = -80.0
 
 
 def tiles(members: Members, value: Tensor, own: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield log q(z_i | x_j) of some values under all members, `(k, n)`, with the slice of these values.
+    """Yield log q(z_i | x_j) of this process's share of some values, under all members, `(k, n)`, with their slice.
 
     Arguments:
         members: the n posteriors, whose precision is that of the tiles.
@@ -27,7 +28,9 @@ def tiles(members: Members, value: Tensor, own: Tensor | None = None) -> Iterato
     """
     rows, value = max(8, min(512, TILE // len(members))), value.to(members.origin)
     score, tile = members.scorer(), value.new_empty(rows, len(members))
-    for start in range(0, len(value), rows):
+    for number, start in enumerate(range(0, len(value), rows)):
+        if not group.is_mine(number):
+            continue
         at = slice(start, min(start + rows, len(value)))
         block = tile[: at.stop - start]
         score(value[at], block)
@@ -44,10 +47,12 @@ def relative(tile: Tensor) -> tuple[Tensor, Tensor]:
 
 def log_mean(members: Members, value: Tensor, own: Tensor | None = None) -> Tensor:
     """Return the log mean of the densities of values `(m, D)` under all members but `own`, `(m,)`, nats."""
-    found = [
-        top + e.sum(1, dtype=torch.float64).log() for top, e in (relative(t) for _, t in tiles(members, value, own))
-    ]
-    return torch.cat(found) - math.log(len(members) - (own is not None))
+    found = value.new_zeros(len(value), dtype=torch.float64)
+    for at, tile in tiles(members, value, own):
+        top, e = relative(tile)
+        found[at] = top + e.sum(1, dtype=torch.float64).log()
+    group.add_up(found)
+    return found - math.log(len(members) - (own is not None))
 
 
 class PointwiseInformation(NamedTuple):
@@ -130,8 +135,8 @@ def sweep(
         q = q.map(Tensor.float)  # their log densities are sums of terms of one sign
     n = len(value)
     index = torch.arange(n, device=own.device)
-    group = torch.stack([index < n // 2, index >= n // 2], 1).double()
-    others, shares = torch.empty_like(own), own.new_zeros(3, n)
+    halves = torch.stack([index < n // 2, index >= n // 2], 1).double()
+    others, shares = torch.zeros_like(own), own.new_zeros(3, n)
     reach, sums = own.new_zeros(n, 2), own.new_zeros(2, n, 2)
     for at, tile in tiles(q, value, index):
         top = tile.amax(1)
@@ -144,7 +149,8 @@ def sweep(
         whole = torch.logaddexp(others[at], own[at])
         level = (top - whole).exp()[:, None]
         reach[at] += level * total
-        shares += (torch.cat([level * group[at], 1 / total.sum(1, keepdim=True)], 1).float().T @ e).double()
+        shares += (torch.cat([level * halves[at], 1 / total.sum(1, keepdim=True)], 1).float().T @ e).double()
+    group.add_up(others, shares, reach, sums)
     inside = own - torch.logaddexp(others, own) + math.log(n)
     outside, twice = own - others + math.log(max(n - 1, 1)), counted_twice(reach + shares[:2].T)
     return PointwiseInformation(inside, outside, shares[:2].sum(0), shares[2], twice), sums

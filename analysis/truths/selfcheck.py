@@ -21,7 +21,7 @@ from pvae.analysis.truths.truth import Truth
 from pvae.errors import DataError
 from pvae.util.files import plain
 from pvae.util.progress import StageProgress, silent
-from pvae.util.threads import single_thread
+from pvae.util.threads import threads
 
 ALLOWED_ERRORS = 4.0
 """Largest error of an estimate that passes, in standard errors."""
@@ -300,7 +300,7 @@ def selfcheck(
     if not chosen:
         raise DataError("selfcheck: expected at least one truth; got none. Pass truths=None for the standard ones.")
     total, done, checks = sum(len(truth.estimators) for truth in chosen), 0, list[FigureCheck]()
-    with single_thread():
+    with threads(1):
         for truth in (truth.to(device) for truth in chosen):
             for estimator in truth.estimators:
                 for figure, estimate, known, *slack in ESTIMATORS[estimator](truth, seed):

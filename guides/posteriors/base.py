@@ -7,8 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
-from pvae.graph.link import Link
-from pvae.graph.site import OBSERVED, Site, Space, Values
+from pvae.graph.site import OBSERVED, Link, Site, Space, Values
 from pvae.nn.codebook import Codebook
 from pvae.nn.conv import Pointwise
 from pvae.nn.network import MLP, Network, NetworkModule

@@ -18,8 +18,7 @@ from pvae.component import Shape
 from pvae.distributions.codes import bits, code_grid
 from pvae.distributions.relaxed import KL, RelaxedCodes
 from pvae.graph.lifecycle import Moving
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Space, Values
+from pvae.graph.site import Link, Site, Space, Values
 from pvae.guides.posteriors.base import Linked, Posterior, PosteriorModule, channels_last, head
 from pvae.nn.network import MLP, Head, Network, NetworkModule
 
@@ -40,6 +39,12 @@ class MovingAverage(Moving):
     def note(self, gain: Tensor) -> None:
         """Store the batch mean of the gain (learning signal) until the optimisation step is done."""
         self.seen.copy_(gain.detach().mean())
+
+    def scratch(self) -> list[Tensor]:
+        return [self.seen]
+
+    def contribution(self, share: float, shard: int, shards: int) -> list[Tensor]:
+        return [self.seen * share]
 
     @torch.no_grad()
     def after_step(self) -> None:

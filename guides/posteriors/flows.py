@@ -16,8 +16,7 @@ from torch.nn.functional import logsigmoid
 from pvae.component import Ints, Shape
 from pvae.distributions.base import Batched, Determined
 from pvae.errors import DeclarationError
-from pvae.graph.link import Link
-from pvae.graph.site import OBSERVED, Site
+from pvae.graph.site import OBSERVED, Link, Site
 from pvae.guides.posteriors.base import Linked, Posterior, head
 from pvae.nn.network import MLP, LogVarianceBounds, Network, NetworkModule, NormalHead, diagonal_normal
 from pvae.util.types import Size

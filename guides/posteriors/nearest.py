@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.distributions.codes import Certain
 from pvae.graph.lifecycle import Begun, FirstRows
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Values, embedded
+from pvae.graph.site import Link, Site, Values, embedded
 from pvae.guides.posteriors.base import Linked, Posterior, channels_last, head
 from pvae.nn.codebook import START_VECTORS, NearestCodebook
 from pvae.nn.network import Network

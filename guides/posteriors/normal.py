@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from pvae.component import Names, Shape
 from pvae.distributions.base import Determined, Event, PlainNormal
 from pvae.errors import DeclarationError
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Link, Site, Values
 from pvae.guides.posteriors.base import Linked, Posterior, head
 from pvae.nn.network import Head, LogVarianceBounds, Network, NormalHead, lower_factor
 

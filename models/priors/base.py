@@ -7,8 +7,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Link, Site, Values
 
 
 class Prior(Component):

@@ -11,8 +11,7 @@ from pvae.component import Shape
 from pvae.distributions.base import Event, UnitNormal
 from pvae.distributions.codes import bits, code_grid
 from pvae.distributions.relaxed import RelaxedCodes, Relaxing
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Link, Site, Values
 from pvae.models.priors.base import MixtureWeights, Prior
 from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead
 

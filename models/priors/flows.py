@@ -17,8 +17,7 @@ from pvae.distributions.base import Batched
 from pvae.distributions.bijections import Bijection, near_identity
 from pvae.distributions.relaxed import FreeCoordinates
 from pvae.errors import DeclarationError
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Space, Values
+from pvae.graph.site import Link, Site, Space, Values
 from pvae.models.priors.base import Prior
 from pvae.nn.network import Network, NetworkModule, flatten
 from pvae.util.types import Size

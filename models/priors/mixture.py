@@ -14,8 +14,7 @@ from pvae.distributions.base import lattice
 from pvae.distributions.exponential import FullRankNormals, Members, Mixture, Normals
 from pvae.errors import DeclarationError
 from pvae.graph.lifecycle import Begun, FirstRows, MadeOfData
-from pvae.graph.link import Link
-from pvae.graph.site import Site
+from pvae.graph.site import Link, Site
 from pvae.models.priors.base import Prior
 from pvae.nn.network import LogVarianceBounds
 

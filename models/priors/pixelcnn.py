@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pvae.component import Shape
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Values
+from pvae.graph.site import Link, Site, Values
 from pvae.models.priors.autoregressive import Choose, TokenModule
 from pvae.models.priors.base import Prior
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -67,6 +68,8 @@ OPTIONS: dict[str, Any] = {
 ON_RUN = ("run_dir", "data_dir", "as_json")
 ON_FITTED = ("run_dir", "data_dir", "pair", "data", "as_json")
 ON_RUN_AND_DEVICE = ("device", *ON_FITTED)
+SHARED_OUT = frozenset(["fit", "resume", "refit", "surgery", "evidence", "gap", "posterior", "report", "compare"])
+"""Commands whose work the processes that torchrun started share out."""
 TO_FIT = ("device", "export", "run_dir", "data_dir", "pair", "data", "quiet", "strict", "as_json")
 
 
@@ -168,7 +171,10 @@ def command(
     def register(function: Callable[..., None]) -> Callable[..., None]:
         @wraps(function)
         def run(**given: Any) -> None:
-            function(Shared(**{key: given.pop(key) for key in options}), **given)
+            shared = Shared(**{key: given.pop(key) for key in options})
+            with _processes(name or function.__name__, shared) as is_needed:
+                if is_needed:
+                    function(shared, **given)
 
         _, *own = inspect.signature(function, eval_str=True).parameters.values()
         shared = [
@@ -187,6 +193,29 @@ def command(
         return app.command(name)(run)
 
     return register
+
+
+@contextmanager
+def _processes(name: str, shared: Shared) -> Iterator[bool]:
+    """Join the processes that torchrun started, in a command that they share; False where the first one does it alone.
+
+    All but the first are silent.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        yield True
+        return
+    from pvae.training.launch import pick_device
+    from pvae.util import files, group
+
+    if name not in SHARED_OUT:
+        yield not files.follows()
+        return
+    with group.joined(pick_device(shared.device)), ExitStack() as stack:
+        if files.follows():
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))
+            stack.enter_context(redirect_stderr(nowhere))
+        yield True
 
 
 def tell(text: str, *, err: bool = False) -> None:

@@ -13,6 +13,7 @@ from pvae.data.rows.rows import chunks
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.util import seeds
+from pvae.util.group import Shards
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,11 +56,14 @@ class Split:
         """Return the data `(m, *shape)` of rows `(m, ...)` of this split, without their covariates."""
         return rows if self.event is None else rows[:, : prod(self.event)].reshape(len(rows), *self.event)
 
-    def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
-        """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers."""
+    def order(self, seed: int, epoch: int, batch: int = 1, shards: Shards | None = None) -> Tensor | WindowOrder:
+        """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers.
+
+        Of streamed rows every shard of a batch has blocks of its own, which its process alone reads.
+        """
         x = self.rows if self.raw is None else self.raw
         if isinstance(x, Streamed):
-            return x.blocks.order(seed, epoch)
+            return x.blocks.order(seed, epoch, batch, shards)
         return seeds.permutation(len(x), seed, epoch).to(x.device)
 
     def draw(self, index: Tensor) -> Tensor:

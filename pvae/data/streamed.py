@@ -2,14 +2,15 @@
 
 A block is read at once; a window is the number of blocks cached in memory. An epoch visits the blocks in a random
 order, one window at a time, and the rows of a window in a random order: every row once, whatever the size of the data.
-The order depends only on (seed, epoch), so that a resumed fit continues bit for bit.
+The order depends only on (seed, epoch), so that a resumed fit continues bit for bit. Where batches have shards, each
+has blocks of its own in every window, so that a process reads those of its shards alone.
 """
 
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from math import prod
+from math import ceil, floor, prod
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, ext
 from pvae.data.rows.rows import SPLITS, Part, rows_of
 from pvae.errors import DataError
 from pvae.util import seeds
+from pvae.util.group import Shards
 
 BLOCK_BYTES = 2**21
 WINDOW = 64
@@ -65,10 +67,22 @@ class WindowOrder:
         seed: seed of the fit.
         epoch: number of the epoch, counted from 0.
         expect: function that prefetches blocks; called with those of the next window when a window begins.
+        batch: number of rows in a batch, if it has shards.
+        shards: the shards of a batch.
     """
 
-    def __init__(self, rows: int, block: int, seed: int, epoch: int, expect: Expect = lambda _blocks: None) -> None:
-        self.rows, self.block, self.expect = rows, block, expect
+    def __init__(
+        self,
+        rows: int,
+        block: int,
+        seed: int,
+        epoch: int,
+        expect: Expect = lambda _blocks: None,
+        batch: int = 1,
+        shards: Shards | None = None,
+    ) -> None:
+        self.rows, self.block, self.expect, self.batch = rows, block, expect, batch
+        self.shards = shards or Shards(1)
         self.seed = seeds.mix(seed, seeds.ORDER, epoch)
         self.order = seeds.permutation(-(-rows // block), self.seed, 0).numpy()
         sizes = np.minimum(block, rows - self.order * block)
@@ -93,9 +107,23 @@ class WindowOrder:
             blocks = self.order[number * WINDOW : (number + 1) * WINDOW]
             rows = (blocks[:, None] * self.block + np.arange(self.block)).flatten()
             rows = rows[rows < self.rows]
-            self._kept = number, rows[seeds.permutation(len(rows), self.seed, number + 1).numpy()]
-            self.expect(self.order[(number + 1) * WINDOW : (number + 2) * WINDOW])
+            drawn = seeds.permutation(len(rows), self.seed, number + 1).numpy()
+            shard = self._shard_of(np.arange(self.starts[number], self.starts[number + 1]))
+            own = np.argsort(np.sort(shard)[drawn], kind="stable")  # neighbouring rows, in random order, for each shard
+            order = np.empty_like(rows)
+            order[np.argsort(shard, kind="stable")] = rows[drawn[own]]
+            self._kept = number, order
+            following = self.order[(number + 1) * WINDOW : (number + 2) * WINDOW]
+            mine, each = self.shards.mine, len(following) / self.shards.count
+            self.expect(following[floor(mine.start * each) : ceil(mine.stop * each)])
         return self._kept[1]
+
+    def _shard_of(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the number of the shard to which each position of the epoch belongs."""
+        whole = self.rows // self.batch * self.batch
+        ends, last = (np.array(self.shards.bounds(n))[:, 1] for n in (self.batch, self.rows - whole))
+        inside = np.searchsorted(ends, position % self.batch, "right")
+        return np.where(position < whole, inside, np.searchsorted(last, position - whole, "right"))
 
 
 class Blocks:
@@ -167,16 +195,17 @@ class Blocks:
         return rows_of(self.rows.x, part) if self.rows.as_stored else self.rows.of(part)
 
     def expect(self, numbers: NDArray[np.int64]) -> None:
-        """Start to prefetch blocks, given by their numbers, without waiting for them."""
+        """Start to prefetch blocks, given by their numbers, without waiting for them; a window begins."""
+        self._next = 0  # in place of the window before, so that a process that reads a part of each holds a part
         if isinstance(source := self.rows.x, Stored):
             for part in map(self._part_of, numbers.tolist()):
                 source.expect(int(part[0]), int(part[-1]) + 1)
 
-    def order(self, seed: int, epoch: int) -> Tensor | WindowOrder:
-        """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers."""
+    def order(self, seed: int, epoch: int, batch: int = 1, shards: Shards | None = None) -> Tensor | WindowOrder:
+        """Return the random order of the rows in an epoch, as `Split.order` does; its slices are row numbers."""
         if self.scattered:
             return seeds.permutation(len(self), seed, epoch)
-        return WindowOrder(len(self), self.block, seed, epoch, self.expect)
+        return WindowOrder(len(self), self.block, seed, epoch, self.expect, batch, shards)
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,7 @@ from pvae.errors import DeclarationError, is_refused_draw
 from pvae.experiment import zoo
 from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides
 from pvae.experiment.rules import findings
-from pvae.graph.link import Link
-from pvae.graph.site import OBSERVED, Frame, Site, topological
+from pvae.graph.site import OBSERVED, Frame, Link, Site, topological
 from pvae.guides.graph import Encoder, GraphGuide, SharedEncoder
 from pvae.models.graph import Decoder, GraphModel
 from pvae.models.priors.base import Prior
@@ -149,14 +148,16 @@ class Experiment(Plan):
     def second_stage(self) -> Self:
         """Return the experiment that `refit` declares: this one with the new priors and the ELBO as its objective.
 
-        The gradient of the ELBO with respect to a prior is that of the prior's mean log density under q_agg.
+        The gradient of the ELBO with respect to a prior is that of the prior's mean log density under q_agg. Batches
+        have the shards of the first stage.
         """
         assert self.refit is not None  # noqa: S101 - the caller has asked
         table = self.model_dump(exclude_none=True, exclude_unset=True)
         for name, prior in self.refit.priors.items():
             table["latents"].setdefault(name, {})["prior"] = prior
         del table["refit"]
-        changes = {"name": f"{self.name}_refit", "objective": TraceELBO(), "train": self.refit.train}
+        train = self.refit.train.model_copy(update={"shards": self.train.shards})
+        changes = {"name": f"{self.name}_refit", "objective": TraceELBO(), "train": train}
         return type(self).from_dict({**table, **changes})
 
     def refitted(self, stage: Self) -> list[str]:

@@ -135,6 +135,10 @@ class Train(Section):
 
     epochs: int = Field(default=20, gt=0)
     batch_size: int = Field(default=100, gt=0)
+    shards: int = Field(default=1, gt=0, le=4096)
+    """Number of parts of every batch, a power of two: as many processes can share out a fit (`torchrun`), or fewer that
+    divide it. Noise belongs to the part, so that on a CPU the result has the same bits for any number of processes.
+    `free_bits`, leave-one-out priors and whatever else is not linear in the batch are those of a part."""
     optimizer: Optimizer = Adam()
     schedule: Schedule = Constant()
     """Schedule of a factor on the learning rate."""
@@ -166,6 +170,12 @@ class Train(Section):
     engine: Literal["auto", "eager", "compiled"] = "auto"
     """Execution of a step: `eager`; `compiled` by torch.export and Inductor; `auto` compiles if that should save
     time, sooner where an earlier fit of the same shapes was compiled."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.shards & (self.shards - 1) or self.shards > self.batch_size:
+            raise ValueError(f"shards = a power of two, at most batch_size = {self.batch_size}; got {self.shards}")
+        return self
 
 
 class Watch(Section):

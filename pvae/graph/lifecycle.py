@@ -55,6 +55,22 @@ class Moving(nn.Module):
     A forward pass in training mode writes only to scratch buffers, so that evaluation changes no weight.
     """
 
+    def scratch(self) -> list[Tensor]:
+        """Return the buffers in which a forward pass leaves what `after_step` reads; sums or means over a batch."""
+        raise NotImplementedError  # pragma: no cover - abstract
+
+    def contribution(self, share: float, shard: int, shards: int) -> list[Tensor]:
+        """Return what one of the `shards` parts of a batch adds to each of `scratch`, after a forward pass on it.
+
+        The default is that of sums.
+
+        Arguments:
+            share: proportion of the batch's rows that are in the part.
+            shard: number of the part.
+            shards: number of parts.
+        """
+        return self.scratch()
+
     def after_step(self) -> None:
         """Update the weights without a device synchronisation; called after every optimiser step."""
         raise NotImplementedError  # pragma: no cover - abstract

@@ -1,17 +1,24 @@
-"""Latent variables of a declared graphical model (sample space, parents, order), and the layout of its rows of data."""
+"""Latent variables of a declared graphical model (space, parents, order), the layout of a row of data, and links."""
+
+from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DataError, DeclarationError, near
+
+if TYPE_CHECKING:
+    from pvae.guides.graph import GraphGuide
+    from pvae.models.graph import GraphModel
 
 Values = Literal["real", "index", "binary", "relaxed"]
 """Form of a sampled value: a real vector, indices of codes, a vector of 0 and 1, or log relaxed one-hots."""
@@ -301,3 +308,16 @@ class Frame:
             for token in column.long().reshape(len(rows), -1).unbind(-1):
                 number = number * self.covariates[name] + token
         return number
+
+
+class Link:
+    """Reference from one program of a pair to the other; not a Module, so that no parameter is registered twice."""
+
+    model: GraphModel
+    guide: GraphGuide
+    frame: Frame
+    """Layout of a row of data: the data point, then its covariates."""
+    support: constraints.Constraint = constraints.real
+    """Support of one element of a data point under the declared likelihood."""
+    building: bool = False
+    """True while the pair is being built, when Modules that keep the training data have not received them yet."""

@@ -99,6 +99,17 @@ class NearestCodebook(Moving):
         if self.restart:
             self.spare.copy_(flat[torch.randint(len(flat), (len(self.counts),), device=flat.device)])
 
+    def scratch(self) -> list[Tensor]:
+        return [self.batch_counts, self.batch_sums, self.spare]
+
+    def contribution(self, share: float, shard: int, shards: int) -> list[Tensor]:
+        """Return counts and sums of one part of a batch, and the vectors that its share of the codes may be reset to.
+
+        The parts take turns over the codes: code k may be reset to a vector of part k mod `shards`.
+        """
+        turn = torch.arange(len(self.counts), device=self.counts.device) % shards == shard
+        return [self.batch_counts, self.batch_sums, self.spare * turn[:, None]]
+
     @torch.no_grad()
     def after_step(self) -> None:
         """Update averages and rows from the last batch, and reset dead rows; a non-finite batch changes nothing."""

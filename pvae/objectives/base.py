@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
 import pyro
 import torch
@@ -33,6 +33,21 @@ def named(figure: str) -> str:
     return known.get(figure, f"validation {figure}")
 
 
+class Parts(Protocol):
+    """Protocol for a batch that several shards make up, of which every process holds some (`train.shards`)."""
+
+    @property
+    def count(self) -> int:
+        """Number of shards."""
+
+    def total(self, work: Callable[[Tensor, float, int], Tensor], width: int, phase: int = 0) -> Tensor:
+        """Return the sum over the shards of a vector of `width` numbers, in one order for any number of processes.
+
+        `work` takes the rows of a shard, their proportion of the batch, and the number of the shard. Every `phase` of a
+        step has noise of its own.
+        """
+
+
 class Stepper(ABC):
     """Base of the training steps of a fit, one call per batch: a gradient step (`Step`), an E-step or GAN steps."""
 
@@ -48,6 +63,10 @@ class Stepper(ABC):
     @abstractmethod
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         """Process one batch, leaving parameters in `frozen` unchanged; return the detached metrics named by `names`."""
+
+    @abstractmethod
+    def sharded(self, batch: Parts, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
+        """Process one batch in shards, as a call does in one piece: from sums over the shards, the same everywhere."""
 
     def begin(self) -> None:  # noqa: B027 - most have nothing to do
         """Prepare the fit; called once, before its first step. The default does nothing."""

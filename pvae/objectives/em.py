@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -16,7 +17,7 @@ from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.base import ClosedForm
 from pvae.models.priors.base import MixtureWeights
 from pvae.nn.network import TableModule
-from pvae.objectives.base import FITTED, Fitting, Objective, Stepper
+from pvae.objectives.base import FITTED, Fitting, Objective, Parts, Stepper
 from pvae.objectives.elbo import minus_elbo
 from pvae.pair.enumeration import read_joint_states
 from pvae.pair.layout import samples
@@ -159,6 +160,35 @@ class EMStepper(Stepper):
     @torch.no_grad()
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         """Do the E-step of a batch `(n, *row)`; return metrics whose mean over batches is their mean over data."""
+        figures, rows, weights, score = self._inferred(x)
+        if bool(figures.isfinite().all()):
+            self._gather(rows, weights, score)
+        return figures * (len(x) * self.steps / len(self.data))
+
+    @torch.no_grad()
+    def sharded(self, batch: Parts, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
+        k, width = self.mixture.codes, self.mixture.likelihood.statistics(self.origin[None], self.origin).shape[1]
+        shapes = [(k,), (k, width), (batch.count, k), (batch.count, k, self.size), (len(self.names),)]
+        sizes = [math.prod(shape) for shape in shapes]
+        pieces = batch.total(partial(self._part, batch.count), sum(sizes)).split(sizes)
+        counts, sums, score, rows, figures = (p.view(shape) for p, shape in zip(pieces, shapes, strict=True))
+        if bool(figures.isfinite().all()):
+            self._add(counts, sums, score.flatten(), rows.flatten(0, 1))
+        return figures
+
+    def _part(self, shards: int, x: Tensor, share: float, shard: int) -> Tensor:
+        """Return what a shard adds to counts, statistics and metrics, and its rows of lowest score in a place apart."""
+        figures, rows, weights, score = self._inferred(x)
+        k, own = len(weights), torch.arange(shards, device=x.device) == shard
+        lowest, index = torch.cat([score, score.new_full((k,), math.inf)]).topk(k, largest=False)
+        slots = torch.where(own[:, None], lowest, 0.0)
+        kept = torch.where(own[:, None, None], torch.cat([rows, rows.new_zeros(k, rows.shape[1])])[index], 0.0)
+        statistics = weights @ self.mixture.likelihood.statistics(rows, self.origin)
+        figures = figures * (len(x) * self.steps / len(self.data))
+        return torch.cat([v.flatten() for v in (weights.sum(1), statistics, slots, kept, figures)])
+
+    def _inferred(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return batch means of the metrics, the data `(n, prod(x))`, responsibilities `(K, n)` and log p(x) `(n,)`."""
         pair = self.loss.pair
         table = read_joint_states(samples(pair.traces(x)[1]), pair.layout, 0)
         log_p = table.log_sum(table.joint)
@@ -167,9 +197,7 @@ class EMStepper(Stepper):
         weights = one_hot(code, self.mixture.codes, log_p).T if hard else table.weights
         loss = -best if hard else -log_p
         figures = torch.stack([loss, table.expected(OBSERVED), *table.kl().values()]).mean(1)
-        if bool(figures.isfinite().all()):
-            self._gather(self.mixture.model.frame.split(x)[0].flatten(1), weights, log_p)
-        return figures * (len(x) * self.steps / len(self.data))
+        return figures, self.mixture.model.frame.split(x)[0].flatten(1), weights, log_p
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -197,16 +225,18 @@ class EMStepper(Stepper):
 
     def _gather(self, x: Tensor, weights: Tensor, score: Tensor) -> None:
         """Add the statistics of data `(n, prod(x))` with responsibilities `(K, n)`; keep the K of lowest `score`."""
-        statistics = self.mixture.likelihood.statistics(x, self.origin)
+        self._add(weights.sum(1), weights @ self.mixture.likelihood.statistics(x, self.origin), score, x)
+
+    def _add(self, counts: Tensor, statistics: Tensor, score: Tensor, rows: Tensor) -> None:
+        """Add the sums of a batch to those of the epoch, and keep the K rows of lowest score."""
         if not self.gathered:
-            k = len(weights)
-            self.gathered["counts"] = weights.new_zeros(k)
-            self.gathered["statistics"] = weights.new_zeros(k, statistics.shape[1])
-            self.gathered["lowest"], self.gathered["rows"] = score.new_full((k,), math.inf), x.new_zeros(k, x.shape[1])
-        self.gathered["counts"] += weights.sum(1)
-        self.gathered["statistics"] += weights @ statistics
-        scores, rows = torch.cat([self.gathered["lowest"], score]), torch.cat([self.gathered["rows"], x])
-        self.gathered["lowest"], index = scores.topk(len(weights), largest=False)
+            self.gathered |= {"counts": torch.zeros_like(counts), "statistics": torch.zeros_like(statistics)}
+            self.gathered["lowest"] = score.new_full((len(counts),), math.inf)
+            self.gathered["rows"] = rows.new_zeros(len(counts), rows.shape[1])
+        self.gathered["counts"] += counts
+        self.gathered["statistics"] += statistics
+        scores, rows = torch.cat([self.gathered["lowest"], score]), torch.cat([self.gathered["rows"], rows])
+        self.gathered["lowest"], index = scores.topk(len(counts), largest=False)
         self.gathered["rows"] = rows[index]
 
     @torch.no_grad()

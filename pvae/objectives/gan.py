@@ -1,7 +1,8 @@
 """Adversarial training (GAN): a critic learns to distinguish data from samples, and the model to fool it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,7 +14,7 @@ from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Frame
 from pvae.nn.network import MLP, Network, NetworkModule
-from pvae.objectives.base import Fitting, Objective, Stepper
+from pvae.objectives.base import Fitting, Objective, Parts, Stepper
 from pvae.pair.layout import samples
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
@@ -202,6 +203,8 @@ class GANStepper(Stepper):
         self.critic = self.pair.get_submodule("critic")
         self.clip_norm, self.average = fitting.clip_norm, fitting.average
         self.learned = [p for p in self.pair.parameters() if p.requires_grad]
+        self.sound = torch.ones((), dtype=torch.bool)
+        self.unused: set[int] = set()
         critic = {id(p) for p in self.critic.parameters()}
         self.sides = [p for p in self.learned if id(p) in critic], [p for p in self.learned if id(p) not in critic]
 
@@ -213,34 +216,59 @@ class GANStepper(Stepper):
 
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         """Take steps of critic and model on a batch `(n, *row)`; return metrics, the critic's averaged over steps."""
-        self.sound = torch.ones((), dtype=torch.bool, device=x.device)
-        taken = [self._against(x)]
-        for _ in range(self.objective.critic_steps - 1):
-            index = torch.randint(len(self.data), (len(x),), device=x.device)
-            taken.append(self._against(self.data.draw(index).to(x)))
-        logits = self.critic(generate(self.pair, x))
-        moved = self._move(generator_loss(logits, self.objective.form), 1)
-        if self.average is not None and (x.is_cuda or bool(self.sound)):
+        return self._steps(lambda part, width, phase: part(x, 1.0, 0))
+
+    def sharded(self, batch: Parts, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
+        return self._steps(batch.total)
+
+    def _steps(self, total: Callable[[Callable[[Tensor, float, int], Tensor], int, int], Tensor]) -> Tensor:
+        """Take the steps of critic and model; `total` sums gradients and losses over the parts of the batch."""
+        critic, model = (sum(p.numel() for p in side) for side in self.sides)
+        taken = []
+        for phase in range(self.objective.critic_steps):
+            found = total(partial(self._against, fresh=phase > 0), critic + 2, phase)
+            if not phase:
+                self.sound = torch.ones((), dtype=torch.bool, device=found.device)
+            moved = self._move(found[:critic], found[-2:].sum(), 0)
+            taken.append(torch.cat([found[-2:], moved[1:]]))
+        found = total(self._fooling, model + 1, self.objective.critic_steps)
+        moved = self._move(found[:model], found[-1], 1)
+        if self.average is not None and (found.is_cuda or bool(self.sound)):
             averaged, decay = self.average
             torch._foreach_lerp_(list(averaged), [p.detach() for p in self.learned], 1 - decay)
         self.moving_now = False
         return torch.cat([torch.stack(taken).mean(0), moved])
 
-    def _against(self, x: Tensor) -> Tensor:
-        """Take a critic step on data and samples; return its loss, R1 penalty and, if computed, gradient norm."""
+    def _against(self, x: Tensor, share: float, _shard: int, fresh: bool = False) -> Tensor:
+        """Return gradient, loss and R1 penalty of the critic on data and samples; `fresh` takes other random rows."""
+        if fresh:
+            x = self.data.draw(torch.randint(len(self.data), (len(x),), device=x.device)).to(x)
         with torch.no_grad():
             fake = generate(self.pair, x)
         real, penalty = slope_penalty(self.critic, x) if self.objective.r1 else (self.critic(x), x.new_zeros(()))
         loss, penalty = critic_loss(real, self.critic(fake)), self.objective.r1 * penalty
-        moved = self._move(loss + penalty, 0)
-        return torch.cat([torch.stack([loss, penalty]).detach(), moved[1:]])
+        return share * torch.cat([self._slopes(loss + penalty, 0), torch.stack([loss, penalty]).detach()])
 
-    def _move(self, loss: Tensor, side: int) -> Tensor:
+    def _fooling(self, x: Tensor, share: float, _shard: int) -> Tensor:
+        """Return gradient and loss of the model on samples for the rows of a batch."""
+        loss = generator_loss(self.critic(generate(self.pair, x)), self.objective.form)
+        return share * torch.cat([self._slopes(loss, 1), loss.detach().reshape(1)])
+
+    def _slopes(self, loss: Tensor, side: int) -> Tensor:
+        """Return the gradient of a loss in the parameters of critic (`side` 0) or model (1), as one vector."""
+        moving = self.sides[side]
+        slopes = torch.autograd.grad(loss, moving, allow_unused=True)
+        self.unused |= {id(p) for p, slope in zip(moving, slopes, strict=True) if slope is None}
+        return torch.cat(
+            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(moving, slopes, strict=True)]
+        )
+
+    def _move(self, slopes: Tensor, loss: Tensor, side: int) -> Tensor:
         """Take a step of critic (`side` 0) or model (1), if finite; return the loss and, if computed, gradient norm."""
         moving = self.sides[side]
-        for p, gradient in zip(moving, torch.autograd.grad(loss, moving, allow_unused=True), strict=True):
-            p.grad = gradient
-        out = loss.detach().reshape(1)
+        for p, slope in zip(moving, slopes.split([p.numel() for p in moving]), strict=True):
+            p.grad = None if id(p) in self.unused else slope.view_as(p)
+        out = loss.reshape(1)
         if self.clip_norm:
             out = torch.cat([out, nn.utils.clip_grad_norm_(moving, self.clip_norm).detach().reshape(1)])
         self.sound = self.sound & out.isfinite().all()

@@ -85,6 +85,8 @@ def write(
         raise DeclarationError(f"Expected a safe file name for a group of tensors; got {wrong_groups[0]!r}.")
     path = folder / f"step-{step:08d}"
     temporary = files.temporary_for(path)
+    if files.follows():
+        return path
     advice = "Earlier checkpoints are untouched; make room and try again."
     with files.raising(StorageError, f"{path}: expected to be written", advice):
         folder.mkdir(parents=True, exist_ok=True)
@@ -264,7 +266,7 @@ def sweep(folder: Path) -> list[str]:
 
     An old checkpoint that was renamed and never replaced gets its name back. Raises StorageError.
     """
-    names = [name for name in _names(folder) if name.startswith((".tmp-", ".old-step-"))]
+    names = [name for name in _names(folder) if name.startswith((".tmp-", ".old-step-")) and not files.follows()]
     with files.raising(StorageError, f"{folder}: expected to sweep temporaries"):
         for name in names:
             place = folder / name.removeprefix(".old-").rpartition("-")[0]

@@ -49,6 +49,8 @@ class Claim:
 
     def acquire(self) -> None:
         """Make the claim; raises BusyError, which names the holder, if it stands, and OutputError."""
+        if files.follows():
+            return
         with files.raising(DataError, f"{self.path}: expected a plain file"):
             files.require_plain_target(self.path)
         own = {**this_process(), "since": utc_now(), "token": os.urandom(8).hex()}

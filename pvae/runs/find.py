@@ -149,9 +149,14 @@ def is_alive(pid: object, birth: object) -> bool:
 
 
 def this_process(pid: int | None = None) -> dict[str, Any]:
-    """Return what tells a process of this host (this one unless `pid` is given) from all others: for `is_gone`."""
+    """Return what tells a process of this host (this one unless `pid` is given) from all others: for `is_gone`.
+
+    One that torchrun started also tells the id of the launch, and the number of its processes.
+    """
     number = os.getpid() if pid is None else pid
-    return {"pid": number, "birth": birth_of(number), "host": platform.node(), "boot": _boot()}
+    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    group = {} if launch is None else {"launch": launch, "processes": int(os.environ["WORLD_SIZE"])}
+    return {"pid": number, "birth": birth_of(number), "host": platform.node(), "boot": _boot(), **group}
 
 
 def _boot() -> str:
@@ -162,11 +167,14 @@ def _boot() -> str:
 
 
 def is_gone(owner: Mapping[str, Any]) -> bool | None:
-    """Return True if the process of `this_process` has died; None if it is of another host or container."""
+    """Return True if the process of `this_process` has died; None if it is of another host or container.
+
+    Before torchrun starts the processes of a launch again, it has ended the earlier ones, on every host.
+    """
     here = _boot()
     there = str(owner.get("boot") or here)
     if owner.get("host") != platform.node() or (there != here and there.split("/")[0] == here.split("/")[0]):
-        return None
+        return True if owner.get("launch", "none") == os.environ.get("TORCHELASTIC_RUN_ID", "") else None
     return there != here or not is_alive(owner.get("pid"), owner.get("birth"))
 
 

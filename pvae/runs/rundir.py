@@ -117,7 +117,7 @@ class RunDirectory:
         with self.held() as claim:
             left = "interrupted"
             try:
-                self.update_status(**find.this_process(), started=claim.own["since"])
+                self.update_status(**find.this_process(), started=claim.own.get("since"))
                 yield
             except BaseException as problem:
                 left = "interrupted" if isinstance(problem, KeyboardInterrupt | Interrupted) else "failed"
@@ -132,6 +132,9 @@ class RunDirectory:
 
         A fit that is at work is found by its status, too, where its claim was removed.
         """
+        if files.follows():
+            yield Claim(self.path / ".lock", "a run")
+            return
         with Claim(self.path / ".lock", "a run") as claim:
             status = self._status_or_empty()
             if status.get("state") == "running" and not find.is_stale(status):

@@ -20,7 +20,7 @@ from pvae.pair.layout import samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
 from pvae.pair.terms import Terms
-from pvae.util import seeds
+from pvae.util import group, seeds
 
 ROWS_AT_ONCE = 1000
 """Largest number of rows in one evaluation batch."""
@@ -71,17 +71,22 @@ def evaluate(
 def _mean_terms(
     pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None, closed: Collection[str] | None
 ) -> dict[str, float]:
-    totals: dict[str, float] = {}
     structure = pair.adopt(x[:2]).structure
     chunk = max(1, min(ROWS_AT_ONCE, DECODED_AT_ONCE // structure.states))
     closed = known_apart(pair) if closed is None else closed
-    for start in range(0, len(x), chunk):
+
+    def sums(number: int) -> dict[str, Tensor]:
+        start = number * chunk
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
         terms = pair.terms(pair.accept(x[start : start + chunk]), rows=rows or len(x), expected=True)
         parts = {f"kl/{name}": _known(terms, name) if name in closed else terms.kl[name] for name in terms.kl}
         parts |= {f"penalty/{name}": terms.penalties[name] for name in pair.layout.factors if name in terms.penalties}
-        for key, value in {"reconstruction": terms.reconstruction, **parts}.items():
-            totals[key] = totals.get(key, 0.0) + float(value.expand_as(terms.reconstruction).double().sum())
+        found = {"reconstruction": terms.reconstruction, **parts}
+        return {key: value.expand_as(terms.reconstruction).double().sum() for key, value in found.items()}
+
+    totals: dict[str, float] = {}
+    for part in group.dealt(-(-len(x) // chunk), sums):
+        totals |= {key: totals.get(key, 0.0) + float(value) for key, value in part.items()}
     means = {key: value / len(x) for key, value in totals.items()}
     total_kl = sum(value for key, value in means.items() if key.startswith("kl/"))
     return {structure.total: means["reconstruction"] - total_kl, "kl": total_kl, **means}
@@ -103,15 +108,18 @@ def maximised(name: str, objective: Objective, figures: Mapping[str, float], bet
 
 def held_out(objective: Objective, pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None, beta: float) -> float:
     """Return the mean over `x` of the bound that an objective maximises (`Objective.bound`); see `evaluate`."""
-    total, chunk = 0.0, max(1, ROWS_AT_ONCE // getattr(objective, "particles", 1))
+    chunk = max(1, ROWS_AT_ONCE // getattr(objective, "particles", 1))
     with quiet(pair, x[:1]), Discretised(pair.relaxed):
-        for start in range(0, len(x), chunk):
+
+        def summed(number: int) -> dict[str, Tensor]:
+            start = number * chunk
             seeds.set_noise(seeds.mix(seed, seeds.VALIDATION, start), x.device)
             batch = pair.accept(x[start : start + chunk])
             bound = objective.bound(pair, batch, rows, torch.tensor(beta, device=x.device))
             assert bound is not None  # noqa: S101 - the objective names it
-            total += float(bound) * len(batch)
-    return total / len(x)
+            return {"sum": bound.detach().double() * len(batch)}
+
+        return sum(float(part["sum"]) for part in group.dealt(-(-len(x) // chunk), summed)) / len(x)
 
 
 # ---------------------------------------------------------------------- alerts; none is an error

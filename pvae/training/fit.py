@@ -22,8 +22,9 @@ from pvae.pair.pair import CHECKED_ROWS, Pair
 from pvae.pair.running import evaluating, quiet
 from pvae.runs.export.exporting import require
 from pvae.runs.run import Run, attended
-from pvae.training.launch import launch, pick_device
-from pvae.training.resume import second_stage
+from pvae.training.launch import begun_before, launch, pick_device
+from pvae.training.resume import resume, second_stage
+from pvae.util import group
 from pvae.util.memory import require_training_memory
 
 BATCHES_LOOKED_AT = 100
@@ -113,8 +114,12 @@ def fit(
     require_training_memory(pair, math.prod(dataset.shape), rows * particles, where, of_data)
     given_pair = what if isinstance(what, Pair) else None
     _require_fittable(plan, pair, dataset, given_pair is not None)
-    run = launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, export=kinds, progress=progress)
-    return second_stage(run, device, progress)
+    with group.joined(where):
+        if begun := begun_before(Path(run_dir), plan):
+            again = partial(resume, begun, allow_changes=True, device=device, export=export, progress=progress)
+            return again(data=dataset, pair=given_pair)
+        run = launch(plan, pair, dataset, Path(run_dir), where, given_pair=given_pair, export=kinds, progress=progress)
+        return second_stage(run, device, progress)
 
 
 def kept_as_it_is(pair: Pair, data: Any, run_dir: str | Path) -> Run:

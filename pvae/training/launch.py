@@ -1,7 +1,9 @@
 """Start of a fit: run directory, device, engine of the optimisation step, and choice of the trainable parameters."""
 
 import math
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,12 @@ import torch
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset
-from pvae.errors import DeclarationError, DeviceError
+from pvae.errors import DataError, DeclarationError, DeviceError
 from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
 from pvae.objectives.base import ranked_by
 from pvae.pair.pair import Pair
-from pvae.runs import checkpoint
+from pvae.runs import checkpoint, find
 from pvae.runs.export.exporting import exporting
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
@@ -23,6 +25,9 @@ from pvae.training import artefacts, loop
 from pvae.training.evaluation import evaluate
 from pvae.training.step import choose_engine, learned
 from pvae.training.trainer import Trainer
+from pvae.util import group
+from pvae.util.files import follows
+from pvae.util.group import Shards
 from pvae.util.provenance import provenance
 
 
@@ -53,36 +58,38 @@ def launch(
         export: kinds of exporters, such as "tensorboard".
         progress: print events and a progress bar.
     """
+    Shards(plan.train.shards)  # before anything is made
     freeze(pair, trainable)
     engine = engine_of(plan, pair, dataset, where)
-    files = RunDirectory.create(
-        run_dir,
-        plan.name,
-        plan.to_toml(),
-        {
-            **provenance(),
-            "declared": given_pair is None,
-            **({"origin": pair.origin} if pair.origin else {}),
-            "imports": list(IMPORTED),
-            "seed": plan.seed,
-            "device": str(where),
-            "engine": engine,
-            "figure": ranked_by(plan.objective, plan.train.epochs, pair),
-            "precision": resolved(plan.train.precision, where),
-            "threads": torch.get_num_threads(),
-            "parent": parent,
-            "trainable": None if trainable is None else list(trainable),
-            "data": {"source": dataset.source, "shape": list(dataset.shape), "fingerprint": dataset.fingerprint},
-            "exports": list(export),
-        },
-    )
+    fields = {
+        **provenance(),
+        "declared": given_pair is None,
+        **({"origin": pair.origin} if pair.origin else {}),
+        "imports": list(IMPORTED),
+        "seed": plan.seed,
+        "device": str(where),
+        "engine": engine,
+        "figure": ranked_by(plan.objective, plan.train.epochs, pair),
+        "precision": resolved(plan.train.precision, where),
+        "threads": torch.get_num_threads(),
+        "parent": parent,
+        "trainable": None if trainable is None else list(trainable),
+        "data": {"source": dataset.source, "shape": list(dataset.shape), "fingerprint": dataset.fingerprint},
+        "exports": list(export),
+    }
+    made = group.from_first(lambda: str(RunDirectory.create(run_dir, plan.name, plan.to_toml(), fields).path))
+    files = RunDirectory(Path(made))
     for note in dataset.notes:
         files.log_event("alert" if "also occur in train" in note else "data", note)
+    group.wait()
+    progress = progress and not follows()
     with files.lock(), exporting(files, export, show=progress):
         if learned(pair):
-            loop.train(Trainer(plan, pair, dataset, files, where, engine, progress))
+            engine = str(files.manifest["engine"])
+            loop.train(Trainer(plan, pair, dataset, files, group.local(where), engine, progress))
         else:
             keep_as_it_is(pair, dataset, plan, files)
+    group.wait()
     return Run(files, data=dataset, pair=given_pair)
 
 
@@ -98,6 +105,27 @@ def freeze(pair: Pair, trainable: Sequence[str] | None) -> None:
         parameter.requires_grad_(name.startswith(tuple(trainable)))
     for name, module in pair.named_modules():
         module.training = not name or any(f"{name}.".startswith(t) or t.startswith(f"{name}.") for t in trainable)
+
+
+def begun_before(run_dir: Path, plan: Plan) -> str | None:
+    """Return the folder of the run of `plan` that this launch of torchrun began before it started its processes again.
+
+    It starts them again where one ended or a machine joined; the launch is known by its id (`--rdzv-id`).
+    """
+    here = find.this_process()
+    if here.get("launch", "none") == "none" and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+
+    def looked_for() -> str | None:
+        for path in reversed(find.folders(run_dir / find.slug(plan.name))):
+            with suppress(DataError, OSError):
+                status, declared = RunDirectory(path).status(), (path / "spec.toml").read_text()
+                other = any(status.get(key) != here[key] for key in ("pid", "birth", "host"))
+                if other and status.get("launch") == here["launch"] and declared == plan.to_toml():
+                    return str(path)
+        return None
+
+    return group.from_first(looked_for)
 
 
 def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) -> None:
@@ -119,14 +147,15 @@ def engine_of(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> st
     """Return the engine of a fit: the one its objective requires, the declared one, or the one expected faster."""
     if plan.objective.engine is not None:
         return plan.objective.engine
-    if plan.train.alternate and device.type == "cuda":
+    if (plan.train.alternate or plan.train.shards > 1) and device.type == "cuda":
         return "eager"
     if plan.train.engine != "auto":
         return "captured" if plan.train.engine == "compiled" and device.type == "cuda" else plan.train.engine
     batch = min(plan.train.batch_size, len(data.train))
     steps = plan.train.epochs * math.ceil(len(data.train) / batch)
+    rows = -(-batch // plan.train.shards)
     entry = artefacts.entry_of(
-        pair, plan.objective, resolved(plan.train.precision, device), (batch, *data.train.rows.shape[1:])
+        pair, plan.objective, resolved(plan.train.precision, device), (rows, *data.train.rows.shape[1:])
     )
     return choose_engine(steps, sum(p.numel() for p in pair.parameters()), batch, device, artefacts.is_kept(entry))
 

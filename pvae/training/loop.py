@@ -18,8 +18,10 @@ from pvae.runs import checkpoint
 from pvae.training import recovery
 from pvae.training.begin import begin
 from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate, held_out, maximised
+from pvae.training.sharded import SIGNALS, ShardedBatch
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import Trainer, first_line, swapped
+from pvae.util import group
 from pvae.util.progress import ProgressBar
 from pvae.util.signals import Answer
 
@@ -29,9 +31,6 @@ STATUS_SECONDS = 2.0
 """Smallest number of seconds between two updates of the status file."""
 CONVERGED = 1e-6
 """Smallest gain per epoch, nats per datum, of a fit that has not converged."""
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
-"""Signals that ask a fit to stop."""
-
 
 IN_WORDS = {
     "float32": "networks multiply in float32: this processor has no bfloat16 products",
@@ -109,19 +108,23 @@ def prepare(trainer: Trainer) -> None:
         if trainer.train.precision != "float32":
             trainer.tell("precision", IN_WORDS[trainer.precision])
         trainer.stepper.begin()
+    group.share_out([*trainer.pair.state_dict().values(), *(trainer.average or ())])
+    if fresh:
         recovery.save(trainer)
 
 
 def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
     """Take the remaining steps of the current epoch and end it; return early after a rollback to a checkpoint."""
     state = trainer.state
-    order = trainer.data.train.order(trainer.plan.seed, state.epoch)
+    order = trainer.data.train.order(trainer.plan.seed, state.epoch, trainer.batch, trainer.shards)
     while state.step < (state.epoch + 1) * trainer.per_epoch:
         position = (state.step - state.epoch * trainer.per_epoch) * trainer.batch
+        trainer.stopping = stop.signal
         if not step(trainer, order[position : position + trainer.batch]):
             return
-        if stop.signal is not None:
-            interrupt(trainer, stop.signal)
+        stopping = stop.signal if trainer.shards.count == 1 else trainer.stopping
+        if stopping is not None:
+            interrupt(trainer, stopping)
         if time.monotonic() - trainer.last_checkpoint >= trainer.train.checkpoint_seconds:
             recovery.save(trainer)
         if state.step % SHOWN_STEPS == 0:
@@ -138,15 +141,18 @@ def step(trainer: Trainer, index: Tensor) -> bool:
     """Take one step on the training rows `index`; return False if the fit was rolled back to a checkpoint."""
     state = trainer.state
     trainer.follow_schedules(state.step)
-    x = trainer.draw(index)
+    turn = trainer.turns[state.step % len(trainer.turns)]
     try:
-        out = trainer.stepper(x, trainer.turns[state.step % len(trainer.turns)])
+        if trainer.shards.count > 1:
+            out = trainer.stepper.sharded(ShardedBatch(trainer, index), turn)
+        else:
+            out = trainer.stepper(trainer.draw(index), turn)
     except (RuntimeError, ValueError) as error:
         if not is_refused_draw(error):
             raise
         return recovery.failed_step(trainer, f"no draw at step {state.step}: {first_line(error)}")
     if not out.is_cuda and not is_finite(out):
-        return recovery.failed_step(trainer, recovery.not_finite(trainer, x, index, out))
+        return recovery.failed_step(trainer, recovery.not_finite(trainer, index, out))
     accumulate(trainer.sums, out)
     state.step += 1
     return state.step % trainer.per_epoch != 0 or recovery.all_finite(trainer)

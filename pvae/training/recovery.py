@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae import errors
-from pvae.errors import CheckpointError, DeviceError, NonFiniteError, StorageError
+from pvae.errors import CheckpointError, DeviceError, NonFiniteError, Stopped, StorageError
 from pvae.objectives.base import Loss
 from pvae.pair.densities import log_prob
 from pvae.pair.layout import samples
@@ -22,7 +22,7 @@ from pvae.runs.run import chosen, load_weights, require_same
 from pvae.runs.seal import recorded
 from pvae.training import step
 from pvae.training.trainer import State, Trainer, first_line
-from pvae.util.files import write_atomic
+from pvae.util.files import follows, write_atomic
 
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 """Seconds to wait before each further attempt to write the last checkpoint of a fit."""
@@ -52,6 +52,9 @@ def save(trainer: Trainer, *, last: bool = False) -> None:
         StorageError: the last checkpoint cannot be written.
     """
     trainer.clock()
+    trainer.last_checkpoint = time.monotonic()
+    if follows():
+        return
     if bad := bad_weights(trainer.pair):
         trainer.tell("nonfinite", f"no checkpoint at step {trainer.state.step}: weights not finite ({bad[0]})")
         return
@@ -178,19 +181,18 @@ def fail(trainer: Trainer, message: str) -> NoReturn:
     )
 
 
-def not_finite(trainer: Trainer, x: Tensor, index: Tensor, out: Tensor) -> str:
+def not_finite(trainer: Trainer, index: Tensor, out: Tensor) -> str:
     """Describe a step with a loss or gradient that is not finite; write its batch unless such steps are skipped.
 
     Arguments:
         trainer: the fit; the step has changed no weight.
-        x: batch of the step.
         index: row numbers of the batch in the training data.
         out: metrics of the step.
     """
     if trainer.train.nonfinite != "skip":
         from safetensors.torch import save as serialise
 
-        content = serialise({"x": x.detach().cpu().contiguous(), "index": index.cpu().contiguous()})
+        content = serialise({"x": trainer.draw(index).detach().cpu().contiguous(), "index": index.cpu().contiguous()})
         try:
             write_atomic(trainer.files.analysis / DUMP, content)
         except StorageError as error:  # the diagnosis is worth more than the batch
@@ -255,6 +257,12 @@ def explained_errors(trainer: Trainer) -> Iterator[None]:
     """Raise DeviceError in place of an out-of-memory or lost-device error, after writing a checkpoint if possible."""
     try:
         yield
+    except Stopped as error:
+        if not getattr(getattr(trainer, "stepper", None), "moving_now", True):
+            with suppress(StorageError):
+                save(trainer)
+        trainer.status("failed", error=str(error))
+        raise
     except Exception as error:
         if errors.is_refused_draw(error):
             fail(trainer, f"no draw after step {trainer.state.step}: {first_line(error)}")

@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -13,7 +12,6 @@ from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
-from pvae.nn.precision import resolved
 from pvae.objectives.base import ranked_by
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
@@ -21,20 +19,16 @@ from pvae.runs import checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
 from pvae.runs.run import Run, attended, load_weights
 from pvae.runs.rundir import RunDirectory
-from pvae.runs.seal import edits, sealed
 from pvae.training import loop
-from pvae.training.launch import freeze, launch, pick_device
+from pvae.training.differences import changed_keys, computing, differences, own_plan, require_accepted
+from pvae.training.launch import begun_before, freeze, launch, pick_device
 from pvae.training.recovery import newest, restore, save
 from pvae.training.step import learned
 from pvae.training.trainer import Trainer
-from pvae.util.files import digest
-from pvae.util.provenance import UNCOUNTED, surroundings
-from pvae.util.toml import flat
+from pvae.util import group
+from pvae.util.files import digest, follows
+from pvae.util.threads import threads
 
-RESUMABLE = ("train.", "objective.", "analysis.", "description", "device", "threads", "precision", "figure", "host",
-             "platform", "versions", "manifest.json", "metrics.jsonl", "status.json", "checkpoint")  # fmt: skip
-"""Prefixes of the keys that `allow_changes` permits to change in a run: settings of training, never of model or
-data."""
 NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
 """Keys that a second stage may change."""
 
@@ -95,22 +89,24 @@ def resume(
     if "engine" not in run.files.manifest:
         raise DataError(f"{run.path}: expected a run that began; got one stopped before its first step. Fit it anew.")
     files, plan, where = run.files, run.plan.with_overrides(*overrides), pick_device(device)
-    changed = differences(run, plan, where)
-    other = [line for line in changed if not line.startswith(RESUMABLE)]
-    if other or (changed and not allow_changes):
-        advice = "The continuation would not be exact; say --allow-changes (allow_changes=True) to go on all the same."
-        if other:
-            advice = "This would be another model or other data, which a run cannot become: fit it anew."
-        lines = [f"{files.path.name}: expected the run's own {line}" for line in other or changed]
-        raise DeclarationError([*lines, advice])
-    with files.lock():
-        for name in checkpoint.sweep(files.path / "checkpoints"):
-            files.log_event("sweep", f"removed the unfinished {name}")
-        kinds = remembered(files, asked)
-        if run.status.get("state") != "finished" or changed:
-            with exporting(files, kinds, show=progress):
-                _go_on(run, plan, where, changed, progress=progress)
-    return second_stage(Run(files, data=run.data, pair=run._given_pair), device, progress, allow_changes=allow_changes)
+    recorded = files.manifest.get("threads") if plan.train.shards > 1 else None
+    if recorded not in (None, torch.get_num_threads()):
+        files.log_event(
+            "threads", f"{recorded} threads a process, as before; this one began with {torch.get_num_threads()}"
+        )
+    with threads(recorded), group.joined(where):
+        changed = group.from_first(lambda: differences(run, plan, where))
+        require_accepted(changed, files, allow_changes=allow_changes)
+        with files.lock():
+            for name in checkpoint.sweep(files.path / "checkpoints"):
+                files.log_event("sweep", f"removed the unfinished {name}")
+            kinds = remembered(files, asked)
+            if group.from_first(lambda: run.status.get("state")) != "finished" or changed:
+                with exporting(files, kinds, show=progress):
+                    _go_on(run, plan, group.local(where), changed, progress=progress and not follows())
+        group.wait()
+        again = Run(files, data=run.data, pair=run._given_pair)
+        return second_stage(again, device, progress, allow_changes=allow_changes)
 
 
 def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, progress: bool) -> None:
@@ -126,6 +122,7 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
         own = {"figure": ranked_by(plan.objective, plan.train.epochs, pair)} if judged or not is_old else {}
         own |= {} if is_old else {"spec": digest(plan.to_toml().encode())}
         files.write_manifest({**files.manifest, **computing(run, plan, where), **own})
+    group.wait()
     trainer = Trainer(plan, pair, data, files, where, engine, progress)
     if is_old:
         trainer.tell("seal", "not sealed: the run is of an earlier version, so that edits of its files are not seen")
@@ -164,60 +161,31 @@ def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool =
     if not isinstance(plan, Experiment) or plan.refit is None:
         return run
     stage = plan.second_stage()
-    child = _stage_run(run, stage)
-    if child is None or child.status.get("state") != "finished":
+    child = group.from_first(lambda: _stage_run(run, stage))
+    if child is None or _state(child) != "finished":
         with run.files.held():  # the work belongs to one process, which looks again now that it is alone
-            child = _stage_run(run, stage)
+            child = group.from_first(lambda: _stage_run(run, stage))
             if child is None:
-                child = fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
-            elif child.status.get("state") != "finished":
-                child = resume(child, device=device, progress=progress, allow_changes=allow_changes)
-    return child
+                return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
+            if _state(child) != "finished":
+                found = Run(RunDirectory(Path(child)), data=run.data)
+                return resume(found, device=device, progress=progress, allow_changes=allow_changes)
+    return Run(RunDirectory(Path(child)), data=run.data)
 
 
-def _stage_run(run: Run, stage: Experiment) -> Run | None:
-    """Return the newest second stage `stage` of `run` that has a readable checkpoint, found beside it; else None."""
+def _state(path: str) -> object:
+    """Return the state of a run, as the first process reads it."""
+    return group.from_first(lambda: RunDirectory(Path(path)).status().get("state"))
+
+
+def _stage_run(run: Run, stage: Experiment) -> str | None:
+    """Return the folder of the newest second stage `stage` of `run` that reads, found beside it; else None."""
     wanted = run.files.id, run.status.get("epoch")
     for child in (Run(RunDirectory(path), data=run.data) for path in find.beside(run.path)):
         with suppress(DataError, DeclarationError, CheckpointError):
             if child.files.parent == wanted and child.experiment.latents == stage.latents and child.checkpoint:
-                return child
+                return str(child.path)
     return None
-
-
-def precision_of(run: Run, plan: Plan, device: torch.device) -> str:
-    """Return the precision of a continuation on a device: that recorded in the run, unless `plan` declares another."""
-    recorded, declared = str(run.files.manifest.get("precision", "")), plan.train.precision
-    return resolved(recorded.split()[0] if recorded and declared == own_plan(run).train.precision else declared, device)
-
-
-def computing(run: Run, plan: Plan, device: torch.device) -> dict[str, Any]:
-    """Return manifest entries of a continuation: device, threads, precision; versions and machine of a sealed run."""
-    here = surroundings() if "spec" in run.files.manifest else {}
-    here |= {"device": str(device), "threads": torch.get_num_threads(), "precision": precision_of(run, plan, device)}
-    return here
-
-
-def differences(run: Run, plan: Plan, device: torch.device) -> list[str]:
-    """Return a line for each difference from what a run is, by which its continuation would be another or inexact.
-
-    They are changes and edits of the declaration, edits of the manifest, and, unless a finished run stays as it is,
-    another device, machine or versions.
-    """
-    lines = [*changed_keys(own_plan(run), plan).values(), *edits(run.files)]
-    if not lines and not run.files.spec_is_own() and not sealed(run.files):
-        lines = ["spec.toml, as it was written; got an edited one (its digest differs)."]
-    if not lines and run.status.get("state") == "finished":
-        return []
-    there, here = flat(run.files.manifest), flat(computing(run, plan, device))
-    changed = {k: v for k, v in here.items() if k in there and there[k] != v and k not in UNCOUNTED}
-    return lines + [f"{k} = {there[k]!r}; got {v!r}." for k, v in changed.items()]
-
-
-def own_plan(run: Run) -> Plan:
-    """Return the declaration that a run was fitted by, as its newest checkpoint repeats it, else that of its file."""
-    text = sealed(run.files).get("declaration")
-    return run.plan if text is None else type(run.plan).from_toml(text, f"{run.path}, 'declaration' of a checkpoint")
 
 
 # ---------------------------------------------------------------------- second stages
@@ -276,7 +244,9 @@ def refit(
     if not isinstance(run, Run):
         run = Run.load(run, root=root, data_dir=data_dir)
     stage = stage_of(run.experiment, run.experiment.with_overrides(*overrides))
-    return fit_stage(run, stage, Path(run_dir) if run_dir else run.path.parent.parent, device, progress, export=kinds)
+    where = Path(run_dir) if run_dir else run.path.parent.parent
+    with group.joined(pick_device(device)):
+        return fit_stage(run, stage, where, device, progress, export=kinds)
 
 
 def stage_of(old: Experiment, changed: Experiment) -> Experiment:
@@ -306,13 +276,6 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
     return stage
 
 
-def changed_keys(old: Plan, new: Plan) -> dict[str, str]:
-    """Return a message line for every value that differs between two declarations, by its dotted key."""
-    was, now = flat(old.model_dump()), flat(new.model_dump())
-    lines = {key: f"{key} = {was.get(key)!r}; got {now.get(key)!r}." for key in sorted({*was, *now})}
-    return {key: line for key, line in lines.items() if was.get(key) != now.get(key)}
-
-
 def fit_stage(
     run: Run, stage: Experiment, run_dir: Path, device: str, progress: bool, *, export: Sequence[str] = ()
 ) -> Run:
@@ -326,6 +289,8 @@ def fit_stage(
     fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
     load_weights(pair, {**weights, **fresh}, str(run.path))
     parent = {"run": f"{run.path.parent.name}/{run.files.id}", "epoch": run.status.get("epoch")}
+    if begun := begun_before(run_dir, stage):
+        return resume(begun, allow_changes=True, device=device, export=export, data=run.data, progress=progress)
     return launch(
         stage, pair, run.data, run_dir, pick_device(device),
         parent=parent, trainable=trainable, export=export, progress=progress,

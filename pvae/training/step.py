@@ -8,6 +8,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pyro
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.graph.lifecycle import Moving
-from pvae.objectives.base import Loss, Stepper
+from pvae.objectives.base import Loss, Parts, Stepper
 from pvae.training import artefacts
 
 Forward = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -164,6 +165,32 @@ class Step(Stepper):
         """Take one optimisation step directly, without replaying a CUDA graph; arguments as in a call."""
         loss, out = self.forward(x)
         loss.backward()
+        return self._finish(out, frozen)
+
+    def sharded(self, batch: Parts, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
+        scratch = [tensor for part in self.moving for tensor in part.scratch()]
+        sizes = [*(t.numel() for t in (*self.parameters, *scratch)), len(self.parameters), len(self.loss.names)]
+        *found, used, out = batch.total(partial(self._part, batch.count), sum(sizes)).split(sizes)
+        for p, slope, use in zip(self.parameters, found[: len(self.parameters)], used.tolist(), strict=True):
+            p.grad = slope.view_as(p).to(p.dtype) if use else None
+        for tensor, value in zip(scratch, found[len(self.parameters) :], strict=True):
+            tensor.copy_(value.view_as(tensor))
+        return self._finish(out, frozen)
+
+    def _part(self, shards: int, x: Tensor, share: float, shard: int) -> Tensor:
+        """Return what a shard adds to gradients, scratch of moving parts, number of uses, and metrics; flat."""
+        loss, out = self.forward(x)
+        slopes = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        used = out.new_tensor([slope is not None for slope in slopes])
+        flat = [
+            (torch.zeros_like(p) if slope is None else slope * share).flatten()
+            for p, slope in zip(self.parameters, slopes, strict=True)
+        ]
+        flat += [t.flatten() for part in self.moving for t in part.contribution(share, shard, shards)]
+        return torch.cat([*flat, used, out * share])
+
+    def _finish(self, out: Tensor, frozen: Sequence[nn.Parameter]) -> Tensor:
+        """Clip the gradients, move the weights, and return the metrics with those of clipping."""
         clear_gradients(frozen)
         if self.clip_norm:
             norm = nn.utils.clip_grad_norm_(self.parameters, self.clip_norm).detach().reshape(1)

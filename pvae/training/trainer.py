@@ -26,7 +26,8 @@ from pvae.runs.checkpoint import Checkpoint
 from pvae.runs.rundir import RunDirectory
 from pvae.runs.seal import seal
 from pvae.training.step import Step, learned, make_capturable, restored, set_lr
-from pvae.util import seeds
+from pvae.util import group, seeds
+from pvae.util.group import Shards
 
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
@@ -119,6 +120,9 @@ class Trainer:
         self.scheduled = [part for part in self.pair.modules() if isinstance(part, Scheduled)]
         self.batch = min(self.train.batch_size, len(data.train))
         self.per_epoch = math.ceil(len(data.train) / self.batch)
+        self.shards = Shards(self.train.shards)
+        self.stopping: int | None = None
+        """Signal that this process received before the step; after a step in shards, one that any process received."""
         self.turns = turns(self.pair, self.train.alternate)
         self.started = self.last_checkpoint = time.monotonic()
         self.last_status = 0.0
@@ -158,10 +162,16 @@ class Trainer:
                 part.follow(epoch, train.epochs)
         set_lr(self.optimizer, train.optimizer.lr * train.schedule.at(epoch, train.epochs) * warm)
 
-    def draw(self, index: Tensor) -> Tensor:
-        """Seed the noise of the next step, differently after each rollback; return its batch: training rows `index`."""
+    def draw(self, index: Tensor, shard: int | None = None, phase: int = 0) -> Tensor:
+        """Seed the noise of the next step, differently after each rollback; return its batch: training rows `index`.
+
+        With a shard the rows are those of the shard, and the noise is that of this shard and phase of the step.
+        """
         counter = self.state.step + (self.state.rollbacks << 40)
-        seeds.set_noise(seeds.mix(self.plan.seed, seeds.NOISE, counter), self.device)
+        seed = seeds.mix(self.plan.seed, seeds.NOISE, counter)
+        if shard is not None:
+            seed = seeds.mix(seed, seeds.SHARD, phase * self.shards.count + shard)
+        seeds.set_noise(seed, self.device)
         return self.rows(index)
 
     def rows(self, index: Tensor) -> Tensor:
@@ -183,7 +193,8 @@ class Trainer:
             self.sums = torch.zeros(len(self.stepper.names) + 1, dtype=torch.float64, device=self.device)
 
     def _step(self, clip: float | None, average: tuple[Sequence[Tensor], float] | None) -> Step:
-        example = self.rows(torch.arange(self.batch, device=self.device))
+        example = self.rows(torch.arange(self.shards.rows(self.batch), device=self.device))
+        engine = self.engine
         make = partial(Step, self.loss, self.optimizer, example=example, clip_norm=clip, average=average)
         if self.engine == "compiled":
             self.tell("engine", "compiling the step (export + Inductor): half a minute, less if its code is kept")
@@ -193,9 +204,12 @@ class Trainer:
             if self.engine == "eager":
                 raise
             self.tell("engine", f"{self.engine} step not available, going on eagerly: {first_line(error)}")
-            self.engine = "eager"
-            self.files.write_manifest({**self.files.manifest, "engine": "eager"})
-            step = make(engine="eager")
+            self.engine, step = "eager", make(engine="eager")
+        eager = group.dealt(group.size(), lambda _: {"eager": torch.tensor(self.engine == "eager")})
+        if self.engine != "eager" and any(bool(part["eager"]) for part in eager):  # another process has no faster one
+            self.engine, step = "eager", make(engine="eager")
+        if self.engine != engine:
+            self.files.write_manifest({**self.files.manifest, "engine": self.engine})
         self.tell("engine", f"{self.engine} step")
         return step
 

@@ -82,6 +82,8 @@ def write_together(contents: Mapping[Path, str | bytes], *, durable: bool = True
 
     They are replaced in the order given. Raises as `write_atomic`; an error in writing leaves all old files unchanged.
     """
+    if follows():
+        return
     written: dict[Path, Path] = {}
     try:
         for path, text in contents.items():
@@ -102,6 +104,11 @@ def write_together(contents: Mapping[Path, str | bytes], *, durable: bool = True
         for temporary in written.values():
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def follows() -> bool:
+    """Return True in the processes that torchrun started beside the first, to which they leave all writing."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 def make_folder(folder: Path) -> Path:
@@ -235,6 +242,8 @@ def json_line(fields: Mapping[str, Any]) -> bytes:
 
 def append(path: Path, line: bytes) -> None:
     """Append a complete line to a file, or nothing (raises OSError); an incomplete last line is repaired first."""
+    if follows():
+        return
     descriptor = _open_plain(path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
     try:
         if (size := os.fstat(descriptor).st_size) and os.pread(descriptor, 1, size - 1) != b"\n":

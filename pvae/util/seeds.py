@@ -2,7 +2,7 @@
 
 import torch
 
-ORDER, NOISE, VALIDATION, ANALYSIS = range(1, 5)
+ORDER, NOISE, VALIDATION, ANALYSIS, SHARD = range(1, 6)
 
 
 def mix(seed: int, stream: int, counter: int = 0) -> int:
@@ -14,6 +14,11 @@ def mix(seed: int, stream: int, counter: int = 0) -> int:
         state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
         state ^= state >> 31
     return state >> 1
+
+
+def drawn() -> int:
+    """Return a seed drawn from torch's default random generator."""
+    return int(torch.randint(2**62, ()))
 
 
 def generator(seed: int, stream: int, counter: int = 0) -> torch.Generator:

@@ -7,14 +7,14 @@ import torch
 
 
 @contextmanager
-def single_thread(applies: bool = True) -> Iterator[None]:
-    """Context manager in which torch runs with one thread, unless `applies` is False.
+def threads(number: int | None) -> Iterator[None]:
+    """Context manager in which torch runs with a number of threads; with as many as before where it is None.
 
     On small tensors a second thread mostly waits: it spins between two operations, and on a busy machine the first
     thread waits for it as well.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if applies else before)
+    torch.set_num_threads(number or before)
     try:
         yield
     finally:

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from pvae.util.threads import single_thread
+from pvae.util.threads import threads
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
     """Run with one thread: several would mostly wait for each other."""
-    with single_thread():
+    with threads(1):
         yield

@@ -17,6 +17,8 @@ from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.training import loop
 from pvae.training.trainer import Trainer
+from pvae.util import group
+from pvae.util.group import Shards
 from tests.data.writers import assert_same, refused
 from tests.runs_shared import assert_resumes_exactly
 
@@ -102,6 +104,29 @@ def test_a_batch_comes_from_the_blocks_of_its_window() -> None:
     order = WindowOrder(700, 7, 0, 0)
     for start in range(0, 693, 21):
         assert len(set((order[start : start + 21] // 7).tolist())) == 3
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(("rows", "batch"), [(700, 21), (240, 50), (20, 9), (5, 100)])
+def test_shards_have_blocks_of_their_own(rows: int, batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every row once; the order is that of the shards, whatever the process; a window's blocks are dealt to them."""
+    orders = []
+    for process in (0, 1):
+        monkeypatch.setattr(group, "rank", lambda process=process: process)
+        monkeypatch.setattr(group, "size", lambda: 2)
+        expected: list[int] = []
+        order = WindowOrder(rows, 7, 3, 0, expected.extend, batch, Shards(4))
+        orders.append(torch.cat([order[start : start + batch] for start in range(0, rows, batch)]))
+        mine = []
+        for start in range(0, rows, batch):
+            index = order[start : start + batch]
+            mine += [index[slice(*Shards(4).bounds(len(index))[shard])] for shard in Shards(4).mine]
+        read = set((torch.cat(mine) // 7).tolist())
+        if rows == 700:
+            assert 50 <= len(read) < 75  # of 100, some by both, as blocks and shards have other ends
+            assert read - set(order.order[:3].tolist()) <= set(expected)
+    assert torch.equal(*orders)
+    assert sorted(orders[0].tolist()) == list(range(rows))
 
 
 def test_where_a_row_comes_is_even() -> None:

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from pvae.component import Shape
 from pvae.distributions.codes import conditional_logits
 from pvae.errors import DeclarationError
-from pvae.graph.link import Link
-from pvae.graph.site import Site, Space, one_hot
+from pvae.graph.site import Link, Site, Space, one_hot
 from pvae.models.priors.autoregressive import DRAW_ROWS, Autoregressive, TokenModule
 from pvae.models.priors.base import Prior
 from pvae.models.priors.pixelcnn import PixelCNNPrior, ResizedMap

@@ -33,7 +33,7 @@ from pvae.objectives.em import EM
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.training.evaluation import evaluate
-from pvae.util.threads import single_thread
+from pvae.util.threads import threads
 from tests.runs_shared import assert_same, interrupted
 
 DIAG = {"kind": "normal", "scale": "per_datum"}
@@ -49,7 +49,7 @@ CATEGORICAL = {"kind": "categorical", "levels": 4}
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Run with one thread: on tensors as small as these a second one mostly waits."""
-    with single_thread():
+    with threads(1):
         yield
 
 

@@ -341,7 +341,7 @@ def test_a_run_of_another_machine_is_gone_on_with_where_that_is_asked_for(tmp_pa
     file = write(tmp_path, {})
     with signalled_at(10), pytest.raises(Interrupted):
         fit(Experiment.from_dict(TABLE), tmp_path / "runs")
-    monkeypatch.setattr("pvae.training.resume.surroundings", lambda: {**surroundings(), "host": "elsewhere"})
+    monkeypatch.setattr("pvae.training.differences.surroundings", lambda: {**surroundings(), "host": "elsewhere"})
     assert "say --allow-changes" in command(file, "--no-page", code=1)[1]
     command(file, "--no-page", "--allow-changes")
     [(_, state, _)] = states(Declared.load(file), tmp_path / "runs")

@@ -13,7 +13,7 @@ import torch
 from pvae.errors import DataError, StorageError
 from pvae.util.files import read_inside, write_atomic
 from pvae.util.provenance import provenance
-from pvae.util.threads import single_thread
+from pvae.util.threads import threads
 
 # -- atomic writes
 
@@ -105,12 +105,12 @@ def test_provenance_asks_git_and_never_fails(
 # -- threads
 
 
-@pytest.mark.parametrize(("applies", "inside"), [(True, 1), (False, 2)])
-def test_single_thread_restores_the_number_of_threads(applies: bool, inside: int) -> None:
+@pytest.mark.parametrize(("number", "inside"), [(1, 1), (None, 2)])
+def test_the_number_of_threads_is_restored(number: int | None, inside: int) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        with single_thread(applies):
+        with threads(number):
             assert torch.get_num_threads() == inside
         assert torch.get_num_threads() == 2
     finally:

@@ -29,7 +29,7 @@ IMPORTS = {
     "F": "import torch.nn.functional as F",
 }
 """Names of modules that a generated script may use, each with its import statement."""
-LEFT_OUT = ("clip_norm", "average", "alternate", "patience")
+LEFT_OUT = ("clip_norm", "average", "alternate", "patience", "shards")
 """Settings of training that the plain SVI loop of a generated script ignores."""
 TIME = "(epoch + i / STEPS)"
 """Expression, inside the loop of a generated script, for the time since the start of training in epochs."""
@@ -91,7 +91,7 @@ class Script(ABC):
             programs={name: written[name] for name in ("model", "guide")},
             formulas={name: re.sub(r"^(.*) = \1$", r"\1", said[name]) for name in ("model", "guide")},
             arguments=[*self.batch, *(f"{number}=1.0" for number in numbers)],
-            left_out=[f"{name} = {value}" for name in LEFT_OUT if (value := getattr(train, name))],
+            left_out=[f"{name} = {value}" for name in LEFT_OUT if (value := getattr(train, name)) not in (None, 1)],
             optimizer=type(train.optimizer.build([nn.Parameter(torch.zeros(1))])).__name__,
             settings=literal({"lr": train.optimizer.lr, **settings}),
             timed=TIME in " ".join(before),

@@ -17,8 +17,7 @@ from pvae.experiment.pyro_script import parts
 from pvae.experiment.pyro_script.page import ELBOS, PAGE, SUMMED, TIME, WRITTEN, Script, literal, named, quoted, sampled
 from pvae.experiment.pyro_script.parts import Expression, NotPlainError, Part
 from pvae.graph.lifecycle import Begun, MadeOfData, Moving
-from pvae.graph.link import Link
-from pvae.graph.site import OBSERVED, Site, embedded
+from pvae.graph.site import OBSERVED, Link, Site, embedded
 from pvae.guides.posteriors.codes import Estimated
 from pvae.nn.network import Network, NetworkModule
 from pvae.nn.schedules import Constant, Scheduled

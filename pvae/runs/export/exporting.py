@@ -11,6 +11,7 @@ from pvae.errors import DataError, DeclarationError, MissingExtraError, PvaeErro
 from pvae.runs.export.base import Exporter
 from pvae.runs.export.trackers import MLflow, TensorBoard, without_secrets
 from pvae.runs.rundir import RunDirectory
+from pvae.util.files import follows
 
 SECONDS_BETWEEN_EXPORTS = 5.0
 """Shortest time (s) between two exports during a fit; a slow export is followed by a pause ten times as long."""
@@ -116,7 +117,7 @@ def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Itera
         now = time.monotonic()
         due = now + max(SECONDS_BETWEEN_EXPORTS, 10 * (now - begun))
 
-    for kind in kinds:
+    for kind in kinds if not follows() else ():
         attempt(kind, partial(make, kind))
     files.on_metrics = catch_up
     try:
