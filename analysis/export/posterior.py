@@ -1,6 +1,5 @@
 """Export of posterior samples with densities, guide parameters, prior and predictive samples, as ArviZ reads them."""
 
-from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from pvae.analysis.bounds.weights import inverse_ess, log_mean, pareto_k
 from pvae.analysis.decompose.posterior_draws import Draw, draw_chunk
 from pvae.analysis.export import sites as exported
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
-from pvae.analysis.export.sites import ExportedSites, Variable, numpy_of, text, value_of, values_of
+from pvae.analysis.export.sites import ExportedSites, Variable, group, numpy_of, text, value_of, values_of
 from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.pair.layout import samples
@@ -40,11 +39,6 @@ RESOLVED_ROUNDINGS = 8
 """Number of rounding errors of the largest term of a log weight up to which log weights count as equal."""
 DRAW_DIMS = ("chain", "draw")
 NATS = {"units": "nats"}
-
-
-def group(variables: Mapping[str, Variable], why: str = "", missing: Iterable[str] = ()) -> xarray.Dataset:
-    """Return a group with the given variables, and the reason why others are missing as attributes `missing_<name>`."""
-    return xarray.Dataset(dict(variables), attrs={f"missing_{name}": text(why) for name in missing})
 
 
 @dataclass

@@ -4,12 +4,13 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+import xarray
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
@@ -76,6 +77,11 @@ def _kept(site: str) -> str:
 def text(value: str) -> str:
     """Return a string as NetCDF can hold it: as JSON if it has control characters or lone surrogates."""
     return value if value and value.isprintable() else json.dumps(value)
+
+
+def group(variables: Mapping[str, Variable], why: str = "", missing: Iterable[str] = ()) -> xarray.Dataset:
+    """Return a group with the given variables, and the reason why others are missing as attributes `missing_<name>`."""
+    return xarray.Dataset(dict(variables), attrs={f"missing_{name}": text(why) for name in missing})
 
 
 # ---------------------------------------------------------------------- values
