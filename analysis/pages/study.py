@@ -12,6 +12,7 @@ from rich.text import Text
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import cell
+from pvae.analysis.pages.document.words import text
 from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
 from pvae.analysis.samples.features import affordable
 from pvae.errors import CheckpointError, DataError
@@ -162,7 +163,7 @@ def _with_errors(names: Sequence[str]) -> list[str]:
 
 def table(means: pandas.DataFrame, title: str) -> Table:
     """Return a `summary` as a rich table for the terminal: mean ± standard error over seeds, nats per datum."""
-    drawn = Table(title=Text(title), caption=Text(SUMMARY_CAPTION), caption_justify="left")
+    drawn = Table(title=Text(title), caption=Text(text("study.summary")), caption_justify="left")
     drawn.add_column("case", overflow="fold", min_width=9)
     for column in ("seeds", *TERMINAL_FIGURES.values()):
         drawn.add_column(column, justify="right")
@@ -171,12 +172,6 @@ def table(means: pandas.DataFrame, title: str) -> Table:
         figures = [_shown(row[name], row[f"{name}_error"]) for name in TERMINAL_FIGURES]
         drawn.add_row(Text(f"{row['case']}{stage}"), str(row["seeds"]), *figures)
     return drawn
-
-
-SUMMARY_CAPTION = (
-    "test, nats per datum: mean ± standard error over seeds; IWAE bounds log p(x) from below; new: at least and at "
-    "most what a better prior wins on new data while the encoder stays (marginal KL: by one that knows these rows)"
-)
 
 
 def _shown(value: float, error: float) -> str:

@@ -44,8 +44,6 @@ def _overview(found: Comparison) -> Iterator[Part]:
         yield table("compared.averages", rows, *_spaced(known), digits=2)
     yield from _on_best(found)
     yield from _on_new_data(found)
-    yield from _on_overfitting(found)
-    yield from _on_samples(found)
     yield {"figures": found.figures, "groups": None if groups is None else list(groups)}
 
 
@@ -84,33 +82,24 @@ def _on_best(found: Comparison) -> Iterator[str]:
     gains = {name: d.log_p or d.elbo for name, d in rest.items()}
     second = max(gains, key=lambda name: gains[name].value)
     gain, error, bounds = -gains[second].value, gains[second].standard_error, rest[second].log_p is not None
-    tie = gain <= 2 * error or gain < SHOWN_NATS
-    yield text(
-        "compared.overview.tie" if tie else "compared.overview.best",
-        best=found.best, second=second, bounds=bounds, gain=gain, error=error, seen=gain >= SHOWN_NATS,
-    )  # fmt: skip
+    entry = "compared.overview.tie" if gain <= 2 * error or gain < SHOWN_NATS else "compared.overview.best"
+    seen = gain >= SHOWN_NATS
+    yield text(entry, best=found.best, second=second, bounds=bounds, gain=gain, error=error, seen=seen)
 
 
-def _on_new_data(found: Comparison) -> Iterator[str]:
-    """Yield the sentence on what a better prior wins on new data with the encoder of each run."""
+def _on_new_data(found: Comparison) -> Iterator[str | Sentence]:
+    """Yield sentences on what a better prior wins with the encoder of each run, on overfitting, and on samples."""
     known = {name: new.interval for name, exam in found.scored.items() if (new := exam.held.population) is not None}
     if known:
         yield text("compared.overview.new_data", known=known)
-
-
-def _on_overfitting(found: Comparison) -> Iterator[Sentence]:
     gaps = {name: exam.gap for name, exam in found.scored.items() if found.split != "train"}
     if wide := {name: gap for name, gap in gaps.items() if gap is not None and gap > OVERFITTING_NATS}:
         yield alert("compared.overview.overfitting", limit=OVERFITTING_NATS, split=found.split, wide=wide)
-
-
-def _on_samples(found: Comparison) -> Iterator[str]:
-    if len(found.quality) < 2:
-        return
-    distances = sorted((q.distances.frechet.value, name, q.distances) for name, q in found.quality.items())
-    (_, near, least), *_, (_, far, most) = distances
-    yield text("compared.overview.nearest", name=near, distances=least)
-    yield text("compared.overview.farthest", name=far, distances=most)
+    if len(found.quality) > 1:
+        distances = sorted((q.distances.frechet.value, name, q.distances) for name, q in found.quality.items())
+        (_, near, least), *_, (_, far, most) = distances
+        yield text("compared.overview.nearest", name=near, distances=least)
+        yield text("compared.overview.farthest", name=far, distances=most)
 
 
 # ---------------------------------------------------------------------- likelihood
@@ -122,10 +111,8 @@ def _training(found: Comparison) -> Iterator[Part]:
         yield picture("compared.training", comparisons.overlaid(list(rows), list(rows.values())), count=len(rows))
 
 
-@section("plane", "compared.plane")
+@section("plane", "compared.plane", where=lambda found: len(found.scored) > 1)
 def _plane(found: Comparison) -> Iterator[Part]:
-    if len(found.scored) < 2:
-        return
     plane = rate_distortion_of(found.split, {name: exam.held for name, exam in found.scored.items()})
     yield picture("compared.rate_distortion", plane.figure())
     keys = ("rate", "distortion", "elbo")
@@ -134,10 +121,8 @@ def _plane(found: Comparison) -> Iterator[Part]:
     yield {"rate_distortion": plane.to_dict()}
 
 
-@section("paired", "compared.paired")
+@section("paired", "compared.paired", where=lambda found: len(found.scored) > 1)
 def _pairs(found: Comparison) -> Iterator[Part]:
-    if len(found.scored) < 2:
-        return
     reference, exam = next(iter(found.scored.items()))
     others = found.against(reference)
     gains = {name: d.log_p or d.elbo for name, d in others.items()}
@@ -149,10 +134,8 @@ def _pairs(found: Comparison) -> Iterator[Part]:
     yield {"paired": {"reference": reference, "runs": {name: d.to_dict() for name, d in others.items()}}}
 
 
-@section("surgery", "compared.surgery")
+@section("surgery", "compared.surgery", where=lambda found: found.scored)
 def _surgeries(found: Comparison) -> Iterator[Part]:
-    if not found.scored:
-        return
     held = {name: exam.held for name, exam in found.scored.items()}
     rows = merged(held)
     if len(held) > COLUMN_RUNS:

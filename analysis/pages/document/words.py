@@ -101,19 +101,20 @@ def _id(name: str, of: str) -> str:
 
 
 def section(
-    id: str, name: str = "", *, is_appendix: bool = False, scored: bool = False
+    id: str, name: str = "", *, is_appendix: bool = False, scored: bool = False, where: Callable[[Any], Any] = bool
 ) -> Callable[[Callable[[T], Iterable[Part]]], Callable[[T], PageSection | None]]:
     """Decorate a function that yields the parts of a section: it then returns the section, None if it has no parts.
 
     The entry `name`, by default the id, has its `title` and its `lead`. Empty sentences are left out. A section that is
-    `scored` has no parts for a model without a likelihood, such as a GAN.
+    `scored` has no parts for a model without a likelihood, such as a GAN, and none unless `where` holds of its subject.
     """
 
     def decorate(make: Callable[[T], Iterable[Part]]) -> Callable[[T], PageSection | None]:
         @wraps(make)
         def made(subject: T) -> PageSection | None:
-            found = () if scored and getattr(subject, "implicit", False) else make(subject)
-            parts, words = tuple(part for part in found if part != ""), entry(name or id)
+            left_out = (scored and getattr(subject, "implicit", False)) or not where(subject)
+            parts = () if left_out else tuple(part for part in make(subject) if part != "")
+            words = entry(name or id)
             lead = _template(words.get("lead", "")).render()
             return PageSection(id, words["title"], parts, lead, is_appendix) if parts else None
 

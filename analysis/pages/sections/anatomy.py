@@ -25,9 +25,9 @@ def anatomy(exam: Examination) -> Iterator[Part]:
     s = exam.held
     yield _waterfall(exam)
     rows = merged(exam.surgeries)
-    where = "; ".join(f"{split}: {exam.rows[split].note}, {s.samples} samples" for split, s in exam.surgeries.items())
+    samples = "; ".join(f"{split}: {exam.rows[split].note}, {s.samples} samples" for split, s in exam.surgeries.items())
     strong = tuple(i for i, row in enumerate(rows) if row[0] == "elbo")
-    yield table("surgery", rows, *exam.surgeries, strong=strong, where=where)
+    yield table("surgery", rows, *exam.surgeries, strong=strong, samples=samples)
     yield from map(Note, s.notes)
     if s.shared:
         yield table("surgery.global_latents", tuple(s.shared.items()))

@@ -39,10 +39,13 @@ WORST_DATA = 10
 @section("fit", scored=True)
 def fit(exam: Examination) -> Iterator[Part]:
     """Yield ELBO, bounds on log p(x) and inference gaps; nothing for a model without a likelihood."""
-    bound = exam.evidence
-    yield from _on_elbo(exam)
+    s, bound = exam.held, exam.evidence
+    yield text("fit.elbo", split=exam.split, surgery=s, rows=exam.rows[exam.split])
+    yield text("fit.terms", surgery=s, kl_seen=abs(s.kl.value) >= SHOWN_NATS)
+    if s.global_kl is not None:
+        yield text("fit.global", surgery=s)
     yield from _on_evidence(exam, bound)
-    yield tile("fit.total", surgery=exam.held, split=exam.split)
+    yield tile("fit.total", surgery=s, split=exam.split)
     if bound is not None:
         yield tile("fit.gap", bound=bound)
         yield from _of_bound(exam, bound)
@@ -77,14 +80,6 @@ def _gaps(exam: Examination) -> Gap | None:
     return exam.attempt("gaps", gap, exam.pair, x, **settings, part="inference gap")
 
 
-def _on_elbo(exam: Examination) -> Iterator[str]:
-    s = exam.held
-    yield text("fit.elbo", split=exam.split, surgery=s, rows=exam.rows[exam.split])
-    yield text("fit.terms", surgery=s, kl_seen=abs(s.kl.value) >= SHOWN_NATS)
-    if s.global_kl is not None:
-        yield text("fit.global", surgery=s)
-
-
 def _on_evidence(exam: Examination, e: Evidence | None) -> Iterator[str]:
     if e is None:
         yield text("fit.no_bound", reason=exam.missing["evidence"])
@@ -105,10 +100,7 @@ def _on_gaps(exam: Examination, found: Gap) -> Iterator[str]:
     if family or encoder:
         yield text("fit.refined", gap=found, family=family, encoder=encoder)
     if abs(a.value - b.value) > max(2 * math.hypot(a.standard_error, b.standard_error), ADVICE_NATS):
-        if a.value < b.value:
-            yield text("fit.encoder_limits")
-        else:
-            yield text("fit.family_limits", richer=_richer(exam))
+        yield text("fit.encoder_limits" if a.value < b.value else "fit.family_limits", richer=_richer(exam))
 
 
 def _richer(exam: Examination) -> list[str]:
@@ -122,12 +114,10 @@ def _on_overfitting(exam: Examination, difference: float) -> Sentence:
     errors = [exam.surgeries[split].total.data_error for split in ("train", exam.split)]
     error = math.hypot(*(math.nan if e is None or not math.isfinite(e) else e for e in errors))
     over_rows = text("fit.over_rows", error=error) if math.isfinite(error) else ""
-    if abs(difference) < SHOWN_NATS:
-        return Sentence(text("fit.agree", split=exam.split, over_rows=over_rows))
-    if difference < 0:
-        return Sentence(text("fit.lower", gap=difference, split=exam.split, over_rows=over_rows))
     overfits = math.isfinite(error) and difference > max(OVERFITTING_NATS, 2 * error)
-    said = text("fit.higher", gap=difference, split=exam.split, over_rows=over_rows, overfits=overfits)
+    same = abs(difference) < SHOWN_NATS
+    entry = "fit.agree" if same else "fit.lower" if difference < 0 else "fit.higher"
+    said = text(entry, gap=difference, split=exam.split, over_rows=over_rows, overfits=overfits)
     return Sentence(said, overfits)
 
 

@@ -218,13 +218,10 @@ def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
 # ---------------------------------------------------------------------- probe
 
 
-@section("probe", scored=True)
+@section("probe", scored=True, where=lambda exam: exam.part.y is not None and exam.data.train.y is not None)
 def probe(exam: Examination) -> Iterator[Part]:
     """Yield the accuracy of k-NN and logistic regression on codes; nothing without labels or codes."""
-    if exam.part.y is None or exam.data.train.y is None:
-        return
-    found = exam.attempt("probe", probe_of, exam.run, exam.split, seed=exam.seed, part="classifiers")
-    if found is None:
+    if (found := exam.attempt("probe", probe_of, exam.run, exam.split, seed=exam.seed, part="classifiers")) is None:
         return
     rows = [(r.of, r.knn, r.knn_gain, r.linear, r.linear_gain) for r in found.readings]
     yield table("probe", (*rows, ("most frequent label", found.majority, None, None, None)), probe=found)

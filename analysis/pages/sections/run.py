@@ -63,11 +63,11 @@ def declaration(exam: Examination) -> Iterator[Part]:
     """Yield the formulas of model and guide, and the declaration of the run as TOML."""
     if isinstance(exam.run.plan, Experiment):
         found = formulas(exam.run.plan)
-        yield Listing(f"{found['model']}\n{found['guide']}", "Formulas")
-        yield Listing(f"{found['model_latex']}\n{found['guide_latex']}", "In LaTeX", folded=True)
+        yield Listing(f"{found['model']}\n{found['guide']}", text("declaration.formulas"))
+        yield Listing(f"{found['model_latex']}\n{found['guide_latex']}", text("declaration.latex"), folded=True)
     else:
         yield Note(text("declaration.by_hand"))
-    yield Listing(exam.run.files.spec_text, "Declaration as TOML")
+    yield Listing(exam.run.files.spec_text, text("declaration.toml"))
 
 
 @section("environment", is_appendix=True)

@@ -148,10 +148,9 @@ def _on_fidelity(exam: Examination, f: Fidelity) -> Iterator[Part]:
         there = [name for name in f.shares if f.data_shares[name].value > 0]
         least = min(there, key=lambda name: f.shares[name].value)
         yield text("quality.confidence", ratio=f.confidence.value / f.data_confidence.value)
-        if not f.shares[least].value > 0:
-            yield text("quality.never", label=least)
-        else:
-            yield text("quality.rarest", label=least, sampled=f.shares[least], of_data=f.data_shares[least])
+        found, of_data = f.shares[least], f.data_shares[least]
+        entry = "quality.rarest" if found.value > 0 else "quality.never"
+        yield text(entry, label=least, sampled=found, of_data=of_data)
 
 
 # ---------------------------------------------------------------------- decoded codes
@@ -199,37 +198,30 @@ def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
     return found
 
 
-@section("traversals", scored=True)
+@section("traversals", scored=True, where=lambda exam: pictures.is_shown(exam.shape) and exam.whole_rows)
 def traversals(exam: Examination) -> Iterator[Part]:
     """Yield latent traversals; nothing unless data are images or points in the plane."""
-    if not pictures.is_shown(exam.shape) or not exam.whole_rows:
-        return
     for name in list(exam.pair.layout.latents)[:TRAVERSED_LATENTS]:
         what = f"traversal of {name}"
         found = exam.attempt(what, traverse, exam.run, latent=name, seed=exam.seed, part=what)
         if found is not None:
-            yield _rows(exam, found) if is_image(exam.shape) else _paths(exam, found)
+            yield _traversal(exam, found)
 
 
-def _rows(exam: Examination, found: Traversal) -> Part:
-    """Return the traversal of a latent for image data: one row of images per coordinate."""
-    names, steps, below = pictures.moved(found)
-    made = pictures.gallery(array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps)
-    return picture("traversals.traversal", made, of=found.latent, count=len(names), order=found.order, below=below)
+def _traversal(exam: Examination, found: Traversal) -> Part:
+    """Return the traversal of a latent: for images a row per coordinate, for points in the plane its path."""
+    if is_image(exam.shape):
+        names, steps, below = pictures.moved(found)
+        made = pictures.gallery(array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps)
+        return picture("traversals.traversal", made, of=found.latent, count=len(names), order=found.order, below=below)
+    paths = pictures.traversed(found, array(exam.part.observed(exam.x[:1000])))
+    assert paths is not None  # noqa: S101 - points in the plane are shown
+    return picture("traversals.paths.traversal", paths, of=found.latent, count=len(found.dims))
 
 
-def _paths(exam: Examination, found: Traversal) -> Part:
-    """Return the traversal of a latent for data in the plane: the path of the mean of p(x | z) for each coordinate."""
-    made = pictures.traversed(found, array(exam.part.observed(exam.x[:1000])))
-    assert made is not None  # noqa: S101 - points in the plane are shown
-    return picture("traversals.paths.traversal", made, of=found.latent, count=len(found.dims))
-
-
-@section("interpolations", scored=True)
+@section("interpolations", scored=True, where=lambda exam: is_image(exam.shape) and exam.whole_rows)
 def interpolations(exam: Examination) -> Iterator[Part]:
     """Yield interpolations between codes of two data; nothing unless data are images and codes real."""
-    if not is_image(exam.shape) or not exam.whole_rows:
-        return
     found = exam.attempt(
         "interpolations", lambda: [interpolate(exam.run, exam.x[a], exam.x[b], seed=exam.seed) for a, b in _ends(exam)]
     )
