@@ -58,7 +58,7 @@ def tile(name: str, /, **fields: Any) -> Tile:
     return Tile(*(text(f"{name}.{key}", **fields) for key in ("what", "figure", "unit")))
 
 
-def picture(name: str, made: Figure, /, *, of: str = "", **fields: Any) -> Picture:
+def picture(name: str, made: Figure, /, *, of: str | None = None, **fields: Any) -> Picture:
     """Return a matplotlib figure, drawn at 120 dpi, as a picture of a page; the entry has its `alt` and `caption`.
 
     Its id is the last part of `name`; for one of several latents the name of this latent, `of`, follows, which is a
@@ -73,7 +73,7 @@ def table(
     rows: Sequence[tuple[Any, ...]],
     /,
     *titles: str,
-    of: str = "",
+    of: str | None = None,
     digits: int | Sequence[int] = 3,
     strong: tuple[int, ...] = (),
     folded: bool = False,
@@ -96,8 +96,9 @@ def table_of(name: str, found: Figures, /, **fields: Any) -> PageTable:
     return table(name, rows, found.unit, title=found.title, **fields)
 
 
-def _id(name: str, of: str) -> str:
-    return f"{name.rpartition('.')[2]}{of and '_'}{of}"
+def _id(name: str, of: str | None) -> str:
+    last = name.rpartition(".")[2]
+    return last if of is None else f"{last}_{of}"
 
 
 def section(
