@@ -135,7 +135,7 @@ class Comparison:
             raise DataError(f"compare: expected a group for each of {len(runs)} runs; got {len(groups)}.")
         for run in runs[1:]:
             require_alike(runs[0], run)
-            if not _has_covariates(run) and not _has_covariates(runs[0]):
+            if not any(getattr(one.plan, "covariates", None) for one in (runs[0], run)):
                 run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
         self.split, self.groups = split, groups
         settings = {"samples": 2, "train_rows": TRAIN_ROWS, "most_evidence_rows": PAIRED_EVIDENCE_ROWS, **settings}
@@ -228,8 +228,3 @@ class Comparison:
             return None
         values = self.log_p or self.elbos
         return max(values, key=lambda name: float(values[name].mean()))
-
-
-def _has_covariates(run: Run) -> bool:
-    """Return True if the rows of a run hold covariates in addition to the data."""
-    return bool(getattr(run.plan, "covariates", None))

@@ -289,11 +289,10 @@ def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> list[float]:
         if i + 1 < len(steps) and steps[i + 1].until is None:
             axes.plot([position] * 2, [i, i + 1], color=GREY, linewidth=0.8, linestyle=":", zorder=0)
     axes.set_yticks(range(len(steps)), [plain(step.label) for step in steps])
-    axes.set_ylim(len(steps) - 0.4, -0.6)
+    axes.set(ylim=(len(steps) - 0.4, -0.6), axisbelow=True)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(axis="x")
-    axes.set_axisbelow(True)
     return levels
 
 
