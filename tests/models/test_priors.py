@@ -24,6 +24,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.guides.posteriors.base import Posterior
 from pvae.models.priors.base import Prior
 from pvae.pair.pair import Pair
+from tests.data import toy_densities
 from tests.laws import FLOWS, require_own_states, require_trainable, shake
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [8]}}
@@ -253,7 +254,7 @@ def test_splines_recover_eight_modes_to_their_entropy(kind):
     module = Experiment.from_dict(table).build((3,)).model.priors["z"]
     fit(module, z, 400, 1e-2)
     with torch.no_grad():
-        lost = -float(module({}).log_prob(fresh).mean()) - toys.entropy("eight_gaussians")
+        lost = -float(module({}).log_prob(fresh).mean()) - toy_densities.entropy("eight_gaussians")
     assert -0.02 < lost < 0.05
 
 
