@@ -111,6 +111,7 @@ def prepare(trainer: Trainer) -> None:
     group.share_out([*trainer.pair.state_dict().values(), *(trainer.average or ())])
     if fresh:
         recovery.save(trainer)
+        group.wait()
 
 
 def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
@@ -120,13 +121,15 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
     while state.step < (state.epoch + 1) * trainer.per_epoch:
         position = (state.step - state.epoch * trainer.per_epoch) * trainer.batch
         trainer.stopping = stop.signal
+        trainer.due = time.monotonic() - trainer.last_checkpoint >= trainer.train.checkpoint_seconds
         if not step(trainer, order[position : position + trainer.batch]):
             return
         stopping = stop.signal if trainer.shards.count == 1 else trainer.stopping
         if stopping is not None:
             interrupt(trainer, stopping)
-        if time.monotonic() - trainer.last_checkpoint >= trainer.train.checkpoint_seconds:
+        if trainer.due:
             recovery.save(trainer)
+            group.wait()
         if state.step % SHOWN_STEPS == 0:
             bar.update(state.step)
     trainer.clock()
@@ -135,6 +138,7 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
     trainer.stepper.moving_now = False
     if trainer.train.nonfinite == "rollback":
         recovery.save(trainer)
+    group.wait()
 
 
 def step(trainer: Trainer, index: Tensor) -> bool:

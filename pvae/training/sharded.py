@@ -26,14 +26,19 @@ class ShardedBatch:
         self.count = trainer.shards.count
 
     def total(self, work: Callable[[Tensor, float, int], Tensor], width: int, phase: int = 0) -> Tensor:
-        """Return the sum of `work` over the shards; tell the trainer of a signal that any process received."""
-        *told, total = self.trainer.shards.total(self._parts(work, width, phase)).split([1] * len(SIGNALS) + [width])
+        """Return the sum of `work` over the shards; tell the trainer of a signal that any process received.
+
+        The first process alone decides if a checkpoint is due: the others wait until it is written.
+        """
+        sizes = [1] * len(SIGNALS) + [1, width]
+        *told, due, total = self.trainer.shards.total(self._parts(work, width, phase)).split(sizes)
+        self.trainer.due = bool(due > 0)
         signals = (int(number) for number, found in zip(SIGNALS, told, strict=True) if found > 0)
         self.trainer.stopping = next(signals, None)
         return total
 
     def _parts(self, work: Callable[[Tensor, float, int], Tensor], width: int, phase: int) -> Iterator[Tensor]:
-        """Yield the vectors of this process's shards, after one number for every signal; NaN where nothing is drawn."""
+        """Yield the vectors of this process's shards, after numbers for all to know; NaN where nothing is drawn."""
         bounds = self.trainer.shards.bounds(len(self.index))
         told = [float(self.trainer.stopping == number) for number in SIGNALS]
         for shard in self.trainer.shards.mine:
@@ -47,4 +52,4 @@ class ShardedBatch:
                     if not is_refused_draw(error):
                         raise
                     found = torch.full((width,), torch.nan, device=self.index.device)
-            yield torch.cat([found.new_tensor(told), found])
+            yield torch.cat([found.new_tensor([*told, float(self.trainer.due and shard == 0)]), found])

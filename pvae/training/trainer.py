@@ -123,6 +123,8 @@ class Trainer:
         self.shards = Shards(self.train.shards)
         self.stopping: int | None = None
         """Signal that this process received before the step; after a step in shards, one that any process received."""
+        self.due = False
+        """True if a checkpoint is to be written after the step; with several processes by the clock of the first."""
         self.turns = turns(self.pair, self.train.alternate)
         self.started = self.last_checkpoint = time.monotonic()
         self.last_status = 0.0

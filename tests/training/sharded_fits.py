@@ -4,8 +4,10 @@ torchrun --standalone --nproc-per-node 2 -m tests.training.sharded_fits FOLDER [
 """
 
 import hashlib
+import itertools
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import pvae
 from pvae import analysis
 from pvae.data import streamed
+from pvae.runs import checkpoint
 from pvae.runs.run import Run
 from pvae.util import group
 from pvae.util.files import follows
@@ -39,7 +42,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "gan": ("objective.critic_steps=2", "objective.r1=0.1", "train.clip_norm=1.0"),
 }
 """Declarations by zoo name, each with overrides that reach something of its own."""
-OWN_DATA = ("handwritten", "streamed")
+OWN_DATA = ("handwritten", "streamed", "slow disk")
 ANALYSED = ("vae", "hvae")
 
 
@@ -49,6 +52,19 @@ def fitted(name: str, folder: Path) -> Run:
     if name == "handwritten":
         x = torch.randn(60, 2, generator=torch.Generator().manual_seed(1))
         return pvae.fit(Fragile().pair(), *few, "train.batch_size=25", data=x, run_dir=folder, progress=False)
+    if name == "slow disk":
+        patch, write, slept = pytest.MonkeyPatch(), checkpoint.write, itertools.chain((0.0, 0.7), itertools.repeat(0.0))
+
+        def slowly(*arguments: Any, **named: Any) -> Path:
+            time.sleep(0.0 if follows() else next(slept))
+            return write(*arguments, **named)
+
+        patch.setattr(checkpoint, "write", slowly)
+        patch.setattr(group, "STEP_SECONDS", 0.3)
+        few += [] if follows() else ["train.checkpoint_seconds=0.001"]
+        run = pvae.fit(declared("vae", *few), run_dir=folder, progress=False)
+        patch.undo()
+        return run
     if name == "streamed":
         patch = pytest.MonkeyPatch()
         patch.setattr(streamed, "BLOCK_BYTES", 7 * 4 * 64)
