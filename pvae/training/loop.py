@@ -18,9 +18,8 @@ from pvae.runs import checkpoint
 from pvae.training import recovery
 from pvae.training.begin import begin
 from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate, held_out, maximised
-from pvae.training.sharded import SIGNALS, ShardedBatch
 from pvae.training.step import CLIPPED, is_finite
-from pvae.training.trainer import Trainer, first_line, swapped
+from pvae.training.trainer import SIGNALS, ShardedBatch, Trainer, first_line, swapped
 from pvae.util import group
 from pvae.util.progress import ProgressBar
 from pvae.util.signals import Answer

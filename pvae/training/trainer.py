@@ -1,11 +1,15 @@
-"""State of one fit in one process: weights, optimiser, data, schedules, and the noise of every step."""
+"""State of one fit in one process: weights, optimiser, data, schedules, and the noise of every step.
+
+A batch that the processes of a fit share: the noise and rows of every shard, sums over them, and signals.
+"""
 
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Annotated, Any
@@ -16,7 +20,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from pvae.data import Dataset
-from pvae.errors import printable
+from pvae.errors import is_refused_draw, printable
 from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
 from pvae.nn.schedules import Scheduled
@@ -243,3 +247,52 @@ def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor] | None) -> It
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, at most 200 characters."""
     return (str(error) or type(error).__name__).splitlines()[0][:200]
+
+
+# ---------------------------------------------------------------------- a batch that processes share
+
+
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+"""Signals that ask a fit to stop."""
+
+
+class ShardedBatch:
+    """One batch in shards (`Parts`): every process adds its own shards, and all get the same sum.
+
+    Arguments:
+        trainer: the fit.
+        index: rows of the batch in the training data.
+    """
+
+    def __init__(self, trainer: Trainer, index: Tensor) -> None:
+        self.trainer, self.index = trainer, index
+        self.count = trainer.shards.count
+
+    def total(self, work: Callable[[Tensor, float, int], Tensor], width: int, phase: int = 0) -> Tensor:
+        """Return the sum of `work` over the shards; tell the trainer of a signal that any process received.
+
+        The first process alone decides if a checkpoint is due: the others wait until it is written.
+        """
+        sizes = [1] * len(SIGNALS) + [1, width]
+        *told, due, total = self.trainer.shards.total(self._parts(work, width, phase)).split(sizes)
+        self.trainer.due = bool(due > 0)
+        signals = (int(number) for number, found in zip(SIGNALS, told, strict=True) if found > 0)
+        self.trainer.stopping = next(signals, None)
+        return total
+
+    def _parts(self, work: Callable[[Tensor, float, int], Tensor], width: int, phase: int) -> Iterator[Tensor]:
+        """Yield the vectors of this process's shards, after numbers for all to know; NaN where nothing is drawn."""
+        bounds = self.trainer.shards.bounds(len(self.index))
+        told = [float(self.trainer.stopping == number) for number in SIGNALS]
+        for shard in self.trainer.shards.mine:
+            start, stop = bounds[shard]
+            found = torch.zeros(width, device=self.index.device)
+            if stop > start:
+                try:
+                    x = self.trainer.draw(self.index[start:stop], shard, phase)
+                    found = work(x, (stop - start) / len(self.index), shard)
+                except (RuntimeError, ValueError) as error:
+                    if not is_refused_draw(error):
+                        raise
+                    found = torch.full((width,), torch.nan, device=self.index.device)
+            yield torch.cat([found.new_tensor([*told, float(self.trainer.due and shard == 0)]), found])
