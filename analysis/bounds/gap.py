@@ -15,7 +15,7 @@ from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws, over_noisy_rows
 from pvae.errors import DataError
-from pvae.nn.optimizers import LeanAdam
+from pvae.nn.schedules import LeanAdam
 from pvae.pair.pair import Pair
 from pvae.pair.structure import PairData
 from pvae.util import group, seeds

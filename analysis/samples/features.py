@@ -11,7 +11,7 @@ from pvae.component import Shape
 from pvae.errors import DataError
 from pvae.nn.conv import Conv
 from pvae.nn.network import MLP, NetworkModule
-from pvae.nn.optimizers import LeanAdam
+from pvae.nn.schedules import LeanAdam
 from pvae.util import seeds
 
 EXPOSURES = 40_000

@@ -15,9 +15,8 @@ from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterio
 from pvae.guides.posteriors.normal import ExactPosterior, NormalPosterior
 from pvae.models.priors.base import Prior
 from pvae.models.priors.factorised import BernoulliPrior, CategoricalPrior, StandardNormal
-from pvae.nn.optimizers import Adam, Optimizer
 from pvae.nn.precision import Precision
-from pvae.nn.schedules import Constant, Schedule
+from pvae.nn.schedules import Adam, Constant, Optimizer, Schedule
 from pvae.objectives.base import Objective
 from pvae.objectives.elbo import TraceELBO
 from pvae.util import toml

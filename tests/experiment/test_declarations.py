@@ -20,8 +20,7 @@ from pvae.guides.posteriors.base import Posterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.priors.base import Prior
 from pvae.nn.network import Network
-from pvae.nn.optimizers import Optimizer
-from pvae.nn.schedules import Schedule
+from pvae.nn.schedules import Optimizer, Schedule
 from pvae.objectives.base import Objective
 from pvae.util import toml
 from tests.cli_runner import write_schedule

@@ -2,7 +2,7 @@
 
 import torch
 
-from pvae.nn.optimizers import LeanAdam
+from pvae.nn.schedules import LeanAdam
 
 
 def test_the_weights_are_those_of_torch_to_the_bit():
