@@ -209,10 +209,9 @@ def _scores(guide: Mapping[str, Any], model: Mapping[str, Any], values: Drawn, l
 
 def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:
     fn, rows = node["fn"], value.shape[value.dim() - len(node["fn"].event_shape) + layout.dim]
-    if isinstance(unwrapped(fn), Certain):
-        return rows_first(unwrapped(fn).index, node, layout, rows)
-    if is_point(fn):
-        return rows_first(unwrapped(fn).v, node, layout, rows)
+    base = unwrapped(fn)
+    if isinstance(base, Certain) or is_point(fn):
+        return rows_first(base.index if isinstance(base, Certain) else base.v, node, layout, rows)
     score = fn.log_prob(value).detach().movedim(layout.dim, 0)
     if value.is_floating_point():  # not more digits than its parameters have: equal rows differ by their rounding
         score = score.to(value.dtype)

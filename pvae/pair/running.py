@@ -130,7 +130,8 @@ def run(
     sums: AbstractContextManager[Any] = nullcontext()
     if layout and (expected or layout.enumerated):  # left of all plates and particles
         sums = EnumMessenger(-1 - layout.nesting - (particles > 1))
-    with particle_plate(layout, particles), sums if expected else nullcontext():
+    plate = pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting) if layout and particles > 1 else nullcontext()
+    with plate, sums if expected else nullcontext():
         guide = trace_of(pair, pair.guide, x)
         with ReplayMessenger(trace=guide), nullcontext() if expected else sums:
             return guide, trace_of(pair, pair.model, x)
@@ -151,13 +152,6 @@ def trace_of(pair: Pair, program: Callable[..., Any], x: Tensor) -> Trace:
             with _opened(len(x)):
                 pair.call(program, x)
     return tracer.trace
-
-
-def particle_plate(layout: Layout | None, particles: int) -> AbstractContextManager[Any]:
-    """Return a plate of `particles` samples per row, left of all other plates; a null context for one sample."""
-    if particles == 1 or layout is None:
-        return nullcontext()
-    return pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting)
 
 
 # ---------------------------------------------------------------------- several samples per row
@@ -182,7 +176,9 @@ def way_of_particles(pair: Pair, x: Tensor) -> Way:
 def _find_way(pair: Pair, x: Tensor) -> Way:
     with quiet(pair, x):
         seeds.set_noise(seeds.mix(0, seeds.ANALYSIS), x.device)
-        singles = [pair.traces(x) for _ in range(_other_than_sizes(pair, x))]
+        # of a number that is no size of the data or of a latent, so that none is taken for another
+        taken = {*x.shape, *(size for shape in pair.structure.shapes.values() for size in (*shape.left, *shape.right))}
+        singles = [pair.traces(x) for _ in range(next(count for count in range(2, 100) if count not in taken))]
         want = torch.stack([_weights(pair, *traces, 0) for traces in singles])
         guides = [trace for trace, _ in singles]
         by_rows = not pair.layout.shared and pair.structure.rows is None
@@ -190,12 +186,6 @@ def _find_way(pair: Pair, x: Tensor) -> Way:
             return "one by one"  # the sites of a sample vary
         ways: tuple[Way, ...] = ("plate", "rows") if by_rows else ("plate",)
         return next((way for way in ways if _agrees(pair, x, way, guides, want)), "one by one")
-
-
-def _other_than_sizes(pair: Pair, x: Tensor) -> int:
-    """Return a number of particles that is no size of the data or of a latent, so that none is taken for another."""
-    taken = {*x.shape, *(size for shape in pair.structure.shapes.values() for size in (*shape.left, *shape.right))}
-    return next(count for count in range(2, 100) if count not in taken)
 
 
 def _agrees(pair: Pair, x: Tensor, way: Way, guides: Sequence[Trace], want: Tensor) -> bool:

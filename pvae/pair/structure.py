@@ -105,15 +105,14 @@ class Structure:
 
     def joined(self, other: Structure) -> Structure:
         """Return the structure with the sites of both, which two batches of one pair have."""
+        sets = ("guide_sites", "model_sites", "points", "codes")
+        both = {name: getattr(self, name) | getattr(other, name) for name in sets}
+        for name in ("model_only", "determined"):
+            both[name] = tuple(dict.fromkeys((*getattr(self, name), *getattr(other, name))))
         return replace(
             self,
+            **both,
             layout=joined(self.layout, other.layout),
-            guide_sites=self.guide_sites | other.guide_sites,
-            model_sites=self.model_sites | other.model_sites,
-            model_only=tuple(dict.fromkeys((*self.model_only, *other.model_only))),
-            points=self.points | other.points,
-            determined=tuple(dict.fromkeys((*self.determined, *other.determined))),
-            codes=self.codes | other.codes,
             states=max(self.states, other.states),
             parameters_per_row={**other.parameters_per_row, **self.parameters_per_row},
             shapes={**other.shapes, **self.shapes},

@@ -67,19 +67,16 @@ def kept(entry: Path) -> Iterator[None]:
             remove(place)
         place.mkdir(mode=0o700, exist_ok=True)
         # the compiler's own processes import nothing from the working directory
-        settings = {TORCHS_OWN: str(place), "PYTHONSAFEPATH": "1"}
-        before = {name: os.environ.get(name) for name in settings}
-        os.environ.update(settings)
+        for name, value in ((TORCHS_OWN, str(place)), ("PYTHONSAFEPATH", "1")):
+            stack.callback(os.environ.update, {name: os.environ[name]} if name in os.environ else {})
+            stack.callback(os.environ.pop, name)
+            os.environ[name] = value
         try:
             yield
             write_atomic(place / INDEX, pretty(_sums(place)))
         except BaseException:
             remove(place, ignore_errors=True)
             raise
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name)
-                os.environ.update({} if value is None else {name: value})
 
 
 def _is_private(folder: Path) -> bool:

@@ -287,8 +287,9 @@ def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
             state.best, state.best_epoch, state.waited, state.elbo = score, state.epoch, 0, figures[trainer.total]
             if train.keep == "best":
                 trainer.best = {name: value.detach().clone() for name, value in trainer.pair.state_dict().items()}
-    if not better and beta_rests(trainer):
-        state.waited += 1
+    beta, before = trainer.plan.objective.beta, state.epoch - train.validate_every
+    if not better and beta.at(state.epoch, train.epochs) == beta.at(before, train.epochs):
+        state.waited += 1  # only while the weight of the KL has not changed since the last validation
     trainer.files.log_metrics({**common, **figures})
     if train.patience is not None and state.waited >= train.patience:
         state.stopped = True
@@ -296,12 +297,6 @@ def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
             "stop", f"{named(trainer.figure)} not better for {state.waited} validations: stopped at epoch {state.epoch}"
         )
     return f"{figures[trainer.total]:.2f}"
-
-
-def beta_rests(trainer: Trainer) -> bool:
-    """Return True if the KL weight beta has not changed since the last validation; patience counts only then."""
-    beta, epochs, epoch = trainer.plan.objective.beta, trainer.train.epochs, trainer.state.epoch
-    return beta.at(epoch, epochs) == beta.at(epoch - trainer.train.validate_every, epochs)
 
 
 def final_alerts(trainer: Trainer) -> None:

@@ -249,11 +249,8 @@ class Shards:
 def _exchanged(mine: Tensor, peer: int) -> Tensor:
     """Return the vector of another process, which gets this one's."""
     theirs = torch.empty_like(mine)
+    both = [dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)]
     with _answered():
-        if dist.get_backend() == "nccl":
-            works = dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, peer), dist.P2POp(dist.irecv, theirs, peer)])
-        else:
-            works = [work for work in (dist.isend(mine, peer), dist.irecv(theirs, peer)) if work is not None]
-        for work in works:
+        for work in dist.batch_isend_irecv(both):
             work.wait(timedelta(seconds=STEP_SECONDS))
     return theirs
