@@ -119,9 +119,8 @@ class Component(Section):
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         if not cls.is_family():
             return handler(source)
-        return core_schema.no_info_plain_validator_function(
-            cls.parse, serialization=core_schema.plain_serializer_function_ser_schema(cls._table, info_arg=True)
-        )
+        written = core_schema.plain_serializer_function_ser_schema(cls._table, info_arg=True)
+        return core_schema.no_info_plain_validator_function(cls.parse, serialization=written)
 
     @staticmethod
     def _table(part: Component, info: SerializationInfo) -> dict[str, Any]:
@@ -274,9 +273,7 @@ def describe(error: ErrorDetails, raw: Any, root: type[BaseModel]) -> str:
 
 def _elsewhere(key: str, root: type[BaseModel]) -> str:
     """Return a hint at the table to which an unknown key belongs, if it was written one or two tables too high."""
-    tables = {
-        name: type(field.default) for name, field in root.model_fields.items() if isinstance(field.default, Section)
-    }
+    tables = {name: type(f.default) for name, f in root.model_fields.items() if isinstance(f.default, Section)}
     for outer, kind in list(tables.items()):
         inner = kind.model_fields.items()
         tables |= {f"{outer}.{name}": type(f.default) for name, f in inner if isinstance(f.default, Section)}

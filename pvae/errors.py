@@ -148,8 +148,5 @@ def is_refused_draw(error: Exception) -> bool:
 
 def out_of_memory(error: BaseException) -> bool:
     """Return True if an error says that memory ran out: Python's, torch's on a GPU, or torch's on a CPU."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-    )
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu

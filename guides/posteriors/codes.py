@@ -116,9 +116,8 @@ class EstimatedPosterior(Posterior):
 
     def sums(self, log_states: float) -> bool:
         """Return True if the gradient is computed by an exact sum, for a latent of exp(`log_states`) joint states."""
-        return self.estimator == "sum" or (
-            self.estimator == "auto" and log_states <= math.log(MAX_SUMMED_STATES) + 1e-9
-        )
+        few = log_states <= math.log(MAX_SUMMED_STATES) + 1e-9
+        return self.estimator == "sum" or (self.estimator == "auto" and few)
 
     @abstractmethod
     def of(self, space: Space) -> tuple[Shape, Callable[[Tensor], dist.TorchDistribution]]:

@@ -58,9 +58,8 @@ class VampModule(Begun):
         super().__init__()
         self.pseudo_inputs = nn.Parameter(torch.rand(components, *link.frame.x))
         self.name, self.link = name, link
-        self.bounded = link.support in (constraints.boolean, constraints.unit_interval) or isinstance(
-            link.support, lattice
-        )
+        unit = link.support in (constraints.boolean, constraints.unit_interval)
+        self.bounded = unit or isinstance(link.support, lattice)
 
     @torch.no_grad()
     def begin(self, rows: FirstRows) -> None:

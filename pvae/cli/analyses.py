@@ -51,11 +51,9 @@ def surgery(
             train = x
     figures = {name: s.to_dict() for name, s in found.items()}
     more = {"splits": figures} if split == "both" else {"split": split, **figures[split]}
-    tables = [
-        class_table(s, name, opened.data.label_names) if s.classes else f"{name} has no labels"
-        for name, s in found.items()
-        if by_class
-    ]
+    tables: list[Any] = []
+    for name, s in found.items() if by_class else ():
+        tables.append(class_table(s, name, opened.data.label_names) if s.classes else f"{name} has no labels")
     shared.answer({"run": str(opened.path), **more}, side_by_side(found) if split == "both" else found[split], *tables)
 
 

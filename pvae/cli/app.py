@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin, get_type_hints
 
@@ -177,17 +177,12 @@ def command(
                     function(shared, **given)
 
         _, *own = inspect.signature(function, eval_str=True).parameters.values()
-        shared = [
-            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=getattr(defaults, key), annotation=kind)
-            for key, kind in types.items()
-            if key in options
-        ]
-        parameters = [
-            each
-            if get_origin(each.annotation) is Annotated
-            else each.replace(annotation=Annotated[each.annotation, OPTIONS[each.name]])
-            for each in (*own, *shared)
-        ]
+        option = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+        shared = [option(key, default=getattr(defaults, key), annotation=types[key]) for key in types if key in options]
+        parameters = [*own, *shared]
+        for i, each in enumerate(parameters):
+            if get_origin(each.annotation) is not Annotated:
+                parameters[i] = each.replace(annotation=Annotated[each.annotation, OPTIONS[each.name]])
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         return app.command(name)(run)

@@ -37,9 +37,8 @@ def sample(
 ) -> None:
     """Sample z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     opened = shared.open(run)
-    found = shared.watched(
-        "sample", pvae.analysis.sample, opened, n, mean=mean, given=_given(given), seed=seed, total=n
-    )
+    asked = partial(pvae.analysis.sample, mean=mean, given=_given(given), seed=seed)
+    found = shared.watched("sample", asked, opened, n, total=n)
     _keep(shared, opened, "sample", out, found, pvae.analysis.pages.plots.pictures.sampled)
 
 

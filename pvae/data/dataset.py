@@ -284,6 +284,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     splits["train"] = replace(splits["train"], raw=raw)
     shared = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
     repeated = [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in shared.items() if n]
+    found = [*_constant_features(splits["train"], rows.notes), *_dim(rows, data, ready, parts), *repeated]
     return Dataset(
         **splits,
         shape=tuple(x.shape[1:]),
@@ -292,12 +293,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
         fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
         label_names=rows.label_names,
         table=ColumnTransforms(rows.table, ready.shift, ready.divisor, ready.warps) if rows.table else None,
-        notes=(
-            *rows.notes,
-            *_constant_features(splits["train"], rows.notes),
-            *_dim(rows, data, ready, parts),
-            *repeated,
-        ),
+        notes=(*rows.notes, *found),
     )
 
 

@@ -282,11 +282,10 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
             priors[site.name] = prior_of(latents[site.name].prior, site, above, link)
     with at("decoder"):
         decoder = declared.build({name: known[name] for name in experiment.decoder_given()}, frame.x)
-    codebooks = {
-        site.name: latents[site.name].posterior.codebook(site.space.states, site.space.embedding)
-        for site in sites
-        if site.space.embedding is not None
-    }
+    codebooks = {}
+    for site in sites:
+        if (width := site.space.embedding) is not None:
+            codebooks[site.name] = latents[site.name].posterior.codebook(site.space.states, width)
     relaxed = [site.name for site in sites if site.space.values == "relaxed"]
     temperatures = {name: Scheduled(latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
     link.model = GraphModel(sites, priors, decoder, frame, codebooks, temperatures)

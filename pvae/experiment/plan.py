@@ -84,15 +84,8 @@ class Latent(Section):
 
     def site(self, name: str) -> Site:
         """Return the latent as a node of the graph that model and guide are built from."""
-        return Site(
-            name,
-            self.sampled,
-            given=self.given,
-            guide_given=self.guide_given,
-            carries=self.posterior.carries,
-            has_twin="index" in self.prior.values,
-            summed=self.posterior.summed,
-        )
+        q, twin = self.posterior, "index" in self.prior.values
+        return Site(name, self.sampled, self.given, self.guide_given, q.carries, has_twin=twin, summed=q.summed)
 
     @property
     def guide_given(self) -> tuple[str, ...]:

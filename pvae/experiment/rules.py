@@ -18,7 +18,6 @@ from pvae.models.likelihoods.standard import DeterminedLikelihood
 from pvae.models.priors.base import Prior
 from pvae.models.priors.factorised import CategoricalPrior, UniformPrior
 from pvae.nn.network import TableNetwork
-from pvae.nn.schedules import Schedule
 from pvae.objectives.elbo import IWAE
 from pvae.objectives.em import EM
 
@@ -290,9 +289,7 @@ def _second_stage(e: Experiment) -> Iterator[Finding]:
 
 def _negative_schedules(e: Experiment) -> Iterator[Finding]:
     """Yield schedules that become negative during training, and temperatures that fall below `COLDEST`."""
-    asked: list[tuple[str, Schedule, float, int, str]] = [
-        ("objective.beta", e.objective.beta, 0.0, e.train.epochs, "a weight of the KL")
-    ]
+    asked = [("objective.beta", e.objective.beta, 0.0, e.train.epochs, "a weight of the KL")]
     for loc, train in [("train", e.train), *([("refit.train", e.refit.train)] if e.refit else [])]:
         asked.append((f"{loc}.schedule", train.schedule, 0.0, train.epochs, "a factor on the learning rate"))
     for name, z in e.latents.items():

@@ -36,9 +36,8 @@ def named(figure: str) -> str:
 class Parts(Protocol):
     """Protocol for a batch that several shards make up, of which every process holds some (`train.shards`)."""
 
-    @property
-    def count(self) -> int:
-        """Number of shards."""
+    count: int
+    """Number of shards."""
 
     def total(self, work: Callable[[Tensor, float, int], Tensor], width: int, phase: int = 0) -> Tensor:
         """Return the sum over the shards of a vector of `width` numbers, in one order for any number of processes.
@@ -55,10 +54,8 @@ class Stepper(ABC):
     """True from the first change of a weight in a step to its end, and at the end of an epoch; it stays True if an
     error interrupts them."""
 
-    @property
-    @abstractmethod
-    def names(self) -> tuple[str, ...]:
-        """Names of the metrics in the vector that a step returns."""
+    names: tuple[str, ...]
+    """Names of the metrics in the vector that a step returns."""
 
     @abstractmethod
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:

@@ -211,12 +211,10 @@ class PyroELBO(Objective):
 
     def made(self, pair: Pair) -> Any:
         """Return the ELBO object of `pyro.infer` for a pair that has seen data."""
-        options: dict[str, Any] = {"alpha": self.alpha} if self.elbo == "RenyiELBO" else {}
-        if self.elbo == "TraceEnum_ELBO":
-            options["strict_enumeration_warning"] = False
-        return getattr(pyro.infer, self.elbo)(
-            num_particles=self.particles, max_plate_nesting=pair.layout.nesting, **options
-        )
+        options: dict[str, Any] = {"num_particles": self.particles, "max_plate_nesting": pair.layout.nesting}
+        options |= {"alpha": self.alpha} if self.elbo == "RenyiELBO" else {}
+        options |= {"strict_enumeration_warning": False} if self.elbo == "TraceEnum_ELBO" else {}
+        return getattr(pyro.infer, self.elbo)(**options)
 
     def figure(self, epochs: int) -> str:
         return self.elbo

@@ -135,7 +135,7 @@ class EMStepper(Stepper):
     """
 
     def __init__(self, objective: EM, fitting: Fitting) -> None:
-        self.objective, self.loss = objective, fitting.loss
+        self.objective, self.loss, self.names = objective, fitting.loss, fitting.loss.names
         self.mixture = MixtureParts.of(fitting.loss.pair)
         self.data, self.steps, self.seed = fitting.data, fitting.steps, fitting.seed
         self.size = self._rows(slice(0, 1)).numel()
@@ -152,10 +152,6 @@ class EMStepper(Stepper):
     def _rows(self, index: slice | Tensor) -> Tensor:
         """Return the training data at some row indices, `(m, prod(x))`, float64."""
         return self.data.observed(self.data.rows[index]).flatten(1).double()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.loss.names
 
     @torch.no_grad()
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
@@ -265,8 +261,7 @@ class EMStepper(Stepper):
                 f"{self.mixture.site.name}: expected data for each of {len(counts)} components; got none for {shown}. "
                 f"Declare fewer codes, set objective.start, or objective.empty = 'restart'."
             )
-        sums[empty] = self.mixture.likelihood.around(
-            self.gathered["rows"][: len(empty)], sums.sum(0) / counts.sum(), self.origin
-        )
+        rows, mean = self.gathered["rows"][: len(empty)], sums.sum(0) / counts.sum()
+        sums[empty] = self.mixture.likelihood.around(rows, mean, self.origin)
         counts[empty] = 1.0
         self.tell("empty", f"{self.mixture.site.name}: component {shown} empty, moved to the least likely data")

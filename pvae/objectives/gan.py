@@ -207,12 +207,9 @@ class GANStepper(Stepper):
         self.unused: set[int] = set()
         critic = {id(p) for p in self.critic.parameters()}
         self.sides = [p for p in self.learned if id(p) in critic], [p for p in self.learned if id(p) not in critic]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of the metrics of a step; gradient norms are included only if gradients are clipped or checked."""
         norms = ("critic_grad_norm", "generator_grad_norm") if self.clip_norm else ()
-        return ("critic_loss", "r1", *norms[:1], "generator_loss", *norms[1:])
+        self.names = ("critic_loss", "r1", *norms[:1], "generator_loss", *norms[1:])
+        """Names of the metrics of a step; gradient norms are included only if gradients are clipped or checked."""
 
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         """Take steps of critic and model on a batch `(n, *row)`; return metrics, the critic's averaged over steps."""
@@ -259,9 +256,8 @@ class GANStepper(Stepper):
         moving = self.sides[side]
         slopes = torch.autograd.grad(loss, moving, allow_unused=True)
         self.unused |= {id(p) for p, slope in zip(moving, slopes, strict=True) if slope is None}
-        return torch.cat(
-            [(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(moving, slopes, strict=True)]
-        )
+        whole = [torch.zeros_like(p) if g is None else g for p, g in zip(moving, slopes, strict=True)]
+        return torch.cat([slope.flatten() for slope in whole])
 
     def _move(self, slopes: Tensor, loss: Tensor, side: int) -> Tensor:
         """Take a step of critic (`side` 0) or model (1), if finite; return the loss and, if computed, gradient norm."""

@@ -68,9 +68,8 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
     _take_parameters(pair, traces, store, own)
     traces = (unpack(traces[0], unpacked), traces[1])
     found = read_structure(traces, layout, tuple(x.shape[1:]), count, unpacked, spread)
-    return replace(
-        found, rows=count if fixed else None, guide_only=alone, dtype=None if x.is_floating_point() else x.dtype
-    )
+    dtype = None if x.is_floating_point() else x.dtype
+    return replace(found, rows=count if fixed else None, guide_only=alone, dtype=dtype)
 
 
 def _layout(pair: Pair, traces: Traces, rows: Tensor) -> tuple[Layout, bool, Unpacked]:

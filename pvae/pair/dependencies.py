@@ -122,9 +122,8 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
         latents = tuple(name for name in latents if name in nodes)
         rows = structure.few(x, PROBED_ROWS) if not copies.base else rows
         base = {name: copies.first(name) if name in copies.base else nodes[name]["value"] for name in latents}
-        reads, unclear = _moves(
-            _scores(guide, model, copies.base or base, layout), [*copies.copy] if copies.base else [], len(rows)
-        )
+        scores = _scores(guide, model, copies.base or base, layout)
+        reads, unclear = _moves(scores, [*copies.copy] if copies.base else [], len(rows))
         if again := [*random, *(unclear if copies.base else latents)]:
             _ask_again(pair, rows, base, {name: guide[name]["value"] for name in layout.shared}, again, reads)
     certain = frozenset(name for name in latents if name in guide and isinstance(unwrapped(guide[name]["fn"]), Certain))
@@ -199,12 +198,9 @@ class _Copies(Messenger):
 
 def _scores(guide: Mapping[str, Any], model: Mapping[str, Any], values: Drawn, layout: Layout) -> Scores:
     """Return per (side, latent) the log density of `values`, `(rows, ...)`, or the location of a point distribution."""
-    return {
-        (side, name): _trail(nodes[name], value, layout)
-        for side, nodes in (("guide", guide), ("model", model))
-        for name, value in values.items()
-        if name in nodes
-    }
+    sides = (("guide", guide), ("model", model))
+    found = [(side, name, nodes[name]) for side, nodes in sides for name in values if name in nodes]
+    return {(side, name): _trail(node, values[name], layout) for side, name, node in found}
 
 
 def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:

@@ -5,10 +5,10 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from pyro import poutine
 from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
@@ -70,13 +70,9 @@ def samples(trace: Trace) -> dict[str, Any]:
 
     Subsample sites of plates, records (`pyro.deterministic`) and codebook vectors (VQ) are no sites of the joint.
     """
-    return {
-        name: node
-        for name, node in trace.nodes.items()
-        if node["type"] == "sample"
-        and not RECORDS.intersection(node["infer"] or ())
-        and not poutine.util.site_is_subsample(node)
-    }
+    nodes = [(name, node) for name, node in trace.nodes.items() if node["type"] == "sample"]
+    records = {name for name, node in nodes if RECORDS.intersection(node["infer"] or ())}
+    return {name: node for name, node in nodes if name not in records and not site_is_subsample(node)}
 
 
 def plates_around(node: Mapping[str, Any]) -> list[tuple[CondIndepStackFrame, int]]:
@@ -158,13 +154,9 @@ def joined(one: Layout, other: Layout) -> Layout:
             f"pair: expected the data plate {one.plate} at dim {one.dim} on every batch; got {other.plate} at dim "
             f"{other.dim}."
         )
-    return replace(
-        one,
-        **merged,
-        plates=one.plates | other.plates,
-        nesting=max(one.nesting, other.nesting),
-        eliminated=one.eliminated or other.eliminated or one.enumerated != merged["enumerated"],
-    )
+    plates, nesting = one.plates | other.plates, max(one.nesting, other.nesting)
+    eliminated = one.eliminated or other.eliminated or one.enumerated != merged["enumerated"]
+    return replace(one, **merged, plates=plates, nesting=nesting, eliminated=eliminated)
 
 
 def _in_order(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:

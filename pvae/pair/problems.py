@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 import sysconfig
 import traceback
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyro
 import torch
@@ -82,23 +82,16 @@ def require_bound(alone: Collection[str]) -> None:
 def differing_sites(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked | None = None) -> list[Problem]:
     """Return a problem for each latent in only one program; enumerated latents of the model alone are allowed."""
     nodes, sites = samples(model_trace), samples(guide_trace)
-    guide = {n for n, node in sites.items() if not node["infer"].get("is_auxiliary") and not node["is_observed"]}
-    model = {n for n, node in nodes.items() if not node["is_observed"]}
-    only_guide = [
-        Problem(name, f"expected a latent of this name in the model; got {_names(model)}")
-        for name in guide_only(guide_trace, model_trace, unpacked)
-    ]
-    only_model = [
-        Problem(name, f"expected a latent of this name in the guide; got {_names(guide)}{_or_enumerate(nodes[name])}")
-        for name in model - {n for n, node in sites.items() if not node["is_observed"]}
-        if not is_enumerable(nodes[name])
-    ]
-    return sorted(only_guide + only_model, key=lambda problem: problem.site)
-
-
-def _or_enumerate(node: Mapping[str, Any]) -> str:
-    discrete = node["fn"].has_enumerate_support
-    return '. Or have it summed over exactly: infer={"enumerate": "parallel"}' if discrete else ""
+    sampled, model = ({n for n, node in side.items() if not node["is_observed"]} for side in (sites, nodes))
+    guide = {name for name in sampled if not sites[name]["infer"].get("is_auxiliary")}
+    wanted = "expected a latent of this name in the"
+    summed = '. Or have it summed over exactly: infer={"enumerate": "parallel"}'
+    alone = guide_only(guide_trace, model_trace, unpacked)
+    problems = [Problem(name, f"{wanted} model; got {_names(model)}") for name in alone]
+    for name in (name for name in model - sampled if not is_enumerable(nodes[name])):
+        other = summed if nodes[name]["fn"].has_enumerate_support else ""
+        problems.append(Problem(name, f"{wanted} guide; got {_names(guide)}{other}"))
+    return sorted(problems, key=lambda problem: problem.site)
 
 
 def _names(names: set[str]) -> str:
@@ -213,28 +206,18 @@ def plate_problems(trace: Trace, count: int) -> list[Problem]:
 
 def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem]:
     """Return a problem for each global latent without a pathwise gradient, and each parameter without a gradient."""
-    problems = [
-        Problem(
-            name,
-            f"expected a distribution with a pathwise gradient (rsample) outside the data plate; got "
-            f"{type(guide_trace.nodes[name]['fn']).__name__}, whose score function would be that of all data at once.",
-        )
-        for name in pair.layout.shared
-        if name in pair.layout.scored
-    ]
+    wanted = "expected a distribution with a pathwise gradient (rsample) outside the data plate; got"
+    why = "whose score function would be that of all data at once."
+    kinds = {n: type(guide_trace.nodes[n]["fn"]).__name__ for n in pair.layout.shared if n in pair.layout.scored}
+    problems = [Problem(name, f"{wanted} {kind}, {why}") for name, kind in kinds.items()]
     parameters = {name: p for name, p in pair.named_parameters() if p.requires_grad}
+    learned = list(parameters.values())
     with torch.random.fork_rng(), torch.enable_grad():
         terms = pair.terms(x, expected=True)
         parts = [*terms.kl.values(), *terms.penalties.values(), *(s.log_q for s in terms.scores.values())]
         parts += [s.baseline for s in terms.scores.values() if s.learns and s.baseline is not None]
         loss = sum_over([part.sum() for part in (terms.reconstruction, *parts)])
-        gradients = (
-            torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            if loss.requires_grad
-            else [None] * len(parameters)
-        )
-    return problems + [
-        Problem(name, "expected a gradient of the ELBO; got none: the parameter is used by neither program")
-        for name, gradient in zip(parameters, gradients, strict=True)
-        if gradient is None
-    ]
+        slopes = torch.autograd.grad(loss, learned, allow_unused=True) if loss.requires_grad else [None] * len(learned)
+    unused = [name for name, slope in zip(parameters, slopes, strict=True) if slope is None]
+    said = "expected a gradient of the ELBO; got none: the parameter is used by neither program"
+    return problems + [Problem(name, said) for name in unused]

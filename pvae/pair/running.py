@@ -240,15 +240,8 @@ def _combined(parts: Sequence[Terms], join: Callable[[list[Tensor]], Tensor]) ->
     for name, first in parts[0].scores.items():
         same = [part.scores[name] for part in parts]
         base = [score.baseline for score in same if score.baseline is not None]
-        scores[name] = replace(
-            first,
-            log_q=join([score.log_q for score in same]),
-            weighed=join([score.weighed for score in same]),
-            baseline=None if first.baseline is None else first.baseline if not first.baseline.dim() else join(base),
-        )
-    return Terms(
-        join([part.reconstruction for part in parts]),
-        named([part.kl for part in parts]),
-        named([part.penalties for part in parts]),
-        scores,
-    )
+        baseline = first.baseline if first.baseline is None or not first.baseline.dim() else join(base)
+        log_q, weighed = join([score.log_q for score in same]), join([score.weighed for score in same])
+        scores[name] = replace(first, log_q=log_q, weighed=weighed, baseline=baseline)
+    kl, penalties = named([part.kl for part in parts]), named([part.penalties for part in parts])
+    return Terms(join([part.reconstruction for part in parts]), kl, penalties, scores)

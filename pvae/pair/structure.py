@@ -72,9 +72,8 @@ class Structure:
     @property
     def estimated(self) -> tuple[str, ...]:
         """Latents that the guide sets to a point where no flow determines x: the total is then a log joint density."""
-        return (
-            () if self.determined else tuple(n for n in (*self.layout.latents, *self.layout.shared) if n in self.points)
-        )
+        names = () if self.determined else (*self.layout.latents, *self.layout.shared)
+        return tuple(name for name in names if name in self.points)
 
     @property
     def total(self) -> str:

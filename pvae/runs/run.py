@@ -270,15 +270,13 @@ class Run:
 
     def _repr_html_(self) -> str:
         status = self.status
-        rows = [
-            ("run", self.path),
-            ("state", f"{status.get('state')}, epoch {status.get('epoch')} of {status.get('epochs')}"),
-        ]
+        state, epoch, epochs = (status.get(key) for key in ("state", "epoch", "epochs"))
+        rows = [("run", str(self.path)), ("state", f"{state}, epoch {epoch} of {epochs}")]
         for name in ("elbo", "log_joint"):  # a run without a likelihood has neither
             if name in status:
                 value = status[name]
                 rows.append((named(name), f"{value:.3f} nats" if isinstance(value, float) else "not yet"))
-        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in rows)
+        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
         return f"<b>{html.escape(self.name)}</b><table>{cells}</table>"
 
     def posterior(

@@ -329,12 +329,9 @@ def _row(path: Path) -> dict[str, Any]:
         state = state_of(run, status)
     except (PvaeError, OSError) as problem:
         return {**row, "state": "broken", "why": str(problem)}
-    return {
-        **row,
-        **{key: manifest[key] for key in ("name", "started") if key in manifest},
-        **{key: _number(status.get(key)) for key in ("epoch", "epochs", "elbo", "log_joint", "seconds")},
-        "state": "stale" if state == "running" and find.is_stale(status) else state,
-    }
+    row |= {key: manifest[key] for key in ("name", "started") if key in manifest}
+    row |= {key: _number(status.get(key)) for key in ("epoch", "epochs", "elbo", "log_joint", "seconds")}
+    return {**row, "state": "stale" if state == "running" and find.is_stale(status) else state}
 
 
 def _number(value: object) -> int | float | None:

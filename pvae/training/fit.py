@@ -125,10 +125,8 @@ def fit(
 def kept_as_it_is(pair: Pair, data: Any, run_dir: str | Path) -> Run:
     """Return a new run that holds a hand-written pair with its present parameters, without a fit, for a page on it."""
     plan = Plan(name="pair")
-    dataset, pair = _handwritten(pair, data, plan.train.batch_size)
-    return launch(
-        plan, pair, dataset, Path(run_dir), torch.device("cpu"), given_pair=pair, trainable=(), progress=False
-    )
+    (dataset, pair), cpu = _handwritten(pair, data, plan.train.batch_size), torch.device("cpu")
+    return launch(plan, pair, dataset, Path(run_dir), cpu, given_pair=pair, trainable=(), progress=False)
 
 
 def _handwritten(given: Pair, data: Any, batch: int) -> tuple[Dataset, Pair]:
@@ -208,10 +206,8 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
 
     Called before a run directory is made; `foreign` is True for a hand-written pair, which gets further checks.
     """
-    rows, problems = (
-        data.train.rows[: plan.train.batch_size if foreign else 3],
-        plan.objective.misfits(pair, len(data.train)),
-    )
+    rows = data.train.rows[: plan.train.batch_size if foreign else 3]
+    problems = plan.objective.misfits(pair, len(data.train))
     if foreign:
         if not any(True for _ in pair.parameters()):
             problems.append(

@@ -153,10 +153,8 @@ def engine_of(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> st
         return "captured" if plan.train.engine == "compiled" and device.type == "cuda" else plan.train.engine
     batch = min(plan.train.batch_size, len(data.train))
     steps = plan.train.epochs * math.ceil(len(data.train) / batch)
-    rows = -(-batch // plan.train.shards)
-    entry = artefacts.entry_of(
-        pair, plan.objective, resolved(plan.train.precision, device), (rows, *data.train.rows.shape[1:])
-    )
+    shape = (-(-batch // plan.train.shards), *data.train.rows.shape[1:])
+    entry = artefacts.entry_of(pair, plan.objective, resolved(plan.train.precision, device), shape)
     return choose_engine(steps, sum(p.numel() for p in pair.parameters()), batch, device, artefacts.is_kept(entry))
 
 

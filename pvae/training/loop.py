@@ -293,9 +293,8 @@ def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
     trainer.files.log_metrics({**common, **figures})
     if train.patience is not None and state.waited >= train.patience:
         state.stopped = True
-        trainer.tell(
-            "stop", f"{named(trainer.figure)} not better for {state.waited} validations: stopped at epoch {state.epoch}"
-        )
+        why = f"{named(trainer.figure)} not better for {state.waited} validations"
+        trainer.tell("stop", f"{why}: stopped at epoch {state.epoch}")
     return f"{figures[trainer.total]:.2f}"
 
 

@@ -138,17 +138,13 @@ class Step(Stepper):
     ) -> None:
         self.loss, self.optimizer = loss, optimizer
         self.clip_norm, self.average = clip_norm, average
+        norms = (CLIPPED, "grad_norm") if clip_norm and clip_norm < math.inf else ("grad_norm",) if clip_norm else ()
+        self.names = (*loss.names, *norms)
         self.parameters = learned(loss)
         self.moving = [part for part in loss.modules() if isinstance(part, Moving) and part.training]
         self.shape = example.shape
         self.compiled = compile_forward(loss, example) if engine == "compiled" else None
         self.captured = Capture(self, example) if engine == "captured" else None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        if not self.clip_norm:
-            return self.loss.names
-        return (*self.loss.names, *((CLIPPED,) if self.clip_norm < math.inf else ()), "grad_norm")
 
     def __call__(self, x: Tensor, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         """Take one step on a batch, with the parameters in `frozen` unchanged.
@@ -304,12 +300,9 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the tensors of an optimiser's state (moments, step counts) by the name `<parameter index>.<name>`."""
-    return {
-        f"{index}.{name}": value
-        for index, state in optimizer.state_dict()["state"].items()
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    states = optimizer.state_dict()["state"].items()
+    named = [(f"{index}.{name}", value) for index, state in states for name, value in state.items()]
+    return {name: value for name, value in named if isinstance(value, Tensor)}
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:

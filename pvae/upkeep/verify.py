@@ -167,11 +167,9 @@ class _Inspection:
         """Yield a check of every checkpoint, newest first; the first readable one is that which `Run.load` loads."""
         if (folder := self.path / "checkpoints").is_symlink():  # found by `strangers`
             return
-        found = [
-            check
-            for path in checkpoint.newest_first(folder)
-            for check in attempt(f"checkpoints/{path.name}", partial(self._checkpoint, path))
-        ]
+        found: list[Check] = []
+        for path in checkpoint.newest_first(folder):
+            found += attempt(f"checkpoints/{path.name}", partial(self._checkpoint, path))
         yield from found
         if not found:
             state = self.status.get("state", "created")

@@ -222,13 +222,10 @@ class NamedArrays(FileData):
             raise DataError(f"{path}: expected training rows, {wanted}_train; got {', '.join(names)}.")
         if labels and (lacking := [split for split in found if split not in labels]):
             raise DataError(f"{path}: expected labels {self.y!r} of {', '.join(lacking)}; got {', '.join(names)}.")
-        given = {
-            split: (
-                self.array(path, name, False),
-                np.asarray(self.array(path, labels[split], True)) if labels else None,
-            )
-            for split, name in found.items()
-        }
+        given = {}
+        for split, name in found.items():
+            x = self.array(path, name, False)
+            given[split] = x, np.asarray(self.array(path, labels[split], True)) if labels else None
         left = [name for name in names if name not in {*found.values(), *labels.values()}]
         notes = [f"{path.name}: arrays that are not read: {', '.join(map(printable, left))}"] if left else []
         if self.x is None and wanted != "x":

@@ -110,9 +110,8 @@ class Mat(ArrayFile):
 
         with _mat_errors(path):
             shape = next(shape for known, shape, _ in whosmat(path) if known == name)
-            files.require_room(
-                shape, np.dtype("f8"), f"{path}, {name!r}", "Save it as version 7.3, and set data.stream."
-            )
+            todo = "Save it as version 7.3, and set data.stream."
+            files.require_room(shape, np.dtype("f8"), f"{path}, {name!r}", todo)
             found = loadmat(path, variable_names=[name])[name]
         if sparse.issparse(found):
             return SparseRows(found.T if self.rows == "last" else found)
@@ -324,9 +323,8 @@ def _column(file: h5py.File, name: str, path: Path) -> Any:
         raise DataError(f"{path}: expected a column of obs, {', '.join(names)}; got {name!r}{near(name, names)}.")
     node = node_of(file, f"obs/{name}", str(path))
     if isinstance(node, h5py.Group) and "codes" in node:
-        return pandas.Series(
-            _categories(node["codes"][...], node["categories"], bool(node.attrs.get("ordered", False)))
-        )
+        ordered = bool(node.attrs.get("ordered", False))
+        return pandas.Series(_categories(node["codes"][...], node["categories"], ordered))
     if isinstance(node, h5py.Group):
         return pandas.Series(node["values"][...]).mask(node["mask"][...])
     if "categories" in node.attrs:  # before version 0.8

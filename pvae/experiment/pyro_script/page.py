@@ -84,7 +84,7 @@ class Script(ABC):
             numbers["beta"] = f"max(1e-20, {numbers['beta']})"
         given = [*self.batch.values(), *(f"{name}={name}" for name in numbers)]
         before = [*(f"{name} = {value}" for name, value in numbers.items()), *written["before"]]
-        unsaid = type(train).model_fields
+        changed = [name for name in LEFT_OUT if getattr(train, name) != type(train).model_fields[name].default]
         settings = train.optimizer.model_dump(exclude={"kind"}, exclude_defaults=True)
         body = PAGE.get_template("script.py.j2").render(
             script=self,
@@ -92,9 +92,7 @@ class Script(ABC):
             programs={name: written[name] for name in ("model", "guide")},
             formulas={name: re.sub(r"^(.*) = \1$", r"\1", said[name]) for name in ("model", "guide")},
             arguments=[*self.batch, *(f"{number}=1.0" for number in numbers)],
-            left_out=[
-                f"{name} = {value}" for name in LEFT_OUT if (value := getattr(train, name)) != unsaid[name].default
-            ],
+            left_out=[f"{name} = {getattr(train, name)}" for name in changed],
             optimizer=type(train.optimizer.build([nn.Parameter(torch.zeros(1))])).__name__,
             settings=literal({"lr": train.optimizer.lr, **settings}),
             timed=TIME in " ".join(before),
