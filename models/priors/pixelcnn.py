@@ -126,10 +126,8 @@ class Map(nn.Module):
         self.shape = shape
         self.layers: nn.Module = nn.Linear(shape[0], channels)
         if len(shape) == 3:
-            small = nn.Conv2d(shape[0], channels, 3, padding=1)
-            self.layers = nn.Sequential(
-                small, nn.SiLU(), ResizedMap(shape[1:], plane), nn.Conv2d(channels, channels, 3, padding=1)
-            )
+            first, last = (nn.Conv2d(width, channels, 3, padding=1) for width in (shape[0], channels))
+            self.layers = nn.Sequential(first, nn.SiLU(), ResizedMap(shape[1:], plane), last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the encoded parent, `(..., C, H, W)` or `(..., C, 1, 1)`."""

@@ -152,9 +152,8 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int, inner: int, act: Callable[[], nn.Module]) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            act(), nn.Conv2d(channels, inner, 3, padding=1), act(), nn.Conv2d(inner, channels, 1)
-        )
+        spread, back = nn.Conv2d(channels, inner, 3, padding=1), nn.Conv2d(inner, channels, 1)
+        self.layers = nn.Sequential(act(), spread, act(), back)
 
     def forward(self, h: Tensor) -> Tensor:
         """Return the output of the block for `h` `(b, C, H, W)`, of the same shape."""
