@@ -293,8 +293,7 @@ def same_step(one: Objective, other: Objective, pair: Pair, x: Tensor) -> bool:
                 loss, _ = objective.evaluate(pair, x, len(x), torch.ones((), device=x.device))
             except DeclarationError:
                 return False
-        slopes = torch.autograd.grad(loss, learned, allow_unused=True)
-        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(learned, slopes, strict=True)]
-        found.append(torch.cat([loss.detach().reshape(1), *(g.flatten() for g in flat)]))
+        slopes = torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True)
+        found.append(torch.cat([loss.detach().reshape(1), *(g.flatten() for g in slopes)]))
     mine, theirs = found
     return torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5 * float(1 + mine.abs().max()))

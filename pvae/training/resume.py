@@ -160,26 +160,31 @@ def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool =
     if not isinstance(plan, Experiment) or plan.refit is None:
         return run
     stage = plan.second_stage()
-    child, state = group.from_first(lambda: _stage_run(run, stage))
-    if state != "finished":
+    child = group.from_first(lambda: _stage_run(run, stage))
+    if child is None or _state(child) != "finished":
         with run.files.held():  # the work belongs to one process, which looks again now that it is alone
-            child, state = group.from_first(lambda: _stage_run(run, stage))
+            child = group.from_first(lambda: _stage_run(run, stage))
             if child is None:
                 return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
-            if state != "finished":
+            if _state(child) != "finished":
                 found = Run(RunDirectory(Path(child)), data=run.data)
                 return resume(found, device=device, progress=progress, allow_changes=allow_changes)
     return Run(RunDirectory(Path(child)), data=run.data)
 
 
-def _stage_run(run: Run, stage: Experiment) -> tuple[str | None, object]:
-    """Return folder and state of the newest second stage `stage` of `run` that reads, found beside it; else None."""
+def _state(path: str) -> object:
+    """Return the state of a run, as the first process reads it."""
+    return group.from_first(lambda: RunDirectory(Path(path)).status().get("state"))
+
+
+def _stage_run(run: Run, stage: Experiment) -> str | None:
+    """Return the folder of the newest second stage `stage` of `run` that reads, found beside it; else None."""
     wanted = run.files.id, run.status.get("epoch")
     for child in (Run(RunDirectory(path), data=run.data) for path in find.beside(run.path)):
         with suppress(DataError, DeclarationError, CheckpointError):
             if child.files.parent == wanted and child.experiment.latents == stage.latents and child.checkpoint:
-                return str(child.path), child.status.get("state")
-    return None, None
+                return str(child.path)
+    return None
 
 
 # ---------------------------------------------------------------------- second stages
