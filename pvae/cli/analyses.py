@@ -57,7 +57,8 @@ def surgery(
     shared.answer({"run": str(opened.path), **more}, side_by_side(found) if split == "both" else found[split], *tables)
 
 
-METHODS = ("iwae", "prior", "ais", "bracket")
+METHODS = {"iwae": "evidence", "prior": "prior_evidence", "ais": "ais", "bracket": "bracket"}
+"""Function of `pvae.analysis` for each method of `pvae evidence`."""
 
 
 @command(ON_RUN_AND_DEVICE)
@@ -85,13 +86,11 @@ def evidence(
 
     def bound(opened: Run, **bar: Any) -> Any:
         _, x, _ = rows_of(opened, split, rows, seed)
+        asked = {"temperatures": temperatures, "chains": chains}
         if method in ("iwae", "prior"):
-            by_samples = pvae.analysis.evidence if method == "iwae" else pvae.analysis.prior_evidence
-            return by_samples(opened.pair, x, samples=samples, seed=seed, **bar)
-        anneal = {"temperatures": temperatures, "chains": chains, "seed": seed, **bar}
-        if method == "ais":
-            return pvae.analysis.ais(opened.pair, x, **anneal)
-        return pvae.analysis.bracket(opened.pair, x, rows=min(rows or 100, len(x)), **anneal)
+            asked = {"samples": samples}
+        asked |= {"rows": min(rows or 100, len(x))} if method == "bracket" else {}
+        return getattr(pvae.analysis, METHODS[method])(opened.pair, x, seed=seed, **asked, **bar)
 
     shared.measure(run, method, bound, split=split, method=method)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,9 +131,7 @@ class Dataset:
             >>> Dataset.from_tensors(torch.rand(50, 3)).validation.x.shape
             torch.Size([5, 3])
         """
-        declared = declared or TensorSource()
-        arrays = {name: tensors(part, name) for name, part in _given(declared, (x, y), validation, test).items()}
-        return _assembled(declared, joined(arrays, declared.split_seed, label_names=label_names))
+        return _passed(tensors, declared, label_names, (x, y), validation, test)
 
     @classmethod
     def from_torch(
@@ -159,10 +158,7 @@ class Dataset:
             DataError: items differ in shape or type, or are too large for memory; see `from_tensors`.
             StorageError: the cache folder is full.
         """
-        declared = declared or TensorSource()
-        given = _given(declared, dataset, validation, test)
-        arrays = {name: collected(part, name, stream) for name, part in given.items()}
-        return _assembled(declared, joined(arrays, declared.split_seed, label_names=label_names))
+        return _passed(partial(collected, stream=stream), declared, label_names, dataset, validation, test)
 
     @classmethod
     def from_anndata(
@@ -329,13 +325,17 @@ def _dim(rows: Rows, data: Data, ready: Scaled, parts: Mapping[str, Part]) -> li
     return ['all values are 0 or 1, and scale = "unit" divides by 255: use scale = "raw"']
 
 
-def _given(declared: TensorSource, *passed: Any) -> dict[str, Any]:
-    """Return the splits passed for train, validation and test, without those that are None.
+def _passed(read: Any, declared: TensorSource | None, label_names: Sequence[str] | None, *splits: Any) -> Dataset:
+    """Return the data set of the splits passed for train, validation and test, without those that are None.
+
+    `read` returns x and labels (or None) of a split, given it and its name.
 
     Raises:
         DataError: a split is passed although the declaration has row ranges.
     """
-    given = {name: part for name, part in zip(SPLITS, passed, strict=True) if part is not None}
+    declared = declared or TensorSource()
+    given = {name: part for name, part in zip(SPLITS, splits, strict=True) if part is not None}
     if declared.splits.declared and len(given) > 1:
         raise DataError("Expected data.splits or validation=... and test=...; got both.")
-    return given
+    arrays = {name: read(part, name) for name, part in given.items()}
+    return _assembled(declared, joined(arrays, declared.split_seed, label_names=label_names))
