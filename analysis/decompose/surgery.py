@@ -15,10 +15,9 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_room
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.by_covariate import by_group, by_presence, settled
 from pvae.analysis.decompose.by_row import priors_by_row
-from pvae.analysis.decompose.new_data import Asked, on_new_data
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery, side_by_side
-from pvae.analysis.decompose.surgery_figures import close
+from pvae.analysis.decompose.surgery_figures import Asked, close, on_new_data
 from pvae.analysis.figures.estimate import Estimate, over_draws
 from pvae.analysis.population.result import Population
 from pvae.data import Dataset

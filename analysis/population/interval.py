@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.population.levels import mixed_by_group
 from pvae.analysis.population.result import FLAT, Population, SubsetInformation
-from pvae.analysis.population.sample import FOLDS, HonestPrior, NewRows, folds
+from pvae.analysis.population.sample import FOLDS, HonestPrior, NewRows, folds, mixed_by_group
 from pvae.analysis.population.sweep import PairCritic, PointwiseInformation, counted_twice, mean, spread, sweep
 
 FEWEST = 20

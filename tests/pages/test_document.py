@@ -23,7 +23,7 @@ from pvae.analysis.pages.document.blocks import (
     Tile,
 )
 from pvae.analysis.pages.document.document import Document, slug
-from pvae.analysis.pages.document.text import csv_of, error_of, legible, percent, shown_value
+from pvae.analysis.pages.document.words import csv_of, error_of, legible, percent, shown_value
 from pvae.analysis.pages.plots import base
 from pvae.errors import DataError
 from pvae.util.files import plain

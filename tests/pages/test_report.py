@@ -31,8 +31,8 @@ from pvae.analysis.pages.document.words import catalogue
 from pvae.analysis.pages.plots import bars, base, clouds, curves, pictures
 from pvae.analysis.pages.plots.bars import calibrated
 from pvae.analysis.pages.sections import SECTIONS
-from pvae.analysis.pages.sections.anatomy import on_prior
 from pvae.analysis.pages.sections.examination import Examination, some
+from pvae.analysis.pages.sections.fit import on_prior
 from pvae.analysis.pages.sections.latents import HOLE, holes
 from pvae.analysis.pages.sections.samples import on_copies
 from pvae.analysis.samples.copying import data_copying

@@ -10,12 +10,19 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.population import codes as rooms
-from pvae.analysis.population import levels
+from pvae.analysis.population import sample
 from pvae.analysis.population.codes import CodeMixture, CodePrior, CodeTable, Grid, latent_classes
 from pvae.analysis.population.interval import interval
-from pvae.analysis.population.levels import GroupPrior, MixedPrior, RootPrior
 from pvae.analysis.population.result import Population
-from pvae.analysis.population.sample import HonestPrior, NewRows, folds, mixture_weights
+from pvae.analysis.population.sample import (
+    GroupPrior,
+    HonestPrior,
+    MixedPrior,
+    NewRows,
+    RootPrior,
+    folds,
+    mixture_weights,
+)
 from pvae.analysis.population.sweep import PairCritic, sweep
 from pvae.distributions.exponential_codes import CertainCodes, Codes
 from tests.population.channels import CodeChannel, by_class, certain, enumerated, zipf
@@ -30,7 +37,7 @@ def few(monkeypatch):
     monkeypatch.setattr(rooms, "FEWEST_BY_CLASS", 5)
     monkeypatch.setattr(rooms, "CLASSES", (2,))
     monkeypatch.setattr(rooms, "CLASS_STEPS", 5)
-    for room in (rooms, levels):
+    for room in (rooms, sample):
         monkeypatch.setattr(room, "mixture_weights", partial(mixture_weights, steps=5))
 
 
@@ -75,7 +82,7 @@ def test_a_prior_knows_nothing_of_the_row_that_it_scores(posterior, few):
 
 
 def test_priors_of_roots_groups_and_mixtures_are_distributions(few, monkeypatch):
-    monkeypatch.setattr("pvae.analysis.population.levels.FEWEST_OF_GROUP", 20)
+    monkeypatch.setattr("pvae.analysis.population.sample.FEWEST_OF_GROUP", 20)
     rows, (_, fold) = small(60, "certain"), folds(60, 0, torch.device("cpu"))
     rows = replace(rows, group=(torch.arange(60) % 7 == 0).long(), parts=(rows,))  # a value of 9 rows, one of 51
     codes = CodePrior([Grid(2, 3, 2)])

@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from pvae.analysis import surgery
-from pvae.analysis.decompose import new_data
+from pvae.analysis.decompose import surgery_figures
 from pvae.analysis.population.kernels import KernelPrior
-from pvae.analysis.population.levels import RootPrior
-from pvae.analysis.population.sample import NewRows, folds
+from pvae.analysis.population.sample import NewRows, RootPrior, folds
 from tests.decompose import pairs, test_conditional, test_ragged
 from tests.zoo_runs import tiny_run
 
@@ -50,13 +49,13 @@ def test_train_rows_have_noise_of_their_own():
 
 def test_a_new_prior_of_the_roots_leaves_the_other_levels(monkeypatch):
     caught: list[NewRows] = []
-    real = new_data.interval
+    real = surgery_figures.interval
 
     def spy(rows, prior, **more):
         caught.append(rows)
         return real(rows, prior, **more)
 
-    monkeypatch.setattr(new_data, "interval", spy)
+    monkeypatch.setattr(surgery_figures, "interval", spy)
     x = pairs.correlated(0.5, 200)
     found = surgery(pairs.two_levels(), x).population
     assert found.gain.value < found.gain_upper.value

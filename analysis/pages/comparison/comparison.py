@@ -13,9 +13,9 @@ from pvae.analysis.bounds.rate_distortion import named, require_alike
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion
 from pvae.analysis.pages.document.document import Stages
-from pvae.analysis.pages.document.text import Value
-from pvae.analysis.pages.sections.anatomy import SURGERY_TERMS
+from pvae.analysis.pages.document.words import Value
 from pvae.analysis.pages.sections.examination import Examination, draws
+from pvae.analysis.pages.sections.fit import SURGERY_TERMS
 from pvae.analysis.pages.sections.samples import measure
 from pvae.analysis.samples.quality import SampleQuality
 from pvae.errors import DataError

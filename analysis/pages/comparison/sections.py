@@ -12,8 +12,7 @@ from pvae.analysis.bounds.rate_distortion import rate_distortion_of
 from pvae.analysis.figures.estimate import Estimate, merged
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence
-from pvae.analysis.pages.document.text import Value
-from pvae.analysis.pages.document.words import alert, picture, section, table, text
+from pvae.analysis.pages.document.words import Value, alert, picture, section, table, text
 from pvae.analysis.pages.plots import comparisons, pictures
 from pvae.analysis.pages.plots.base import array, plain
 from pvae.analysis.pages.sections.fit import OVERFITTING_NATS, SHOWN_NATS

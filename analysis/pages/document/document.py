@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
-from pvae.analysis.pages.document.text import csv_of, html_cell, legible, rich_of
+from pvae.analysis.pages.document.words import csv_of, html_cell, legible, rich_of
 from pvae.errors import DataError, OutputError
 from pvae.runs.claim import Claim
 from pvae.runs.find import is_abandoned, leftovers

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Mapping
 
 from pvae.analysis.pages.document.blocks import PageSection
-from pvae.analysis.pages.sections import anatomy, fit, latents, run, samples
+from pvae.analysis.pages.sections import fit, latents, run, samples
 from pvae.analysis.pages.sections.examination import Examination
 
 SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
     "training": run.training,
     "fit": fit.fit,
-    "surgery": anatomy.anatomy,
+    "surgery": fit.anatomy,
     "latents": latents.latents,
     "codes": latents.codes,
     "guide": fit.guide,

@@ -12,10 +12,10 @@ from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.decompose.collapse import Collapse, collapse
-from pvae.analysis.decompose.new_data import Asked
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.decompose.surgery_figures import Asked
 from pvae.analysis.pages.document.document import Stages
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
 from pvae.analysis.samples.quality import space_of
