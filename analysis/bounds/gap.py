@@ -1,9 +1,9 @@
 """Split of log p(x) - ELBO into the gap of the variational family and the gap of the encoder."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pvae.analysis.bounds.accumulate import Accumulator
 from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, Row, over_draws, over_noisy_rows
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows
 from pvae.errors import DataError
 from pvae.nn.schedules import LeanAdam
 from pvae.pair.pair import Pair
@@ -46,18 +46,18 @@ class Gap(Figures):
     """Number of samples per datum from which the two ELBOs are estimated."""
     evidence_samples: int
     """Number of importance samples per datum for `log_p`."""
-    log_p: Estimate
+    log_p: Annotated[Estimate, "lower bound on log p(x), {0.evidence_samples} samples of the refined guide"]
     """Importance-weighted lower bound on log p(x) with the refined guide as its proposal."""
-    refined_elbo: Estimate
+    refined_elbo: Annotated[Estimate, "ELBO of the best member of the variational family for every datum"]
     """L(q*): ELBO of the best member q* of the variational family that was found for every datum."""
-    elbo: Estimate
+    elbo: Annotated[Estimate, "ELBO of the guide"]
     """L(q): ELBO of the guide."""
-    approximation: Estimate
-    """log p(x) - L(q*): gap that only a richer variational family can close."""
-    amortisation: Estimate
-    """L(q*) - L(q): gap that a better encoder could close within the family."""
-    inference: Estimate
+    inference: Annotated[Estimate, "log_p - elbo = approximation + amortisation"]
     """log p(x) - L(q): sum of the two gaps."""
+    approximation: Annotated[Estimate, "log_p - refined_elbo: a richer variational family could close it"]
+    """log p(x) - L(q*): gap that only a richer variational family can close."""
+    amortisation: Annotated[Estimate, "refined_elbo - elbo: a better encoder could close it"]
+    """L(q*) - L(q): gap that a better encoder could close within the family."""
     per_datum: Mapping[str, Tensor]
     """Values of every datum by name, `(n,)`, float64 on the CPU: `log_p`, `refined_elbo`, `elbo`, `approximation`,
     `amortisation`, `inference`, nats, and `ess`, the effective sample size of the weights of `log_p`."""
@@ -66,14 +66,6 @@ class Gap(Figures):
     unconverged: float
     """Estimated mean gain, nats, that further steps of refinement would bring; part of the errors of `refined_elbo`,
     `amortisation` and `approximation`."""
-
-    def rows(self) -> Iterator[Row]:
-        yield "log_p", self.log_p, f"lower bound on log p(x), {self.evidence_samples} samples of the refined guide"
-        yield "refined_elbo", self.refined_elbo, "ELBO of the best member of the variational family for every datum"
-        yield "elbo", self.elbo, "ELBO of the guide"
-        yield "inference", self.inference, "log_p - elbo = approximation + amortisation"
-        yield "approximation", self.approximation, "log_p - refined_elbo: a richer variational family could close it"
-        yield "amortisation", self.amortisation, "refined_elbo - elbo: a better encoder could close it"
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
@@ -90,29 +90,29 @@ class Surgery(Figures):
 
     n: int
     samples: int
-    reconstruction: Estimate
-    kl: Estimate
-    kl_exact: Estimate | None
-    mutual_information: Estimate | None
+    reconstruction: Annotated[Estimate, "E_q log p(x | z)"]
+    kl: Annotated[Estimate, "E_q log q(z | x) - log p(z), the price of the code"]
+    kl_exact: Annotated[Estimate | None, "the same in closed form"]
+    mutual_information: Annotated[Estimate | None, "I_q[x, z], what the code says of the datum: at most log_n"]
     """Mutual information I_q[x, z] of data and latents; an upper bound where q_agg has a random subset of its
     components."""
-    mutual_information_lower: Estimate | None
+    log_n: Annotated[Estimate, "the ceiling: every row told from every other"]
+    mutual_information_lower: Annotated[Estimate | None, "the same from below"]
     """Lower bound of I_q[x, z]; None unless q_agg is computed from a random subset of the rows."""
-    marginal_kl: Estimate | None
-    """Marginal KL(q_agg || p); a lower bound where q_agg is computed from a random subset of the rows."""
-    marginal_kl_upper: Estimate | None
-    """Upper bound of KL(q_agg || p); None unless q_agg is computed from a random subset of the rows."""
-    leave_one_out: Estimate | None
+    leave_one_out: Annotated[Estimate | None, "upper bound of I_q[x, z] under the distribution of the data"]
     """Upper bound, in expectation, of the mutual information of x and z under the distribution that the data come from:
     q_agg without the datum's own posterior."""
-    label_information: Estimate | None
+    label_information: Annotated[Estimate | None, "I_q[y, z]: what the code says of the label"]
     """Mutual information I_q[y, z] of class labels and latents; None without labels."""
+    marginal_kl: Annotated[Estimate | None, "KL(q_agg || p): a prior that knows these rows would win it on them"]
+    """Marginal KL(q_agg || p); a lower bound where q_agg is computed from a random subset of the rows."""
+    marginal_kl_upper: Annotated[Estimate | None, "the same from above"]
+    """Upper bound of KL(q_agg || p); None unless q_agg is computed from a random subset of the rows."""
     train_gain: Estimate | None
     """Mean of log q_agg(z) - log p(z) with the q_agg of other (training) rows: the ELBO gain on these data if that
     q_agg replaced the prior."""
     elbo: Estimate | Any
     """Mean ELBO, a lower bound on log p(x); None where the guide sets a continuous latent to a point (`log_joint`)."""
-    log_n: Estimate
     latents: dict[str, LatentSurgery]
     log_joint: Estimate | Any = None
     """The same combination where the guide sets a continuous latent to a point (Delta), as in an autoencoder or a MAP
@@ -166,16 +166,7 @@ class Surgery(Figures):
         yield "log_joint", self.log_joint, f"reconstruction - kl{rest}: log p(x, z) at a point, which bounds nothing"
         yield "relaxed_elbo", self.relaxed_elbo, "of the relaxed codes, as trained: no bound of log p(x)"
         yield "bits_per_dimension", self.bits_per_dimension, "-elbo / (elements of x * log 2): bits, not nats"
-        yield "reconstruction", self.reconstruction, "E_q log p(x | z)"
-        yield "kl", self.kl, "E_q log q(z | x) - log p(z), the price of the code"
-        yield "kl_exact", self.kl_exact, "the same in closed form"
-        yield "mutual_information", self.mutual_information, "I_q[x, z], what the code says of the datum: at most log_n"
-        yield "log_n", self.log_n, "the ceiling: every row told from every other"
-        yield "mutual_information_lower", self.mutual_information_lower, "the same from below"
-        yield "leave_one_out", self.leave_one_out, "upper bound of I_q[x, z] under the distribution of the data"
-        yield "label_information", self.label_information, "I_q[y, z]: what the code says of the label"
-        yield "marginal_kl", self.marginal_kl, "KL(q_agg || p): a prior that knows these rows would win it on them"
-        yield "marginal_kl_upper", self.marginal_kl_upper, "the same from above"
+        yield from super().rows()
         yield from () if self.population is None else self.population.rows()
         yield "train_gain", self.train_gain, "what q_agg of the training rows would win here as the prior"
         if self.global_kl is not None:

@@ -2,10 +2,9 @@
 
 import html
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 import pandas
 from rich.table import Table
@@ -170,8 +169,12 @@ def cell(value: object) -> object:
     return f"'{value}"
 
 
-class Figures(ABC):
-    """Base class of results that consist of named estimates, shown as text, table, data frame, HTML and JSON."""
+class Figures:
+    """Base class of results that consist of named estimates, shown as text, table, data frame, HTML and JSON.
+
+    A field `Annotated[Estimate, meaning]` is a row of the table, whose meaning is a format of the result; its name is
+    that of the field, or comes before the meaning.
+    """
 
     heading: ClassVar[str]
     """Title of the table as a format of the result, such as "evidence (n = {0.n})"."""
@@ -185,9 +188,11 @@ class Figures(ABC):
         """Title of the table: the quantity, its unit and the number of data."""
         return self.heading.format(self)
 
-    @abstractmethod
     def rows(self) -> Iterator[Row]:
-        """Yield the rows of the table (term, estimate or None, meaning) in reading order."""
+        """Yield the rows of the table (term, estimate or None, meaning) in reading order: the annotated fields."""
+        for field, hint in get_type_hints(type(self), include_extras=True).items():
+            if meant := getattr(hint, "__metadata__", ()):
+                yield (*meant[:-1], field)[0], getattr(self, field), meant[-1].format(self)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -199,10 +204,6 @@ class Figures(ABC):
         """Sentences below the table, with the one on errors that are conservative, where some are."""
         said = "conservative errors: one draw cannot tell Monte Carlo noise from spread over data; take more samples"
         return (*self.remarks, *((said,) if any(CONSERVATIVE in e.note for _, e, _ in self.known()) else ()))
-
-    def described(self, **meanings: str) -> Iterator[Row]:
-        """Yield rows of estimates that are attributes of the result, each name with its meaning."""
-        return ((name, getattr(self, name), meaning) for name, meaning in meanings.items())
 
     def known(self) -> Iterator[tuple[str, Estimate, str]]:
         """Yield the rows of the table whose estimate is defined."""

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Annotated, Any
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures
 from pvae.util.files import plain
 
 ON_NEW_DATA = "on new data"
@@ -38,13 +38,13 @@ class Population(Figures):
     heading = "On new data, nats per datum (n = {0.n})"
 
     n: int
-    gain: Estimate
+    gain: Annotated[Estimate, "new_gain", "new data: a better prior wins at least this"]
     """Lower bound of M: E[log r(z) - log p(z)] of a prior r that does not know the rows it is scored on."""
-    gain_upper: Estimate | None
+    gain_upper: Annotated[Estimate | None, "new_gain_upper", "and at most this, if new codes overlap as these do"]
     """Upper bound of M, the least of KL - I_n and KL - I_pairs; None where there is none below the KL."""
-    information: Estimate | None
+    information: Annotated[Estimate | None, "new_information", "I_pi[x, z] of new data, from below"]
     """Lower bound of I_pi, the largest of I_n and I_pairs."""
-    information_upper: Estimate
+    information_upper: Annotated[Estimate, "new_information_upper", "I_pi[x, z] of new data, from above"]
     """Upper bound of I_pi: E[log q(z | x) - log r(z)]."""
     prior: str
     """The prior r in words, such as "kernels on the other rows, widened by 0.2, mixed with a normal"."""
@@ -57,16 +57,9 @@ class Population(Figures):
     """The law in n, from small subsets to all rows."""
     slope: float | None = None
     """Slope of I_n in log n between the two largest sizes; above 0.1 nothing is extrapolated."""
-    midpoint: Estimate | None = None
+    midpoint: Annotated[Estimate | None, "new_midpoint", "the same, where these rows can tell it"] = None
     """Estimate of I_pi, the middle of I_n and leave-one-out; None where they are 0.3 nats apart or more."""
     notes: tuple[str, ...] = ()
-
-    def rows(self) -> Iterator[Row]:
-        yield "new_gain", self.gain, "new data: a better prior wins at least this"
-        yield "new_gain_upper", self.gain_upper, "and at most this, if new codes overlap as these do"
-        yield "new_information", self.information, "I_pi[x, z] of new data, from below"
-        yield "new_information_upper", self.information_upper, "I_pi[x, z] of new data, from above"
-        yield "new_midpoint", self.midpoint, "the same, where these rows can tell it"
 
     @property
     def ends(self) -> tuple[float, float | None]:

@@ -1,15 +1,14 @@
 """Data copying: tests of whether samples are closer to training rows than held-out data are."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, proportion
+from pvae.analysis.figures.estimate import Estimate, Figures, exact, proportion
 from pvae.analysis.samples.features import Features, affordable
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
 from pvae.analysis.samples.running import observed_rows, opened
@@ -38,13 +37,17 @@ class Copying(Figures):
     unit = "proportion"
     counts = ("trained", "is_mean", "space", "held_share")
 
-    z: Estimate
+    z: Annotated[Estimate, "far below 0: samples are nearer to training rows than held-out data are; above 0: farther"]
     """Mann-Whitney statistic; standard normal if samples have the distribution of the data, negative for copies."""
-    p_value: Estimate
+    p_value: Annotated[Estimate, "probability of a z as low by chance, if samples have the distribution of the data"]
     """One-sided p-value: probability of a z as low if samples have the distribution of the data."""
-    share: Estimate
+    share: Annotated[
+        Estimate, "proportion of samples as near to a training row as the nearest {0.held_share:.3f} of data"
+    ]
     """Proportion of samples that are as near to a training row as the nearest `CLOSE_PROPORTION` of held-out rows."""
-    nearer: Estimate
+    nearer: Annotated[
+        Estimate, "proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying"
+    ]
     """Proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying; an estimate."""
     nearest: Tensor
     """Index of the training row nearest to each sample, `(m,)`, int64."""
@@ -68,14 +71,6 @@ class Copying(Figures):
     def title(self) -> str:
         m, h = len(self.distance), len(self.held_distance)
         return f"Copies of training rows ({m} samples, {h} held-out data, {self.trained} training rows)"
-
-    def rows(self) -> Iterator[Row]:
-        return self.described(
-            z="far below 0: samples are nearer to training rows than held-out data are; above 0: farther",
-            p_value="probability of a z as low by chance, if samples have the distribution of the data",
-            share=f"proportion of samples as near to a training row as the nearest {self.held_share:.3f} of data",
-            nearer="proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying",
-        )
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -1,15 +1,15 @@
 """Estimates of KL(q_agg || p) from samples alone, by a classifier (critic) between codes and samples of the prior."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pvae.analysis.aggregate.entry import accept
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, over_rows
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.running import analysed, by_chunks, opened
 from pvae.analysis.samples.sample import prior_latents
@@ -39,13 +39,17 @@ class CriticKL(Figures):
 
     counts = ("unit", "n", "draws", "dim", "latents")
 
-    kl: Estimate
+    kl: Annotated[Estimate, "mean log-ratio of codes: not a bound, and off by the error of the critic"]
     """Mean over codes of the critic's log-ratio T = log q_agg - log p; an estimate, off by the error of the critic."""
-    nwj: Estimate
+    nwj: Annotated[
+        Estimate, "E_q T - E_p e^T + 1: a lower bound in expectation, low by the squared error of the critic"
+    ]
     """E_q T - E_p e^T + 1 with the critic's log-ratio T (Nguyen, Wainwright, Jordan): a lower bound in expectation."""
-    dv: Estimate
+    dv: Annotated[Estimate, "E_q T - log E_p e^T: a lower bound for many samples; biased upwards for few"]
     """E_q T - log E_p e^T with the critic's T (Donsker, Varadhan): an estimate, a lower bound for many samples."""
-    cross_entropy: Estimate
+    cross_entropy: Annotated[
+        Estimate, f"of the classifier between codes and prior: log 2 = {math.log(2):.4f} if they are equal"
+    ]
     """Cross-entropy of the classifier between codes and samples of the prior, log 2 if q_agg = p; an estimate."""
     n: int
     """Number of data."""
@@ -59,14 +63,6 @@ class CriticKL(Figures):
     @property
     def title(self) -> str:
         return f"KL(q_agg || p) of {', '.join(self.latents)} from samples (n = {self.n}, {self.draws} samples each)"
-
-    def rows(self) -> Iterator[Row]:
-        return self.described(
-            kl="mean log-ratio of codes: not a bound, and off by the error of the critic",
-            nwj="E_q T - E_p e^T + 1: a lower bound in expectation, low by the squared error of the critic",
-            dv="E_q T - log E_p e^T: a lower bound for many samples; biased upwards for few",
-            cross_entropy=f"of the classifier between codes and prior: log 2 = {math.log(2):.4f} if they are equal",
-        )
 
     @property
     def remarks(self) -> tuple[str, ...]:

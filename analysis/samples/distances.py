@@ -1,13 +1,13 @@
 """Fréchet and kernel distance between features of samples and of data."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row
+from pvae.analysis.figures.estimate import Estimate, Figures
 from pvae.analysis.samples.fidelity import blocks
 from pvae.errors import DataError
 from pvae.util import seeds
@@ -29,23 +29,18 @@ class Distances(Figures):
     unit = "features"
     counts = ("n", "m")
 
-    frechet: Estimate
+    frechet: Annotated[Estimate, "between normals fitted to features of samples and data; too large on average"]
     """Squared Fréchet distance between normals fitted to features of samples and of data, see `frechet`."""
-    frechet_floor: Estimate
+    frechet_floor: Annotated[Estimate, "the value for as many samples of the distribution of the data"]
     """Squared Fréchet distance that m samples of the data distribution itself would have, see `frechet_floor`."""
-    kernel: Estimate
+    kernel: Annotated[
+        Estimate, "squared, of all moments up to the third: 0 for the distribution of the data, may be negative"
+    ]
     """Squared kernel distance (MMD^2) between features of samples and of data, see `kernel_distance`."""
     n: int
     """Number of data."""
     m: int
     """Number of samples."""
-
-    def rows(self) -> Iterator[Row]:
-        return self.described(
-            frechet="between normals fitted to features of samples and data; too large on average",
-            frechet_floor="the value for as many samples of the distribution of the data",
-            kernel="squared, of all moments up to the third: 0 for the distribution of the data, may be negative",
-        )
 
 
 def distances(data: Tensor, samples: Tensor, seed: int = 0) -> Distances:

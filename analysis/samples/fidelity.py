@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -28,13 +28,18 @@ class Fidelity(Figures):
     unit = "proportion"
     counts = ("n", "m", "k", "space")
 
-    precision: Estimate
+    precision: Annotated[Estimate, "proportion of samples within the balls of data: do they look like data?"]
     """Proportion of samples inside at least one of the k-nearest-neighbour balls around data."""
-    recall: Estimate
+    recall: Annotated[Estimate, "proportion of data within the balls of samples: could the model produce them?"]
     """Proportion of data inside at least one of the k-nearest-neighbour balls around samples."""
-    density: Estimate
+    density: Annotated[
+        Estimate, "mean number of balls of data around a sample, by k: 1 for the distribution of the data"
+    ]
     """Number of k-nearest-neighbour balls around data that contain a sample, averaged over samples, divided by k."""
-    coverage: Estimate
+    coverage: Annotated[
+        Estimate,
+        "proportion of data whose ball has a sample: {0.expected_coverage:.3f} for the distribution of the data",
+    ]
     """Proportion of data whose k-nearest-neighbour ball contains at least one sample."""
     n: int
     """Number of data."""
@@ -42,9 +47,9 @@ class Fidelity(Figures):
     """Number of samples."""
     k: int
     """Number k of the nearest neighbour whose distance is the radius of a ball."""
-    confidence: Estimate | None = None
+    confidence: Annotated[Estimate | None, "mean probability of the most probable class of samples"] = None
     """Classifier's probability of the most probable class, averaged over samples; None without a classifier."""
-    data_confidence: Estimate | None = None
+    data_confidence: Annotated[Estimate | None, "mean probability of the most probable class of data"] = None
     """Classifier's probability of the most probable class, averaged over data; None without a classifier."""
     shares: dict[str, Estimate] = field(default_factory=dict)
     """Proportion of samples that the classifier assigns to each class, by class name; empty without a classifier."""
@@ -66,16 +71,8 @@ class Fidelity(Figures):
         return expected_coverage(self.n, self.m, self.k)
 
     def rows(self) -> Iterator[Row]:
-        expected = f"{self.expected_coverage:.3f}"
-        yield from self.described(
-            precision="proportion of samples within the balls of data: do they look like data?",
-            recall="proportion of data within the balls of samples: could the model produce them?",
-            density="mean number of balls of data around a sample, by k: 1 for the distribution of the data",
-            coverage=f"proportion of data whose ball has a sample: {expected} for the distribution of the data",
-            confidence="mean probability of the most probable class of samples",
-            data_confidence="mean probability of the most probable class of data",
-            relative_confidence="confidence divided by data_confidence",
-        )
+        yield from super().rows()
+        yield "relative_confidence", self.relative_confidence, "confidence divided by data_confidence"
         for name, share in self.shares.items():
             among = self.data_shares.get(name)
             yield f"share/{name}", share, f"of samples; {float(among):.3f} of the data" if among else "of samples"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from scipy.stats import hypergeom
@@ -42,23 +42,16 @@ class TwoSample(Figures):
     unit = "proportion"
     counts = ("n", "held")
 
-    accuracy: Estimate
+    accuracy: Annotated[Estimate, "classifier accuracy: 1/2 for samples of the distribution of the data"]
     """Accuracy of the classifier on held-out rows; an estimate."""
-    p_value: Estimate
+    p_value: Annotated[Estimate, "probability of an accuracy as high by chance, if the distributions are equal"]
     """P-value of the test: probability of an accuracy as high if samples have the distribution of the data; exact."""
-    total_variation: Estimate
+    total_variation: Annotated[Estimate, "2 accuracy - 1: a lower bound on this distance"]
     """2 accuracy - 1: a lower bound of the total variation distance between samples and data, in expectation."""
     n: int
     """Number of data, and equally of samples, that the classifier is trained on (a fifth of them for validation)."""
     held: int
     """Number of data, and equally of samples, that the classifier is evaluated on."""
-
-    def rows(self) -> Iterator[Row]:
-        return self.described(
-            accuracy="classifier accuracy: 1/2 for samples of the distribution of the data",
-            p_value="probability of an accuracy as high by chance, if the distributions are equal",
-            total_variation="2 accuracy - 1: a lower bound on this distance",
-        )
 
 
 def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
@@ -154,9 +147,11 @@ class SampleQuality(Figures):
     """Name of the data split that the samples are compared with."""
     is_mean: bool = False
     """True if the samples are means of p(x | z)."""
-    sharpness: Estimate | None = None
+    sharpness: Annotated[Estimate | None, "of samples divided by that of data: below 1 blurred, above 1 noisy"] = None
     """Sharpness of samples divided by that of data; None if data are not images."""
-    sharpness_of_means: Estimate | None = None
+    sharpness_of_means: Annotated[
+        Estimate | None, "of means of p(x | z), which have no noise, divided by that of data"
+    ] = None
     """Sharpness of means of p(x | z) divided by that of data.
 
     None if the samples are means already, if the likelihood has no mean, or if data are not images.
@@ -166,10 +161,7 @@ class SampleQuality(Figures):
         yield from self.test.rows()
         yield from self.fidelity.rows()
         yield from self.distances.rows()
-        yield from self.described(
-            sharpness="of samples divided by that of data: below 1 blurred, above 1 noisy",
-            sharpness_of_means="of means of p(x | z), which have no noise, divided by that of data",
-        )
+        yield from super().rows()
 
     @property
     def remarks(self) -> tuple[str, ...]:

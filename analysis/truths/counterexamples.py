@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Protocol
 
 import pandas
 import torch
@@ -150,11 +150,11 @@ class CounterExamples(Figures):
 
     examples: tuple[Example, ...]
     """Results for each of the compared models."""
-    lost: Estimate
+    lost: Annotated[Estimate, "lost to noise", "nats of test log p; at most log 100 = {0.bound:.4f}"]
     """Mean held-out log-likelihood of probabilistic PCA minus that of its mixture with noise, nats; exact."""
     bound: float
     """Largest possible value of `lost`, log 1/w with the weight w of probabilistic PCA in the mixture, nats."""
-    data_accuracy: Estimate
+    data_accuracy: Annotated[Estimate, "data: classifier accuracy", "between training and held-out data"]
     """Classifier two-sample test accuracy between training and held-out data, which good samples would have as well."""
     source: str
     """Name of the data set."""
@@ -170,8 +170,7 @@ class CounterExamples(Figures):
             yield f"{e.name}: classifier accuracy", e.accuracy, meaning
             yield f"{e.name}: precision", e.precision, "proportion of samples that look like data"
             yield f"{e.name}: coverage", e.coverage, "proportion of data with samples near"
-        yield "lost to noise", self.lost, f"nats of test log p; at most log 100 = {self.bound:.4f}"
-        yield "data: classifier accuracy", self.data_accuracy, "between training and held-out data"
+        yield from super().rows()
 
     def models(self) -> pandas.DataFrame:
         """Return a data frame of the values with one row for every model."""

@@ -1,9 +1,9 @@
 """Results of the runs of a comparison, computed once and shared by all sections; paired differences of two runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.bounds.rate_distortion import named, require_alike
 from pvae.analysis.decompose.posterior_draws import draw
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion
+from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, proportion
 from pvae.analysis.pages.document.document import Stages
 from pvae.analysis.pages.document.words import Value
 from pvae.analysis.pages.sections.examination import Examination, draws
@@ -47,19 +47,14 @@ class Paired(Figures):
     counts = ("n",)
 
     n: int
-    elbo: Estimate
-    log_p: Estimate | None
+    elbo: Annotated[Estimate, "ELBO less that of the reference, datum by datum"]
+    log_p: Annotated[Estimate | None, "bound on log p(x) less that of the reference, datum by datum"]
     """Difference of the importance-weighted bounds on log p(x); None if either run has no such bound."""
-    wins: Estimate
+    wins: Annotated[Estimate, "proportion of data that are more probable than under the reference"]
     """Proportion of data whose bound on log p(x), or ELBO if there is no bound, is higher than under the reference.
 
     Ties count half.
     """
-
-    def rows(self) -> Iterator[Row]:
-        yield "elbo", self.elbo, "ELBO less that of the reference, datum by datum"
-        yield "log_p", self.log_p, "bound on log p(x) less that of the reference, datum by datum"
-        yield "wins", self.wins, "proportion of data that are more probable than under the reference"
 
 
 def elbos(pair: Pair, x: Tensor, samples: int = 8, seed: int = 0) -> Tensor:
