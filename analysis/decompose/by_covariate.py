@@ -51,8 +51,8 @@ def by_group(
     if (groups := pair.groups(x)) is None or len(groups.unique()) < 2:
         return None
     others = None if train is None else pair.groups(train)
-    found, sizes = _apart(groups, x, labels, (train, others), take_apart, seed)
-    return pool(found, sizes, f"conditioned: q_agg(z | y) and I_q[x, z | y] within each of {len(found)} groups")
+    note = "conditioned: q_agg(z | y) and I_q[x, z | y] within each of {} groups"
+    return _pooled(groups, x, labels, (train, others), take_apart, seed, note)
 
 
 def settled(first: Draw, pair: Pair, x: Tensor) -> bool:
@@ -61,20 +61,16 @@ def settled(first: Draw, pair: Pair, x: Tensor) -> bool:
     Latents that no row has are dropped from the first draw. If sampled values decide what is masked (as in AIR), the
     latents concerned count as partial whatever the first draw shows, and the result is False.
     """
-    if not (masked := [name for name, latent in first.latents.items() if latent.present is not None]):
+    if not (masked := {name: z.present for name, z in first.latents.items() if z.present is not None}):
         return False
-    again = draw(pair, x).latents
-    moving = [n for n in masked if not _same(first.latents[n].present, again[n].present if n in again else None)]
+    again = {name: z.present for name, z in draw(pair, x).latents.items() if z.present is not None}
+    moving = [name for name, present in masked.items() if name not in again or not torch.equal(present, again[name])]
     for name in moving:
         first.latents[name].present = torch.arange(len(x), device=x.device)
-    for name in [] if moving else masked:
-        if (present := first.latents[name].present) is not None and not bool(present.any()):
+    for name, present in {} if moving else masked.items():
+        if not bool(present.any()):
             del first.latents[name]
     return not moving
-
-
-def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is not None and other is not None and torch.equal(one, other)
 
 
 def by_presence(
@@ -96,8 +92,8 @@ def by_presence(
         for name, latent in first.latents.items():
             if latent.present is not None and not _keeps(latent.present, mine, alone.get(name)):
                 return None
-    found, sizes = _apart(groups, x, labels, (None, None), take_apart, seed)
-    return pool(found, sizes, f"by the latents that rows have: q_agg and I_q within each of {len(found)} groups")
+    note = "by the latents that rows have: q_agg and I_q within each of {} groups"
+    return _pooled(groups, x, labels, (None, None), take_apart, seed, note)
 
 
 def _keeps(present: Tensor, mine: Tensor, alone: LatentDraw | None) -> bool:
@@ -108,33 +104,29 @@ def _keeps(present: Tensor, mine: Tensor, alone: LatentDraw | None) -> bool:
     return bool((want == present.max()).all()) if alone.present is None else torch.equal(alone.present, want)
 
 
-def _apart(
+def _pooled(
     groups: Tensor,
     x: Tensor,
     labels: Tensor | None,
     train: tuple[Tensor | None, Tensor | None],
     take_apart: Callable[..., Surgery],
     seed: int,
-) -> tuple[list[Surgery], list[int]]:
-    """Return the surgeries of all groups of rows, and their sizes; `train` are other rows and their groups."""
+    note: str,
+) -> Surgery:
+    """Return the means over groups of all terms, weighted by group size, with the errors of independent groups.
+
+    If only some groups have a lower and an upper bound, the estimates of the other groups serve as both; `train` are
+    other rows and their groups.
+    """
     others, other_groups = train
-    found, sizes = [], []
+    found, sizes = list[Surgery](), list[int]()
     for group in groups.unique().tolist():
         mine = groups == group
         same = None if others is None or other_groups is None else others[other_groups == group]
-        same = same if same is not None and len(same) else None
         own = seeds.mix(seed, seeds.ANALYSIS, GROUP_SEEDS + group)
         y = None if labels is None else labels[mine]
-        found.append(take_apart(x[mine], labels=y, train=same, seed=own))
+        found.append(take_apart(x[mine], labels=y, train=None if same is None or not len(same) else same, seed=own))
         sizes.append(int(mine.sum()))
-    return found, sizes
-
-
-def pool(found: Sequence[Surgery], sizes: Sequence[int], note: str) -> Surgery:
-    """Return the means over groups of all terms, weighted by group size, with the errors of independent groups.
-
-    If only some groups have a lower and an upper bound, the estimates of the other groups serve as both.
-    """
     names = dict.fromkeys(name for s in found for name in s.latents)
     latents = {name: _level([s.latents.get(name, ABSENT) for s in found], sizes) for name in names}
     told = dict.fromkeys(note for s in found for note in s.notes)
@@ -142,10 +134,8 @@ def pool(found: Sequence[Surgery], sizes: Sequence[int], note: str) -> Surgery:
     distinct = sum(len(s.classes) for s in found) == len(classes)
     figures = {name: _mean([getattr(s, name) for s in found], sizes) for name in POOLED_FIGURES}
     for bound, main in BOUNDS.items():
-        parts = [getattr(s, bound) for s in found]
-        if any(part is not None for part in parts):
-            stand_in = [getattr(s, main) if part is None else part for s, part in zip(found, parts, strict=True)]
-            figures[bound] = _mean(stand_in, sizes)
+        if any(getattr(s, bound) for s in found):
+            figures[bound] = _mean([getattr(s, bound) or getattr(s, main) for s in found], sizes)
     return replace(
         found[0],
         n=sum(sizes),
@@ -154,7 +144,7 @@ def pool(found: Sequence[Surgery], sizes: Sequence[int], note: str) -> Surgery:
         population=_population([s.population for s in found], sizes),
         classes=classes if distinct else {},
         label_information=None,
-        notes=(note, *told),
+        notes=(note.format(len(found)), *told),
     )
 
 
