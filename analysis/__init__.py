@@ -9,8 +9,8 @@ from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.bounds.calibration import Calibration, calibration
 from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import Gap, gap
-from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
 from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
+from pvae.analysis.bounds.weights import Evidence, PriorEvidence
 from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.decompose.surgery import Gain, gain, surgery

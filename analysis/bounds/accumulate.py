@@ -190,23 +190,19 @@ def accumulate_weights(
     def of(number: int) -> dict[str, Tensor]:
         chunk = x[number * rows : (number + 1) * rows]
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, number), x.device)
-        found = _of_chunk(chunk, samples, block // len(chunk), draw)
+        accumulator = Accumulator(samples, torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
+        blocks = -(-samples // (block // len(chunk)))
+        counts = [len(part) for part in torch.empty(samples).tensor_split(blocks)]  # as even as possible
+        for start in range(0, len(counts), BLOCKS_PER_SUM):
+            parts = [draw(chunk, count).reshape(count, len(chunk)) for count in counts[start : start + BLOCKS_PER_SUM]]
+            accumulator.push(torch.cat(parts))
         on_progress(number * rows + len(chunk), len(x))
-        return {name: value for name, value in vars(found).items() if name != "sizes"}
+        return {name: value for name, value in vars(accumulator.result()).items() if name != "sizes"}
 
     parts = group.dealt(-(-len(x) // rows), of)
     seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, len(parts)), x.device)
     columns = {name: torch.cat([part[name] for part in parts], -1) for name in parts[0]}
     return Accumulated(group_sizes(samples), **columns)
-
-
-def _of_chunk(x: Tensor, samples: int, most: int, draw: WeightSampler) -> Accumulated:
-    accumulator = Accumulator(samples, torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
-    counts = [len(part) for part in torch.empty(samples).tensor_split(-(-samples // most))]  # as even as possible
-    for start in range(0, len(counts), BLOCKS_PER_SUM):
-        blocks = [draw(x, count).reshape(count, len(x)) for count in counts[start : start + BLOCKS_PER_SUM]]
-        accumulator.push(torch.cat(blocks))
-    return accumulator.result()
 
 
 def block_size(x: Tensor) -> int:

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, same_globals
 from pvae.analysis.bounds.accumulate import accumulate_weights
-from pvae.analysis.bounds.lower_bounds import Evidence, PriorEvidence
-from pvae.analysis.bounds.weights import log_weights, one_by_one, side_by_side
+from pvae.analysis.bounds.weights import Evidence, PriorEvidence, log_weights, one_by_one, side_by_side
 from pvae.analysis.decompose.codes import log_evidence
 from pvae.analysis.figures.estimate import exact_mean, scaled
 from pvae.errors import DataError

@@ -21,8 +21,15 @@ from torch import Tensor
 
 from pvae.analysis.bounds.accumulate import Accumulator, block_size, group_sizes
 from pvae.analysis.bounds.evidence import evidence, prior_evidence
-from pvae.analysis.bounds.lower_bounds import PriorEvidence
-from pvae.analysis.bounds.weights import inverse_ess, khat_limit, log_mean, pareto_k, squared_error, tail_length
+from pvae.analysis.bounds.weights import (
+    PriorEvidence,
+    inverse_ess,
+    khat_limit,
+    log_mean,
+    pareto_k,
+    squared_error,
+    tail_length,
+)
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 

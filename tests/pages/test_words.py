@@ -10,7 +10,7 @@ import pytest
 from jinja2 import UndefinedError, meta, nodes
 
 from pvae.analysis.bounds.gap import Gap
-from pvae.analysis.bounds.lower_bounds import Evidence
+from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.collapse import CodeUse, LatentCollapse
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.pages.document import words

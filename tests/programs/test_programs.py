@@ -19,7 +19,7 @@ from pyro.poutine.guide import GuideMessenger
 
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.bounds.gap import gap
-from pvae.analysis.bounds.lower_bounds import Evidence
+from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.export.posterior import posterior
 from pvae.analysis.figures.estimate import Estimate

@@ -3,8 +3,7 @@
 import numpy as np
 
 from pvae.analysis.truths.linear import widened
-from pvae.analysis.truths.selfcheck import SelfCheck
-from pvae.analysis.truths.standard import digits
+from pvae.analysis.truths.selfcheck import SelfCheck, digits
 from pvae.analysis.truths.truth import Truth
 from tests.truths.members import wrong_guide
 

@@ -14,7 +14,7 @@ from scipy.stats import norm
 from torch import Tensor
 
 from pvae.analysis.truths import linear, structured, truth
-from pvae.analysis.truths.standard import digits, standard
+from pvae.analysis.truths.selfcheck import digits, standard
 from pvae.analysis.truths.structured import WITH_EVIDENCE
 from pvae.analysis.truths.truth import EVIDENCE_SAMPLES, EstimatorName, FloatArray, Programs, Truth, normal_nodes
 

@@ -14,7 +14,7 @@ from sklearn.decomposition import PCA
 
 from pvae.analysis import counterexamples
 from pvae.analysis.truths.counterexamples import Box, Diluted, FactorNormal, TrainingMixture
-from pvae.analysis.truths.standard import digits
+from pvae.analysis.truths.selfcheck import digits
 from pvae.data.dataset import Dataset, load
 from pvae.data.sources.collections import Digits
 from tests.cli_runner import run_cli, run_cli_json

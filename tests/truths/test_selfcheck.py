@@ -18,8 +18,7 @@ from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.aggregate.information import Information
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.truths.linear import linear_vae
-from pvae.analysis.truths.selfcheck import ESTIMATORS, FigureCheck, SelfCheck, selfcheck
-from pvae.analysis.truths.standard import standard
+from pvae.analysis.truths.selfcheck import ESTIMATORS, FigureCheck, SelfCheck, selfcheck, standard
 from tests.cli_runner import run_cli
 from tests.samples.models import refused
 from tests.truths.helpers import DIGITS, failures, wrong_line

@@ -18,8 +18,7 @@ from pvae.analysis import collapse, evidence
 from pvae.analysis.truths import linear as lin
 from pvae.analysis.truths import structured
 from pvae.analysis.truths import truth as integrals
-from pvae.analysis.truths.selfcheck import selfcheck
-from pvae.analysis.truths.standard import digits
+from pvae.analysis.truths.selfcheck import digits, selfcheck
 from pvae.analysis.truths.truth import Truth
 from pvae.data.dataset import load
 from pvae.data.sources.collections import FashionMNIST

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 from pvae.analysis.bounds.calibration import Calibration
-from pvae.analysis.bounds.lower_bounds import Evidence
 from pvae.analysis.bounds.ranks import LEVEL, RankTest
+from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.collapse import CodeUse, LatentCollapse
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.pages.plots import base

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pvae.analysis.bounds.lower_bounds import Bounds
+from pvae.analysis.bounds.weights import Bounds
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLUE, GREEN, GREY, RED, SERIES, nats, panels, plain, style, whole_numbers
 from pvae.analysis.population.result import Population

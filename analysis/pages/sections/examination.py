@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.bounds.evidence import evidence
-from pvae.analysis.bounds.lower_bounds import Evidence
+from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.collapse import Collapse, collapse
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery

@@ -11,7 +11,7 @@ import numpy as np
 
 from pvae.analysis.bounds import calibration as calibrate
 from pvae.analysis.bounds.gap import Gap, gap
-from pvae.analysis.bounds.lower_bounds import Evidence
+from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, Part, Picture, Sentence
