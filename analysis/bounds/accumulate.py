@@ -149,11 +149,6 @@ class Accumulator:
 
     def push(self, weights: Tensor) -> None:
         """Add log weights of some further samples, `(any number, rows)`, float64."""
-        self._keep(weights)
-        for level in self.levels:
-            weights = level.push(weights)
-
-    def _keep(self, weights: Tensor) -> None:
         doubled = (2 * weights).logsumexp(0)
         if not self.levels[0].moments.count:
             self.largest, self.doubled = weights[:0], doubled
@@ -161,6 +156,8 @@ class Accumulator:
             self.doubled = torch.logaddexp(self.doubled, doubled)
         candidates = torch.cat([self.largest, weights])
         self.largest = candidates.topk(min(self.kept, len(candidates)), 0).values
+        for level in self.levels:
+            weights = level.push(weights)
 
     def result(self) -> Accumulated:
         """Return bounds and diagnostics; to be called after the weights of all `samples` were pushed."""

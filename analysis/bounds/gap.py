@@ -151,7 +151,12 @@ def gap(
     plan = RefinePlan(steps, samples, evidence_samples, particles, seed, counter(steps * len(chunks), on_progress))
     with quiet(pair, x, seed):
         require_likelihood(pair, "gap")
-        draw = _sampler(pair, x)
+
+        def weights(x: Tensor, count: int) -> Tensor:
+            """Return log weights with a plate of particles or, where the pair accepts none, of one run."""
+            return log_weights(pair.terms(x, particles=count)).reshape(count, len(x))
+
+        draw = weights if pair.way_of_particles(x) == "plate" else one_by_one(weights)
         parts = group.dealt(len(chunks), lambda i: _measure(pair, chunks[i], draw, plan, i))
     return _assemble(parts, plan)
 
@@ -170,15 +175,6 @@ class RefinePlan:
     def set_noise(self, chunk: int, stream: int, x: Tensor) -> None:
         """Seed the random number generator for one chunk of rows and one noise stream (`OPTIMISE` and so on)."""
         seeds.set_noise(seeds.mix(self.seed, seeds.ANALYSIS, 4 * chunk + stream), x.device)
-
-
-def _sampler(pair: Pair, x: Tensor) -> WeightSampler:
-    """Return a sampler of log weights with a plate of particles or, where the pair accepts none, one run per sample."""
-
-    def weights(x: Tensor, count: int) -> Tensor:
-        return log_weights(pair.terms(x, particles=count)).reshape(count, len(x))
-
-    return weights if pair.way_of_particles(x) == "plate" else one_by_one(weights)
 
 
 def _blocks(x: Tensor, samples: int) -> list[int]:

@@ -30,13 +30,9 @@ def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[Array, Arr
     """
     mine = [row for row in rows if row.get("split") == split]
     found = [(row.get("epoch"), row.get(key, row.get(JOINT.get(key, key)))) for row in mine]
-    pairs = [pair for pair in found if all(map(_is_number, pair))]
+    pairs = [pair for pair in found if all(type(v) in (int, float) and math.isfinite(v) for v in pair)]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def curve(axes: Axes, rows: Sequence[MetricsRow], split: str, key: str, **look: Any) -> tuple[Array, Array]:

@@ -14,7 +14,7 @@ from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.figures.estimate import merged
-from pvae.analysis.pages.document.blocks import Note, Part, Picture, Sentence
+from pvae.analysis.pages.document.blocks import Note, Part, Sentence
 from pvae.analysis.pages.document.words import alert, nats, picture, section, table, table_of, text, tile, typeset
 from pvae.analysis.pages.plots import bars, clouds, curves, pictures
 from pvae.analysis.pages.plots.base import array
@@ -187,8 +187,11 @@ SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal
 @section("surgery", scored=True)
 def anatomy(exam: Examination) -> Iterator[Part]:
     """Yield waterfall chart and table of the ELBO surgery; nothing for a model without a likelihood."""
-    s = exam.held
-    yield _waterfall(exam)
+    s, gaps = exam.held, bars.inference_steps(exam.held, exam.evidence)
+    panels = bars.waterfall_steps(s, gaps)
+    steps = "; ".join(f"{step.label} {step.figure}" for steps in panels[:2] for step in steps)
+    made, of = bars.waterfall(panels), exam.evidence_rows
+    yield picture("surgery.waterfall", made, split=exam.split, steps=steps, gaps=gaps, rows=of, surgery=s)
     rows = merged(exam.surgeries)
     samples = "; ".join(f"{split}: {exam.rows[split].note}, {s.samples} samples" for split, s in exam.surgeries.items())
     strong = tuple(i for i, row in enumerate(rows) if row[0] == "elbo")
@@ -233,11 +236,3 @@ def on_prior(s: Surgery) -> Iterator[str]:
         yield text("surgery.no_support")
     elif s.train_gain is not None and abs(gain := s.train_gain.value) >= SHOWN_NATS:
         yield text("surgery.as_prior", gain=gain)
-
-
-def _waterfall(exam: Examination) -> Picture:
-    found, gaps = exam.held, bars.inference_steps(exam.held, exam.evidence)
-    panels = bars.waterfall_steps(found, gaps)
-    steps = "; ".join(f"{step.label} {step.figure}" for steps in panels[:2] for step in steps)
-    made, rows = bars.waterfall(panels), exam.evidence_rows
-    return picture("surgery.waterfall", made, split=exam.split, steps=steps, gaps=gaps, rows=rows, surgery=found)

@@ -23,9 +23,15 @@ def training(exam: Examination) -> Iterator[Part]:
     if not exam.metrics:
         yield Note(text("training.no_metrics"))
     elif exam.implicit:
-        yield _duel(exam)
+        epochs, values = curves.series(exam.metrics, "validation", "two_sample")
+        end = (int(epochs[-1]), values[-1]) if len(values) else None
+        yield picture("training.gan.training", curves.duel(exam.metrics), end=end)
     else:
-        yield _elbo(exam)
+        figure, total = str(exam.run.files.manifest.get("figure", "elbo")), exam.held.total_name
+        epochs, values = curves.series(exam.metrics, "validation", figure)
+        best = (values.max(), int(epochs[values.argmax()])) if len(values) else None
+        made = curves.training(exam.metrics, [*exam.collapse.latents, *exam.pair.layout.shared], figure, total)
+        yield picture("training", made, total=total, figure=named(figure), best=best)
         if any(row.get("split") == "analysis" for row in exam.metrics):
             watched = exam.run.plan.analysis
             yield picture("training.information_over_epochs", curves.history(exam.metrics), watched=watched)
@@ -41,21 +47,6 @@ def training(exam: Examination) -> Iterator[Part]:
     for said in dict.fromkeys(said for kind, said in told if kind == "alert" and not MEASURED.search(said)):
         yield Sentence(said, True)
     yield {"metrics": exam.metrics, "events": [list(event) for event in told]}
-
-
-def _elbo(exam: Examination) -> Part:
-    figure = str(exam.run.files.manifest.get("figure", "elbo"))
-    epochs, values = curves.series(exam.metrics, "validation", figure)
-    best = (values.max(), int(epochs[values.argmax()])) if len(values) else None
-    total = exam.held.total_name
-    made = curves.training(exam.metrics, [*exam.collapse.latents, *exam.pair.layout.shared], figure, total)
-    return picture("training", made, total=total, figure=named(figure), best=best)
-
-
-def _duel(exam: Examination) -> Part:
-    epochs, values = curves.series(exam.metrics, "validation", "two_sample")
-    end = (int(epochs[-1]), values[-1]) if len(values) else None
-    return picture("training.gan.training", curves.duel(exam.metrics), end=end)
 
 
 @section("declaration", is_appendix=True)
