@@ -1,4 +1,7 @@
-"""ELBO surgery of a model conditioned on covariates y: the mean of the surgeries of all groups of rows with equal y."""
+"""ELBO surgery of a model conditioned on covariates y: the mean of the surgeries of all groups of rows with equal y.
+
+And of rows that have other latents or, in a model written by hand, other priors.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -8,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.analysis.population.result import Population
+from pvae.pair.layout import Layout, samples
 from pvae.pair.pair import Pair
 from pvae.util import seeds
 
@@ -31,6 +36,8 @@ NOTHING = exact(0.0)
 ABSENT = LatentSurgery(NOTHING, NOTHING, NOTHING, NOTHING, None, None)
 """Surgery of a latent in a group of rows that lack it."""
 LEVEL_FIGURES = ("kl", "kl_exact", "mutual_information", "marginal_kl")
+SAME = 1e-4
+"""Largest difference between rows, relative to 1 + size, of the log prior density of one value."""
 
 
 def by_group(
@@ -188,3 +195,48 @@ def _level(parts: Sequence[LatentSurgery], sizes: Sequence[int]) -> LatentSurger
         rows = zip(*columns, strict=True)
         per_dimension = tuple(sum(n * v for n, v in zip(sizes, row, strict=True)) / sum(sizes) for row in rows)
     return LatentSurgery(**figures, kl_per_dimension=per_dimension, active_units=None)
+
+
+# ---------------------------------------------------------------------- priors by row
+
+
+def priors_by_row(pair: Pair, x: Tensor) -> frozenset[str]:
+    """Return the latents whose prior p(z | parents) differs between rows where all latents have the same values.
+
+    Their aggregated posterior has no one prior to be compared with. The model is run on all rows, with the latents of
+    every row set to those of the first; call it in `quiet`. Empty for a declared pair, whose covariates are known.
+    """
+    if pair.declared or not pair.layout.latents or pair.layout.enumerated:
+        return frozenset()
+    found: set[str] = set()
+    with same_globals(pair, x):
+        guide, model = (samples(trace) for trace in pair.traces(pair.structure.few(x)))
+        nodes = {
+            n: node for n, node in {**model, **guide}.items() if pair.layout.holds(node) and not node["is_observed"]
+        }
+        first: dict[str, Tensor] = {}
+        for part in x.split(pair.structure.rows_at_once()):
+            values = {name: _first_row(node, pair.layout, len(part)) for name, node in nodes.items()}
+            sites = samples(pair.model_trace(part, values))
+            for name in values.keys() & sites.keys():
+                scores = _by_row(sites[name], pair.layout, len(part))
+                one = first.setdefault(name, scores[:1])
+                if one.shape[1:] != scores.shape[1:] or bool(((scores - one).abs() > SAME * (1 + one.abs())).any()):
+                    found.add(name)
+    return frozenset(found)
+
+
+def _first_row(node: Any, layout: Layout, rows: int) -> Tensor:
+    """Return the value of a site in the first row, repeated for a number of rows."""
+    value = node["value"]
+    axis = value.dim() - len(node["fn"].event_shape) + layout.dim
+    shape = [*value.shape]
+    shape[axis] = rows
+    return value.narrow(axis, 0, 1).expand(shape)
+
+
+def _by_row(node: Any, layout: Layout, rows: int) -> Tensor:
+    """Return the unmasked log density of a site by row, `(rows, other plates)`, float64."""
+    if (score := node["fn"].log_prob(node["value"]).double()).dim() < -layout.dim:
+        return score.reshape(1, -1)
+    return torch.nan_to_num(score.movedim(layout.dim, 0).flatten(1) if score.dim() > 1 else score[:, None])

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
 from pvae.analysis.aggregate.entry import same_globals
-from pvae.analysis.decompose.by_row import joined_presence, presence
 from pvae.analysis.decompose.codes import codes_kl
 from pvae.distributions.exact import log_density
 from pvae.distributions.exponential import FullRankNormals, Members, Normals
@@ -18,7 +17,7 @@ from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
 from pvae.errors import DataError
 from pvae.pair import densities as traces
 from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally
-from pvae.pair.densities import closed_kl, full_size, log_prob, rows_first, sum_over
+from pvae.pair.densities import closed_kl, full_size, log_prob, presence, rows_first, sum_over
 from pvae.pair.enumeration import JointStates, eliminated, read_joint_states
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
@@ -312,8 +311,13 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
     out: dict[str, Any] = {}
     for f in fields(LatentDraw):
         column = [getattr(part, f.name) for part in parts]
-        if f.name == "present":
-            out[f.name] = joined_presence([(part.present, len(part.log_q)) for part in parts], parts[0].log_q.device)
+        if f.name == "present" and any(present is not None for present in column):
+            # Where a chunk has no mask, all elements are present.
+            all_of = max(1, *(int(present.max()) for present in column if present is not None))
+            ones = [torch.full_like(part.log_q, all_of, dtype=torch.int64) for part in parts]
+            out[f.name] = torch.cat(
+                [one if p.present is None else p.present for p, one in zip(parts, ones, strict=True)]
+            )
         elif f.name in ("point", "tally", "prior"):
             out[f.name] = column[0]
         elif any(part is None for part in column) or f.name == "normal":

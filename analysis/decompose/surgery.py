@@ -13,8 +13,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.aggregated import MEMORY
 from pvae.analysis.aggregate.entry import accept, quiet, require_room
 from pvae.analysis.decompose.account import Account
-from pvae.analysis.decompose.by_covariate import by_group, by_presence, settled
-from pvae.analysis.decompose.by_row import priors_by_row
+from pvae.analysis.decompose.by_covariate import by_group, by_presence, priors_by_row, settled
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery, side_by_side
 from pvae.analysis.decompose.surgery_figures import Asked, close, on_new_data

@@ -141,6 +141,22 @@ def masks_of(node: Mapping[str, Any]) -> list[Tensor]:
     return found
 
 
+def presence(q: Any, p: Any, layout: Layout, n: int) -> Tensor | None:
+    """Return an integer per row that tells which elements of a site no mask hides; None where there is no mask."""
+    if not (masks := [mask for node in (q, p) if node is not None for mask in masks_of(node)]):
+        return None
+    fn = q["fn"]
+    shown = torch.ones((*fn.batch_shape, *fn.event_shape), dtype=torch.bool, device=q["value"].device)
+    for mask in masks:
+        shown = shown & mask.to(shown)
+    shown = shown.flatten(len(fn.batch_shape)) if fn.event_shape else shown[..., None]
+    shown = shown.movedim(-1, 0)  # the elements first, so that the data plate stays where it is from the right
+    first = shown.movedim(layout.dim, 0)
+    rows = first.expand(n, *first.shape[1:]).reshape(n, -1)
+    weights = torch.randint(1, 2**40, rows.shape[1:], generator=torch.Generator().manual_seed(0))
+    return (rows * weights.to(rows.device)).sum(1)
+
+
 def _weighed(value: Tensor, scale: Any, mask: Any) -> Tensor:
     """Return a value scaled and masked; skips `scale_and_mask` if both are trivial, as this runs every step."""
     return value if mask is None and scale.__class__ is float and scale == 1.0 else scale_and_mask(value, scale, mask)
