@@ -315,9 +315,7 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
             # Where a chunk has no mask, all elements are present.
             all_of = max(1, *(int(present.max()) for present in column if present is not None))
             ones = [torch.full_like(part.log_q, all_of, dtype=torch.int64) for part in parts]
-            out[f.name] = torch.cat(
-                [one if p.present is None else p.present for p, one in zip(parts, ones, strict=True)]
-            )
+            out[f.name] = torch.cat([one if own is None else own for own, one in zip(column, ones, strict=True)])
         elif f.name in ("point", "tally", "prior"):
             out[f.name] = column[0]
         elif any(part is None for part in column) or f.name == "normal":
