@@ -1,6 +1,7 @@
 """Start and target densities of annealed importance sampling, as functions of latents in unconstrained space."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ from pvae.pair.pair import Pair
 from pvae.pair.running import PARTICLES
 
 Start = Literal["guide", "prior"]
-ProgramRunner = Callable[[Callable[..., Any], "dict[str, Tensor]", int], Trace]
 
 
 @dataclass(frozen=True)
@@ -106,45 +106,41 @@ class Target:
         if plan.start == "guide":
             _check_guide(plan, model, _unseen(pair.guide_trace(x)))
         self.sizes = [coordinate.free.numel for coordinate in self.coordinates]
-        self.runner: ProgramRunner = self._side_by_side
-        self.runner = self._choose_runner()
+        self.stacked = False
+        self.stacked = self._stacks()
 
     # -- running the programs for (chains, n) states
 
-    def _stacked(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
-        """Run guide or model with the chains along a plate of their own, to the left of all other plates."""
-        nesting = self.layout.nesting
+    def _run(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
+        """Run guide or model with the chains along a plate of their own, to the left of all other plates.
+
+        For pairs that accept no further plate the chains are further rows of the batch.
+        """
+        x, nesting = self.x, self.layout.nesting
+        if not self.stacked:
+            x, flat = x.repeat(count, *(1,) * (x.dim() - 1)), {name: t.flatten(0, 1) for name, t in flat.items()}
         data = {c.name: c.value.spread(flat[c.name], nesting) for c in self.coordinates if c.name in flat}
-        with pyro.plate(PARTICLES, count, dim=-1 - nesting):
-            return self._trace(program, self.x, data)
+        with pyro.plate(PARTICLES, count, dim=-1 - nesting) if self.stacked else nullcontext():
+            return self.pair.guide_trace(x, data) if program is self.pair.guide else self.pair.model_trace(x, data)
 
-    def _side_by_side(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
-        """Run guide or model with the chains as further rows of the batch, for pairs that accept no further plate."""
-        data = {c.name: c.value.spread(flat[c.name].flatten(0, 1)) for c in self.coordinates if c.name in flat}
-        return self._trace(program, self.x.repeat(count, *(1,) * (self.x.dim() - 1)), data)
-
-    def _trace(self, program: Callable[..., Any], x: Tensor, data: dict[str, Tensor]) -> Trace:
-        return self.pair.guide_trace(x, data) if program is self.pair.guide else self.pair.model_trace(x, data)
-
-    def _choose_runner(self) -> ProgramRunner:
-        """Return `_stacked` if it gives the densities of single chains, else `_side_by_side`.
+    def _stacks(self) -> bool:
+        """Return True if a plate of chains gives the densities of single chains.
 
         A hand-written guide or model that reshapes its inputs may fail under a further plate, or sum over it.
         """
         single = [self.draw(1) for _ in range(3)]
         base, joint = torch.cat([p.base for p in single]), torch.cat([p.joint for p in single])
-        self.runner = self._stacked
+        self.stacked = True
         try:
             stacked = self.at(torch.cat([p.u for p in single]))
         except Exception:  # whatever a program raises under a further plate
-            return self._side_by_side
-        same = stacked.joint.shape == joint.shape and _close(stacked.joint, joint) and _close(stacked.base, base)
-        return self._stacked if same else self._side_by_side
+            return False
+        return stacked.joint.shape == joint.shape and _close(stacked.joint, joint) and _close(stacked.base, base)
 
     def _score(self, trace: Trace, names: Sequence[str], count: int) -> Tensor:
         """Return the summed log density of some sites of a trace, `(count, n)`, float64."""
         nodes = [trace.nodes[name] for name in names if name in trace.nodes]  # a batch may lack some
-        if self.runner == self._stacked:
+        if self.stacked:
             return sum_over([log_prob(node, self.layout, count).double() for node in nodes])
         parts = [log_prob(node, self.layout, 0).double() for node in nodes]
         return sum_over(parts).reshape(count, len(self.x))
@@ -167,12 +163,12 @@ class Target:
         """Return the log densities at unconstrained latents `(chains, n, D)`; differentiable."""
         values, jacobian = self._constrained(u)
         count, names = len(u), [c.name for c in self.coordinates]
-        model = self.runner(self.pair.model, values, count)
+        model = self._run(self.pair.model, values, count)
         prior = self._score(model, names, count)
         joint = prior + self._score(model, self.layout.observed, count)
         base = prior
         if self.start == "guide":
-            base = self._score(self.runner(self.pair.guide, values, count), names, count)
+            base = self._score(self._run(self.pair.guide, values, count), names, count)
         return States(u, base + jacobian, joint + jacobian)
 
     def slope(self, u: Tensor, beta: float) -> tuple[States, Tensor]:
@@ -193,7 +189,7 @@ class Target:
     def draw(self, count: int) -> States:
         """Sample from p0 exactly, `count` chains of every datum."""
         program = self.pair.guide if self.start == "guide" else self.pair.model
-        sites = samples(self.runner(program, {}, count))
+        sites = samples(self._run(program, {}, count))
         return self.at(torch.cat([self._free(c, sites[c.name]["value"], count) for c in self.coordinates], -1))
 
     def given(self, values: dict[str, Tensor], count: int) -> States:
@@ -203,8 +199,8 @@ class Target:
 
     def _free(self, c: Coordinate, value: Tensor, count: int) -> Tensor:
         """Map a value with its chains, stacked or side by side, to unconstrained space, `(count, n, numel)`."""
-        rows = len(self.x) if self.runner == self._stacked else count * len(self.x)
-        lead = count if self.runner == self._stacked else 1
+        rows = len(self.x) if self.stacked else count * len(self.x)
+        lead = count if self.stacked else 1
         stacked = value.reshape(lead, *c.value.left, rows, *c.value.right).movedim(1 + len(c.value.left), 1)
         flat = stacked.reshape(count, len(self.x), -1)
         return _gather(c.transform.inv(c.value.spread(flat, self.layout.nesting)), c.free)

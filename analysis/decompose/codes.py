@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pvae.distributions.codes import MAX_STATES
 from pvae.distributions.exponential_codes import CertainCodes, Codes
-from pvae.pair.code_usage import Tally, entropy_of
 from pvae.pair.densities import is_masked, log_prob, members, sum_over
 from pvae.pair.layout import SiteShape, samples
 from pvae.pair.pair import Pair
@@ -48,20 +47,6 @@ def duplicates(table: Tensor) -> Tensor:
         apart[torch.arange(len(apart)), torch.arange(start, start + len(apart))] = torch.inf
         nearest.append(apart.amin(1))
     return (torch.cat(nearest) <= DUPLICATE_DISTANCE * typical).nonzero()[:, 0]
-
-
-def position_information(found: Tally) -> Tensor:
-    """Return the mutual information I_q[x, c_p] of every grid position, `(P,)`, nats, exact."""
-    return entropy_of(found.share) - found.entropy / found.n
-
-
-def position_marginal_kl(found: Tally, log_prior: Tensor) -> Tensor:
-    """Return the marginal KL(q_agg(c_p) || p(c_p)) of every grid position, `(P,)`, nats, exact.
-
-    The prior is given as `log_prior`, log p(c_p = k), `(P, K)`.
-    """
-    share = found.share
-    return (share * (share.clamp(min=torch.finfo(share.dtype).tiny).log() - log_prior)).sum(-1)
 
 
 def joint_codes(q: Callable[[], Iterable[Sequence[Codes]]], priors: Sequence[Tensor]) -> JointCodes | None:

@@ -9,12 +9,11 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.components import row_hash
 from pvae.analysis.decompose.account import Account, LevelTerms, Scored
-from pvae.analysis.decompose.codes import position_information, position_marginal_kl
 from pvae.analysis.decompose.collapse import active_units
 from pvae.analysis.decompose.result import Dimensions, LatentSurgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws
 from pvae.distributions.exponential_codes import Codes
-from pvae.pair.code_usage import Tally, perplexity
+from pvae.pair.code_usage import Tally, entropy_of, perplexity
 
 
 def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Any]:
@@ -160,10 +159,13 @@ def _of_codes(found: Tally, log_prior: Tensor | None, information: Estimate, joi
     """Return exact mutual information and marginal KL of every grid position, and the total correlation.
 
     If positions are independent under the posterior, the total correlation is the sum of their mutual informations
-    minus the joint one. Else it is the `joint` marginal KL minus the sum of the positions' marginal KLs.
+    minus the joint one. Else it is the `joint` marginal KL minus the sum of the positions' marginal KLs. The prior is
+    given as `log_prior`, log p(c_p = k), `(P, K)`.
     """
-    by_position = position_information(found)
-    marginal = None if log_prior is None else position_marginal_kl(found, log_prior)
+    share, marginal = found.share, None
+    by_position = entropy_of(share) - found.entropy / found.n
+    if log_prior is not None:
+        marginal = (share * (share.clamp(min=torch.finfo(share.dtype).tiny).log() - log_prior)).sum(-1)
     total = float(by_position.sum()) - information.value
     if joint is not None:
         total = math.nan if marginal is None else joint.value - float(marginal.sum())

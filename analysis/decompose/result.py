@@ -11,6 +11,8 @@ from rich.text import Text
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, scaled
 from pvae.analysis.population.result import ON_NEW_DATA, Population
 
+SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
+
 
 @dataclass(frozen=True)
 class Dimensions:
@@ -248,12 +250,11 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
 
 def class_table(found: Surgery, split: str, names: Sequence[str] | None = None) -> Table:
     """Return a table of the terms by class label, one row per label; `names` are the names of the classes."""
-    terms = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
     table = Table(title=Text(f"by label of {split}, nats per datum (n = {found.n})"))
-    for column in ("label", "n", *terms):
+    for column in ("label", "n", *SURGERY_TERMS):
         table.add_column(column, justify="left" if column == "label" else "right", no_wrap=True)
     for label, c in found.classes.items():
         shown = names[label] if names and 0 <= label < len(names) else str(label)
-        figures = [getattr(c, term) for term in terms]
+        figures = [getattr(c, term) for term in SURGERY_TERMS]
         table.add_row(Text(shown), str(c.n), *("" if e is None else f"{e.value:.4f}" for e in figures))
     return table

@@ -15,7 +15,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_room
 from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.by_covariate import by_group, by_presence, priors_by_row, settled
 from pvae.analysis.decompose.posterior_draws import Draw, draw
-from pvae.analysis.decompose.result import Surgery, side_by_side
+from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery, side_by_side
 from pvae.analysis.decompose.surgery_figures import Asked, close, on_new_data
 from pvae.analysis.figures.estimate import Estimate, over_draws
 from pvae.analysis.population.result import Population
@@ -29,7 +29,7 @@ from pvae.util.files import plain
 
 CLASSES_AT_MOST = 1000
 """Largest number of distinct class labels that `surgery` accepts."""
-RECORDED = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl", "total_correlation", "coordinate_kl")
+RECORDED = (*SURGERY_TERMS, "total_correlation", "coordinate_kl")
 """Terms of a surgery that `record` returns as metrics."""
 
 

@@ -259,10 +259,9 @@ def on_new_data(account: Account, train: Tensor | None, asked: Asked) -> Populat
 def of_model(account: Account) -> NewRows:
     """Return rows that the model makes, more than there are data, with one sample of their latents."""
     pair, n = account.pair, min(4 * len(account.x), max(len(account.x), MODEL_ROWS))
-    like, made = account.x[torch.arange(n) % len(account.x)], []
+    like = account.x[torch.arange(n) % len(account.x)]
     with quiet(pair, like, seeds.mix(account.seed, seeds.ANALYSIS, MODEL_NOISE)):
-        for part in like.split(pair.structure.rows_at_once()):
-            made.append(simulated(pair, part, "population: model")[0])
+        made = [simulated(pair, part, "population: model")[0] for part in like.split(pair.structure.rows_at_once())]
     return _drawn(account, torch.cat(made), TRAIN_NOISE)
 
 

@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pvae.analysis.bounds.evidence import evidence
+from pvae.analysis.decompose.result import SURGERY_TERMS
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import cell
 from pvae.analysis.pages.document.words import text
-from pvae.analysis.pages.sections.fit import SURGERY_TERMS
 from pvae.analysis.samples.features import affordable
 from pvae.errors import CheckpointError, DataError
 from pvae.runs import checkpoint

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from pvae import Run
 from pvae.analysis import evidence, surgery
-from pvae.analysis.pages.sections.fit import SURGERY_TERMS
+from pvae.analysis.decompose.result import SURGERY_TERMS
 from pvae.analysis.samples.quality import sample_quality
 from pvae.training.launch import pick_device
 from pvae.util.seeds import subset

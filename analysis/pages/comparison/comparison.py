@@ -11,11 +11,11 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.bounds.rate_distortion import named, require_alike
 from pvae.analysis.decompose.posterior_draws import draw
+from pvae.analysis.decompose.result import SURGERY_TERMS
 from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, proportion
 from pvae.analysis.pages.document.document import Stages
 from pvae.analysis.pages.document.words import Value
 from pvae.analysis.pages.sections.examination import Examination, draws
-from pvae.analysis.pages.sections.fit import SURGERY_TERMS
 from pvae.analysis.pages.sections.samples import measure
 from pvae.analysis.samples.quality import SampleQuality
 from pvae.errors import DataError

@@ -12,7 +12,7 @@ import numpy as np
 from pvae.analysis.bounds import calibration as calibrate
 from pvae.analysis.bounds.gap import Gap, gap
 from pvae.analysis.bounds.weights import Evidence
-from pvae.analysis.decompose.result import Surgery
+from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, Part, Sentence
 from pvae.analysis.pages.document.words import alert, nats, picture, section, table, table_of, text, tile, typeset
@@ -181,7 +181,6 @@ SATURATED = 0.9
 """Ratio of I_q[x, z] to log n above which the report says that the number of rows n limits I_q[x, z]."""
 LISTED_LABELS = 50
 """Largest number of labels for which the surgery of each is listed in a table."""
-SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
 
 
 @section("surgery", scored=True)
