@@ -70,6 +70,17 @@ def require_room(pair: Pair, caller: str, data: int, numbers: float, what: str) 
     require_memory(8 * (data * row + numbers), caller, what, "Ask for fewer.")
 
 
+def require_counts(caller: str, **counts: int) -> None:
+    """Refuse settings of an analysis that are below one.
+
+    Raises:
+        DataError: the message names the first of them.
+    """
+    for name, count in counts.items():
+        if count < 1:
+            raise DataError(f"{caller}: expected {name} of at least 1; got {count}.")
+
+
 def require_likelihood(pair: Pair, caller: str) -> None:
     """Refuse a pair in which z determines x, as in a flow: log p(x | z) is defined only at the guide's own z.
 

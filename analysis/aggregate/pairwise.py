@@ -48,8 +48,7 @@ class GuideRuns(Components):
         self.columns = min(COMPONENTS_AT_ONCE, self.pairs)
         asked = f"a plate of particles over {', '.join(self.latents)} in the guide"
         with quiet(pair, x, 0):
-            self.dtypes, takes = pair.remember(asked, (x.dtype, str(x.device)), self._takes_particles)
-        self.score = self._with_particles if takes else self._tiled
+            self.dtypes, self.stacked = pair.remember(asked, (x.dtype, str(x.device)), self._takes_particles)
 
     def _takes_particles(self) -> tuple[dict[str, torch.dtype], bool]:
         """Return the dtype of every latent, and True if a plate of particles gives the densities of repeated rows."""
@@ -60,27 +59,27 @@ class GuideRuns(Components):
         flat = torch.cat([self.shapes[name].flatten(value).double() for name, value in values.items()], 1)
         flat = flat.repeat(3, 1)[: len(x) + 1]  # another number of particles than rows
         try:
-            got = self._with_particles(flat, x)
+            got = self.score(flat, x, stacked=True)
         except Exception:  # whatever a program raises under a further plate
             return self.dtypes, False
-        want = self._tiled(flat, x)
+        want = self.score(flat, x, stacked=False)
         same = got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3, equal_nan=True)
         return self.dtypes, same
 
     def __len__(self) -> int:
         return len(self.x)
 
-    def _with_particles(self, value: Tensor, x: Tensor) -> Tensor:
-        """Return log q of `(k, D)` values under `(c, *event)` rows, `(k, c)`, with the values as particles."""
-        k, c, layout = len(value), len(x), self.pair.layout
-        with pyro.plate(PARTICLES, k, dim=-1 - layout.nesting):
-            return self._scores(value[:, None].expand(k, c, -1), x, k, layout.nesting).reshape(k, c)
+    def score(self, value: Tensor, x: Tensor, *, stacked: bool) -> Tensor:
+        """Return log q of `(k, D)` values under `(c, *event)` rows, `(k, c)`.
 
-    def _tiled(self, value: Tensor, x: Tensor) -> Tensor:
-        """Return log q of `(k, D)` values under `(c, *event)` rows, `(k, c)`, with every pair as a row of one batch."""
-        k, c = len(value), len(x)
-        tiled = x.repeat(k, *(1,) * (x.dim() - 1))
-        return self._scores(value.repeat_interleave(c, 0), tiled).reshape(k, c)
+        The values are particles if `stacked`; else every pair is a row of one batch.
+        """
+        k, c, nesting = len(value), len(x), self.pair.layout.nesting
+        if not stacked:
+            tiled = x.repeat(k, *(1,) * (x.dim() - 1))
+            return self._scores(value.repeat_interleave(c, 0), tiled).reshape(k, c)
+        with pyro.plate(PARTICLES, k, dim=-1 - nesting):
+            return self._scores(value[:, None].expand(k, c, -1), x, k, nesting).reshape(k, c)
 
     def _scores(self, value: Tensor, x: Tensor, particles: int = 0, nesting: int = 0) -> Tensor:
         """Return the sum of log q of all latents per row, with the guide conditioned on flat values `(..., D)`."""
@@ -102,7 +101,7 @@ class GuideRuns(Components):
                 x, step = self.x[part], max(1, self.pairs // len(part))
                 for at in sums.mine(range(0, len(value), step)):
                     block = slice(at, at + step)
-                    scores = self.score(value[block], x).clamp(min=LOG_ZERO)
+                    scores = self.score(value[block], x, stacked=self.stacked).clamp(min=LOG_ZERO)
                     if skip is not None:
                         scores = scores.masked_fill(skip[block, None] == part, LOG_ZERO)
                     sums.add(scores, block)

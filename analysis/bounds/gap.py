@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood
+from pvae.analysis.aggregate.entry import accept, quiet, require_counts, require_likelihood
 from pvae.analysis.bounds.accumulate import Accumulator
 from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
@@ -137,10 +137,7 @@ def gap(
         >>> abs(found.inference.value - found.approximation.value - found.amortisation.value) < 1e-9
         True
     """
-    counts = {"steps": steps, "samples": samples, "evidence_samples": evidence_samples, "particles": particles}
-    for name, count in counts.items():
-        if count < 1:
-            raise DataError(f"gap: expected {name} of at least 1; got {count}.")
+    require_counts("gap", steps=steps, samples=samples, evidence_samples=evidence_samples, particles=particles)
     x = accept(pair, x)
     if names := ", ".join(pair.layout.shared):
         raise DataError(f"gap: expected latents of single data only; got global {names}.")

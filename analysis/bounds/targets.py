@@ -11,7 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Transform, biject_to
 
-from pvae.analysis.aggregate.entry import require_room
+from pvae.analysis.aggregate.entry import require_counts, require_room
 from pvae.errors import DataError
 from pvae.pair.densities import log_prob, sum_over
 from pvae.pair.layout import Layout, SiteShape, samples, site_shape, unwrapped
@@ -38,9 +38,7 @@ class AnnealingPlan:
 
     def check(self, pair: Pair, rows: int) -> None:
         """Refuse counts below one or too large for memory, an unknown start, latents that are global or summed out."""
-        for name in ("temperatures", "chains", "leapfrog"):
-            if getattr(self, name) < 1:
-                raise DataError(f"{self.caller}: expected {name} of at least 1; got {getattr(self, name)}.")
+        require_counts(self.caller, temperatures=self.temperatures, chains=self.chains, leapfrog=self.leapfrog)
         told = f"{self.chains:,} chains for each of {rows:,} rows, {self.temperatures:,} temperatures"
         require_room(pair, self.caller, rows + 4 * self.chains, rows * self.chains + 50 * self.temperatures, told)
         if self.start not in ("guide", "prior"):

@@ -242,8 +242,7 @@ class Figures:
             table.add_row(Text(name), f"{e.value:.4f}", error, e.label.removesuffix(f", {CONSERVATIVE}"), Text(meaning))
         return table
 
-    def __rich__(self) -> Table:
-        return self.table()
+    __rich__ = table
 
     def __repr__(self) -> str:
         return str(self)
