@@ -29,7 +29,7 @@ def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[Array, Arr
     Where the guide sets a latent to a point, `elbo` is the log joint, as earlier versions named it.
     """
     mine = [row for row in rows if row.get("split") == split]
-    found = [(row.get("epoch"), row.get(key, row.get(JOINT.get(key, key)))) for row in mine]
+    found: list[tuple[Any, Any]] = [(row.get("epoch"), row.get(key, row.get(JOINT.get(key, key)))) for row in mine]
     pairs = [pair for pair in found if all(type(v) in (int, float) and math.isfinite(v) for v in pair)]
     table = np.array(pairs, dtype=np.float64).reshape(-1, 2)
     return table[:, 0], table[:, 1]

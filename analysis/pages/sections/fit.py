@@ -15,9 +15,9 @@ from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, Part, Sentence
-from pvae.analysis.pages.document.words import alert, nats, picture, section, table, table_of, text, tile, typeset
+from pvae.analysis.pages.document.words import alert, picture, section, table, table_of, text, tile, typeset
 from pvae.analysis.pages.plots import bars, clouds, curves, pictures
-from pvae.analysis.pages.plots.base import array
+from pvae.analysis.pages.plots.base import array, nats
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
 

@@ -23,13 +23,13 @@ def training(exam: Examination) -> Iterator[Part]:
     if not exam.metrics:
         yield Note(text("training.no_metrics"))
     elif exam.implicit:
-        epochs, values = curves.series(exam.metrics, "validation", "two_sample")
-        end = (int(epochs[-1]), values[-1]) if len(values) else None
+        at, values = curves.series(exam.metrics, "validation", "two_sample")
+        end = (int(at[-1]), values[-1]) if len(values) else None
         yield picture("training.gan.training", curves.duel(exam.metrics), end=end)
     else:
         figure, total = str(exam.run.files.manifest.get("figure", "elbo")), exam.held.total_name
-        epochs, values = curves.series(exam.metrics, "validation", figure)
-        best = (values.max(), int(epochs[values.argmax()])) if len(values) else None
+        at, values = curves.series(exam.metrics, "validation", figure)
+        best = (values.max(), int(at[values.argmax()])) if len(values) else None
         made = curves.training(exam.metrics, [*exam.collapse.latents, *exam.pair.layout.shared], figure, total)
         yield picture("training", made, total=total, figure=named(figure), best=best)
         if any(row.get("split") == "analysis" for row in exam.metrics):
