@@ -44,10 +44,7 @@ class RateDistortion:
         """Return a plot of all runs in the rate-distortion plane, with lines of equal ELBO."""
         from pvae.analysis.pages.plots import comparisons
 
-        names, rates, distortions = ([row[key] for row in self.rows] for key in ("run", "rate", "distortion"))
-        return comparisons.rate_distortion(
-            names, rates, distortions, [(row["rate_error"], row["distortion_error"]) for row in self.rows]
-        )
+        return comparisons.rate_distortion(self.rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rows as plain numbers and strings, for JSON; a standard error that is not defined is None."""

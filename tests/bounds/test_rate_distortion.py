@@ -158,7 +158,9 @@ def test_progress_counts_the_draws_of_all_runs(folder: Path) -> None:
 
 
 def labels_of(names: list[str], points: np.ndarray) -> tuple[list[Annotation], Figure]:
-    made = comparisons.rate_distortion(names, points[:, 0].tolist(), points[:, 1].tolist(), [(0.1, 0.1)] * len(points))
+    errors = {"rate_error": 0.1, "distortion_error": 0.1}
+    known = zip(names, points.tolist(), strict=True)
+    made = comparisons.rate_distortion([{"run": name, "rate": x, "distortion": y, **errors} for name, (x, y) in known])
     made.draw_without_rendering()
     return [text for text in made.axes[0].texts if isinstance(text, Annotation)], made
 

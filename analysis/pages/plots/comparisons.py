@@ -1,7 +1,7 @@
 """Plots that compare several runs, and labels of points that do not overlap."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -95,19 +95,16 @@ def _fix_layout(made: Figure) -> None:
 
 
 @style()
-def rate_distortion(
-    names: Sequence[str], rates: Sequence[float], distortions: Sequence[float], errors: Sequence[tuple[float, float]]
-) -> Figure:
+def rate_distortion(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Plot runs in the rate-distortion plane, with lines of equal ELBO and labels that do not overlap.
 
     Arguments:
-        names: names of the runs.
-        rates: rate KL(q(z | x) || p(z)) of each run, nats per datum.
-        distortions: distortion -E log p(x | z) of each run, nats per datum.
-        errors: standard errors of rate and distortion of each run; infinite or NaN errors are not drawn.
+        rows: of each run its name `run`, its `rate` KL(q(z | x) || p(z)) and its `distortion` -E log p(x | z), nats per
+            datum, and their standard errors `rate_error` and `distortion_error`; infinite or NaN errors are not drawn.
     """
-    points = np.column_stack([rates, distortions]).astype(np.float64)
-    spread = np.nan_to_num(np.asarray(errors, dtype=np.float64), posinf=0.0).reshape(-1, 2)
+    points = np.array([(row["rate"], row["distortion"]) for row in rows], dtype=np.float64)
+    errors = np.array([(row["rate_error"], row["distortion_error"]) for row in rows], dtype=np.float64)
+    spread = np.nan_to_num(errors, posinf=0.0)
     made, (axes,) = panels(5.0, title="Rate and distortion")
     for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
         axes.errorbar(
@@ -122,7 +119,7 @@ def rate_distortion(
     ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
     for (x, y), (x0, y0), (x1, y1) in zip(axes.transData.transform(points), *ends, strict=True):
         taken += [Bbox.from_extents(x0, y - 2, x1, y + 2), Bbox.from_extents(x - 2, y0, x + 2, y1)]
-    label_points(made, axes, names, points, taken)
+    label_points(made, axes, [row["run"] for row in rows], points, taken)
     return made
 
 
