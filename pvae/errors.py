@@ -3,6 +3,7 @@
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 
 EXIT_CODES: Mapping[int, str] = {
     0: "done",
@@ -75,6 +76,12 @@ class MissingExtraError(PvaeError):
     """An optional package that is needed is not installed."""
 
     exit_code = 69
+
+
+def require_extra(module: str, extra: str, expected: str) -> None:
+    """Raise MissingExtraError, which begins with what is `expected`, unless the module of an extra is installed."""
+    if find_spec(module) is None:
+        raise MissingExtraError(f"{expected}; it is not installed. Run `pip install 'pvae-pyro[{extra}]'`.")
 
 
 class DeviceError(PvaeError):

@@ -1,6 +1,5 @@
 """Metrics of the finished runs of a study, cached in each run's folder, and the tables of a study."""
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pandas
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.decompose.result import SURGERY_TERMS
@@ -21,8 +21,7 @@ from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.sweep import FIRST, Measure
 from pvae.util import seeds
-from pvae.util.files import plain, pretty, read_inside, read_object, write_atomic
-from pvae.util.progress import Progress, silent
+from pvae.util.files import digest, plain, pretty, read_inside, read_object, write_atomic
 
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = 2
@@ -42,7 +41,7 @@ RUN_COLUMNS = ("case", "seed", "stage")
 # ---------------------------------------------------------------------- metrics of one run
 
 
-def figures(run: Run, measure: Measure, *, on_progress: Progress = silent) -> dict[str, Any]:
+def figures(run: Run, measure: Measure) -> dict[str, Any]:
     """Return the metrics of a finished run, from its `analysis/study.json` or, if this is not valid, computed anew.
 
     The file is valid for one checkpoint and one `measure`; newly computed metrics replace it.
@@ -50,7 +49,6 @@ def figures(run: Run, measure: Measure, *, on_progress: Progress = silent) -> di
     Arguments:
         run: a finished run.
         measure: numbers of posterior samples, of importance samples and of rows.
-        on_progress: called with (parts done, total parts).
 
     Returns:
         A dict. `test` and `train` map each term of the ELBO surgery to an estimate in nats per datum (the dict of
@@ -63,7 +61,7 @@ def figures(run: Run, measure: Measure, *, on_progress: Progress = silent) -> di
     """
     if (found := kept(run.files, measure)) is None:
         key = _key(run.files, measure)
-        found = _measured(run, measure, on_progress)
+        found = _measured(run, measure)
         write_atomic(run.files.analysis / STUDY_FILE, pretty({"schema": STUDY_SCHEMA, "key": key, "figures": found}))
     return found
 
@@ -84,15 +82,20 @@ def _key(files: RunDirectory, measure: Measure) -> dict[str, Any]:
     """Return the key of cached metrics: SHA-256 of the newest checkpoint's manifest, and the fields of `measure`."""
     if not (newest := checkpoint.newest_first(files.path / "checkpoints")):
         raise CheckpointError(f"{files.path}: expected a checkpoint; got none. Fit the run anew.")
-    return {"checkpoint": hashlib.sha256(read_inside(newest[0], "manifest.json")).hexdigest(), **measure.model_dump()}
+    return {"checkpoint": digest(read_inside(newest[0], "manifest.json")), **measure.model_dump()}
 
 
-def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, Any]:
+def _rows(run: Run, split: str, measure: Measure) -> Tensor:
+    """Return the rows of a split on which figures are computed, no more than fit into memory."""
+    part = run.data.split(split)
+    most = measure.rows or affordable(len(part), tuple(part.rows.shape[1:]))
+    return part.rows[seeds.subset(len(part), most, 0).to(part.rows.device)]
+
+
+def _measured(run: Run, measure: Measure) -> dict[str, Any]:
     found: dict[str, Any] = {"iwae": None, "seconds": run.status.get("seconds"), "notes": []}
-    for i, split in enumerate(("test", "train")):
-        part = run.data.split(split)
-        most = measure.rows or affordable(len(part), tuple(part.rows.shape[1:]))  # no more than fit into memory
-        x = part.rows[seeds.subset(len(part), most, 0).to(part.rows.device)]
+    for split in ("test", "train"):
+        x = _rows(run, split, measure)
         found[split] = dict.fromkeys(SURGERY_TERMS)
         try:
             parts = surgery(run.pair, x, samples=measure.samples, seen=split == "train")
@@ -101,14 +104,35 @@ def _measured(run: Run, measure: Measure, on_progress: Progress) -> dict[str, An
                 found[split] |= {term: getattr(parts.population, name) for term, name in NEW_DATA.items()}
         except DataError as problem:  # a model without a likelihood has no ELBO
             found["notes"].append(f"{split}: {problem}")
-        on_progress(i + 1, 3)
         if split == "test" and measure.evidence:
             try:
                 found["iwae"] = evidence(run.pair, x, measure.evidence).iwae
             except DataError as problem:  # delta posteriors give no bound on log p(x)
                 found["notes"].append(f"iwae: {problem}")
-    on_progress(3, 3)
     return dict(plain(found))
+
+
+def validation_figure(run: Run, name: str, measure: Measure) -> float:
+    """Return a figure of `[search]` on the validation split, nats per datum (bits, for bits per dimension).
+
+    Raises DataError where the model has none.
+    """
+    found: Any = None
+    if name == "elbo":
+        rows = [row for row in run.files.metrics_rows() if row.get("split") == "validation"]
+        elbos = {row["epoch"]: row.get("elbo", row.get("log_joint")) for row in rows}
+        best = run.checkpoint.state.get("best_epoch") if run.experiment.train.keep == "best" else None
+        found = elbos.get(best, next(reversed(elbos.values()), None))
+    elif name == "iwae":
+        found = evidence(run.pair, _rows(run, "validation", measure), measure.evidence).iwae
+    else:
+        parts = surgery(run.pair, _rows(run, "validation", measure), samples=measure.samples)
+        interval = parts.population and parts.population.gain_upper
+        found = interval if name == "new_gain_upper" else parts.bits_per_dimension
+    value = getattr(found, "value", found)
+    if value is None or not math.isfinite(value):
+        raise DataError(f"search.figure: expected a model with a finite {name} on validation rows; got {value}.")
+    return float(value)
 
 
 # ---------------------------------------------------------------------- tables of many runs

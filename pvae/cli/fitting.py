@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -182,15 +183,18 @@ def runs(shared: Shared) -> None:
 @command(["device", "run_dir", "data_dir", "quiet", "as_json"], device="auto")
 def study(
     shared: Shared,
-    file: Annotated[str, Argument(help="The name of a study (priors, discrete) or a TOML file with [sweep].")],
+    file: Annotated[str, Argument(help="A study (priors, discrete, capacity) or a TOML file with [sweep].")],
     jobs: Annotated[int | None, Option("--jobs", min=1, help="Processes at a time; cores / threads.")] = None,
     threads: Annotated[int, Option("--threads", min=1, help="Threads of each process.")] = 1,
     allow_changes: Annotated[bool, Option("--allow-changes", help="Accept inexact continuations.")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="List the cases with their states, run nothing.")] = False,
     out: Annotated[Path | None, Option("--out", help="Folder of the comparison; study-NAME unless said.")] = None,
     page: Annotated[bool, Option("--page/--no-page", help="Compare the runs on one HTML page.")] = True,
+    on: Annotated[str | None, Option("--on", help="local or slurm; where it was submitted to, or local.")] = None,
+    slurm: Annotated[list[str] | None, Option("--slurm", help="partition=main time=60 cpus=4 gpus=1 ...")] = None,
+    more: Annotated[list[str] | None, Argument(help="More of --slurm.", metavar="[KEY=VALUE]...")] = None,
 ) -> None:
-    """Run a study: declarations, values and seeds in parallel processes; finished runs are recognised and kept."""
+    """Run a study: declarations, values, seeds, trials of a search, here or in a queue; finished runs are kept."""
     from pvae.runs.find import slug
     from pvae.studies.cases import Declared
 
@@ -205,8 +209,8 @@ def study(
     if page or out is not None:
         earlier(where)  # before the work
     options: dict[str, Any] = {"run_dir": shared.run_dir, "data_dir": shared.data_dir, "device": shared.device}
-    options |= {"jobs": jobs, "threads": threads, "allow_changes": allow_changes}
-    found = pvae.study(file, **options, progress=not shared.quiet)
+    options |= {"on": on, "slurm": [*(slurm or ()), *(more or ())], "progress": not shared.quiet}
+    found = pvae.study(file, **options, jobs=jobs, threads=threads, allow_changes=allow_changes)
     written = None
     if page:
         try:
@@ -232,7 +236,7 @@ def _list(shared: Shared, declared: Declared) -> None:
         {"case": case.label, "seed": case.seed, "stage": case.stage, "state": state, "run": run and str(run.path)}
         for case, state, run in states(declared, shared.run_dir)
     ]
-    width = max(len(row["case"]) for row in rows)
+    width = max((len(row["case"]) for row in rows), default=0)
     lines = [
         f"{row['state']:9} {row['case']:{width}}  seed {row['seed']}  {row['stage']}  {row['run'] or ''}".rstrip()
         for row in rows
@@ -242,10 +246,14 @@ def _list(shared: Shared, declared: Declared) -> None:
 
 @app.command("study-work", hidden=True)
 def study_work() -> None:
-    """Do one job of a study, read as JSON from standard input; `pvae study` starts its processes with this."""
-    job = json.load(sys.stdin)
-    end_with(job["parent"])
-    from pvae.studies.runner import work
+    """Do one task of a study, read as JSON from standard input; `pvae study` and its jobs start workers with this."""
+    signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all processes of a job
+    order = json.load(sys.stdin)
+    end_with(order["supervisor"])
+    from pvae.runs.claim import Claim
 
-    load_installed_plugins()
-    work(job)
+    with Claim(Path(order["claim"]), "a case"):
+        from pvae.studies.tasks import work
+
+        load_installed_plugins()
+        work(order)

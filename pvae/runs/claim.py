@@ -1,27 +1,32 @@
-"""Claims of processes on exclusive work, such as a fit: found again by pid and birth, not by locks of the system."""
+"""Claims of processes on exclusive work, such as a fit: known by pid, birth and heartbeat, not by locks."""
 
 import errno
 import fcntl
 import json
 import os
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Self
 
 from pvae.errors import BusyError, DataError, OutputError
-from pvae.runs.find import is_gone, this_process, utc_now
+from pvae.runs.find import STALE_AFTER_SECONDS, is_gone, this_process, utc_now
 from pvae.util import files
 
 NO_LINKS = frozenset([errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS])
 """Errors of file systems without hard links."""
+BEAT_SECONDS = 20.0
+"""Seconds between two heartbeats of a claim, which are new times of change of its file."""
 
 
 class Claim:
     """Claim of one process on exclusive work: a file with its pid, birth, host and boot, created as a hard link.
 
-    It ends with its process, also when that is killed. A process of another host cannot be looked at: its claim stands
-    until it is released or its file removed.
+    It ends with its process, also when that is killed. A process of another host cannot be looked at: its claim ends
+    when it is released, or five minutes after its last heartbeat; at once if it was the same job of Slurm before a
+    requeue.
 
     Arguments:
         path: file of the claim.
@@ -32,6 +37,7 @@ class Claim:
         self.path, self.what = path, what
         self.own: dict[str, Any] = {}
         """Content of the claim while this object holds it."""
+        self._ended = threading.Event()
 
     def __enter__(self) -> Self:
         self.acquire()
@@ -42,10 +48,18 @@ class Claim:
 
     def holder(self) -> dict[str, Any]:
         """Return the content of a claim that stands; {} if there is none, or its process has died on this host."""
-        with suppress(DataError):
+        with suppress(DataError, OSError):
             found = files.read_object(self.path.parent, self.path.name)
-            return found if isinstance(found.get("host"), str) and is_gone(found) is not True else {}
+            gone = is_gone(found) if isinstance(found.get("host"), str) else True
+            silent = found.get("beats") is True and self.path.lstat().st_mtime < time.time() - STALE_AFTER_SECONDS
+            return {} if gone or (gone is None and silent) else found
         return {}
+
+    def _beat(self, token: str, ended: threading.Event) -> None:
+        while not ended.wait(BEAT_SECONDS):
+            with suppress(OSError):
+                if self.holder().get("token") == token:
+                    os.utime(self.path)
 
     def acquire(self) -> None:
         """Make the claim; raises BusyError, which names the holder, if it stands, and OutputError."""
@@ -53,7 +67,7 @@ class Claim:
             return
         with files.raising(DataError, f"{self.path}: expected a plain file"):
             files.require_plain_target(self.path)
-        own = {**this_process(), "since": utc_now(), "token": os.urandom(8).hex()}
+        own = {**this_process(), "since": utc_now(), "token": os.urandom(8).hex(), "beats": True}
         temporary = files.temporary_for(self.path)
         while not self.own:
             with files.raising(OutputError, f"{self.path}: expected a file to claim"), _alone(self.path.parent):
@@ -75,14 +89,12 @@ class Claim:
                     self.own = own
                 finally:
                     temporary.unlink(missing_ok=True)
-
-    def hand_over(self, pid: int) -> None:
-        """Pass the claim on to another process of this host, such as a child; `release` still ends it."""
-        self.own.update(this_process(pid))
-        files.write_atomic(self.path, json.dumps(self.own), durable=False)
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, args=(own["token"], self._ended), daemon=True).start()
 
     def release(self) -> None:
         """End the claim, if it is still this one."""
+        self._ended.set()
         with suppress(OSError):
             if self.own and self.holder().get("token", self.own["token"]) == self.own["token"]:
                 self.path.unlink()

@@ -1,7 +1,6 @@
 """Names and time stamps of runs, look-up of their folders, and detection of dead processes. Standard library only."""
 
 import errno
-import hashlib
 import os
 import platform
 import re
@@ -15,7 +14,7 @@ from time import time
 from typing import Any
 
 from pvae.errors import DataError, DeclarationError, near
-from pvae.util.files import read_object, temporary_for, walk
+from pvae.util.files import digest, read_object, temporary_for, walk
 
 RESERVED_SLUGS = frozenset(["latest", "con", "nul", "prn", "aux"])
 LONGEST_SLUG = 64
@@ -33,8 +32,8 @@ def slug(name: str) -> str:
     kept = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
     if kept and len(kept) <= LONGEST_SLUG and kept.lower() not in RESERVED_SLUGS:
         return kept
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{kept[: LONGEST_SLUG - 9] or 'run'}-{digest}"
+    suffix = digest(name.encode("utf-8", "surrogatepass"))[:8]
+    return f"{kept[: LONGEST_SLUG - 9] or 'run'}-{suffix}"
 
 
 def utc_now() -> str:
@@ -148,15 +147,20 @@ def is_alive(pid: object, birth: object) -> bool:
     return found != "dead" and (found is None or birth is None or found == birth)
 
 
-def this_process(pid: int | None = None) -> dict[str, Any]:
-    """Return what tells a process of this host (this one unless `pid` is given) from all others: for `is_gone`.
+def this_process() -> dict[str, Any]:
+    """Return what tells this process from all others, for `is_gone`.
 
-    One that torchrun started also tells the id of the launch, and the number of its processes.
+    One that torchrun started also tells the id of the launch and the number of its processes; one of Slurm its job.
     """
-    number = os.getpid() if pid is None else pid
-    launch = os.environ.get("TORCHELASTIC_RUN_ID")
+    pid, launch = os.getpid(), os.environ.get("TORCHELASTIC_RUN_ID")
     group = {} if launch is None else {"launch": launch, "processes": int(os.environ["WORLD_SIZE"])}
-    return {"pid": number, "birth": birth_of(number), "host": platform.node(), "boot": _boot(), **group}
+    return {"pid": pid, "birth": birth_of(pid), "host": platform.node(), "boot": _boot(), "job": job(), **group}
+
+
+def job() -> list[str]:
+    """Return id and number of requeues of the Slurm job that this process is part of; [] outside of one."""
+    found = os.environ.get("SLURM_JOB_ID")
+    return [found, os.environ.get("SLURM_RESTART_COUNT", "0")] if found else []
 
 
 def _boot() -> str:
@@ -169,12 +173,16 @@ def _boot() -> str:
 def is_gone(owner: Mapping[str, Any]) -> bool | None:
     """Return True if the process of `this_process` has died; None if it is of another host or container.
 
-    Before torchrun starts the processes of a launch again, it has ended the earlier ones, on every host.
+    Before torchrun starts the processes of a launch again, it has ended the earlier ones, on every host; so has Slurm
+    before it begins a job again.
     """
     here = _boot()
     there = str(owner.get("boot") or here)
     if owner.get("host") != platform.node() or (there != here and there.split("/")[0] == here.split("/")[0]):
-        return True if owner.get("launch", "none") == os.environ.get("TORCHELASTIC_RUN_ID", "") else None
+        before, own = owner.get("job"), job()
+        requeued = own and isinstance(before, list) and before[:1] == own[:1] and before != own
+        again = requeued or owner.get("launch", "none") == os.environ.get("TORCHELASTIC_RUN_ID", "")
+        return True if again else None
     return there != here or not is_alive(owner.get("pid"), owner.get("birth"))
 
 

@@ -99,6 +99,7 @@ class Run:
         data: data set, if the fit used data passed in Python.
         pair: model/guide pair, if the fit used a hand-written one.
         data_dir: folder in which data files are looked for first.
+        is_own: True if the caller has declared the same experiment, so that it names the data files.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -121,8 +122,10 @@ class Run:
         data: Dataset | None = None,
         pair: Pair | None = None,
         data_dir: Path | None = None,
+        is_own: bool = False,
     ) -> None:
         self.files = files
+        self._is_own = is_own
         self._given_data = data
         self._given_pair = pair
         self._data_dir = data_dir
@@ -215,7 +218,8 @@ class Run:
     def _foreign(self) -> str:
         """Return the kind of a declaration that may not choose the files that are read here; empty for one's own."""
         there = self.files.manifest
-        if there.get("host") == platform.node() and "fingerprint" in there.get("data", {}) and self.files.spec_is_own():
+        here = there.get("host") == platform.node() and "fingerprint" in there.get("data", {})
+        if self._is_own or (here and self.files.spec_is_own()):
             return ""
         return "a run of another machine, without a fingerprint of its data, or with an edited declaration"
 

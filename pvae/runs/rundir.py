@@ -59,13 +59,13 @@ class RunDirectory:
 
     ``degraded`` is the reason why metrics, events or status could not be written, or None. Such a failure is recorded
     and never raised, because hours of training are worth more than a row of metrics. ``on_metrics`` is a function that
-    is called after each row of metrics.
+    is called with each row of metrics.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.degraded: str | None = None
-        self.on_metrics: Callable[[], None] = lambda: None
+        self.on_metrics: Callable[[Mapping[str, Any]], None] = lambda _row: None
         self._writing = threading.RLock()
 
     def __repr__(self) -> str:
@@ -221,7 +221,7 @@ class RunDirectory:
         A failure to write is recorded in `degraded`.
         """
         self._log("metrics.jsonl", row)
-        self.on_metrics()
+        self.on_metrics(row)
 
     def log_event(self, kind: str, message: str, **fields: Any) -> None:  # noqa: ANN401  (anything JSON can say)
         """Append an event, such as an alert, to ``events.jsonl``; a failure to write is recorded in `degraded`."""

@@ -18,7 +18,7 @@ from pvae.errors import DeclarationError, near
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import apply_overrides
-from pvae.studies.sweep import FIRST, SECOND, Measure, StudyFile, Sweep, find, validated
+from pvae.studies.sweep import FIRST, SECOND, Measure, Search, StudyFile, Sweep, find, validated
 from pvae.training.resume import stage_of
 from pvae.util import toml
 
@@ -41,6 +41,11 @@ class Case:
     """Values that the sweep sets, as text, by dotted path."""
     parent: Case | None = None
     """Case of the first stage, if this one is a second stage; else None."""
+
+    @classmethod
+    def of(cls, experiment: Experiment, parent: Case | None = None) -> Case:
+        """Return a case of a declaration alone, as a worker knows it."""
+        return cls(experiment.name, (), experiment.seed, FIRST, experiment, {}, parent)
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -70,6 +75,9 @@ class Declared:
     cases: tuple[Case, ...]
     """Cases of the first stages, each followed by those of its second stages."""
     measure: Measure
+    search: Search | None
+    base: Mapping[str, Any]
+    """The file's own declaration, in which a search sets values."""
 
     @classmethod
     def load(cls, name_or_file: str | Path) -> Self:
@@ -81,13 +89,16 @@ class Declared:
         path, origin = find(str(name_or_file)), str(name_or_file)
         raw = toml.read(path)
         file = validated({"name": path.stem, **raw}, origin)
-        settings, problems = _settings(file, raw, path), _Problems(dict)
+        base = {key: value for key, value in raw.items() if key not in ("sweep", "search")}
+        settings, problems = _settings(file, base, path) if "sweep" in raw else [], _Problems(dict)
         cases = [case for setting in settings for case in _cases(file, setting, problems)]
         _require_distinct(cases, problems)
+        trials = [*_trials(file.search, base)] if file.search else []
+        _ = [case for trial in trials for case in _cases(file, trial, problems)]
         unknown = (f"{origin}: {line}" for line in _unknown_first_stages(file.sweep, settings))
         if found := [*_listed(problems, origin, len(settings)), *unknown]:
             raise DeclarationError(found)
-        return cls(file.name, file.description, origin, tuple(cases), file.sweep.measure)
+        return cls(file.name, file.description, origin, tuple(cases), file.sweep.measure, file.search, base)
 
 
 # ---------------------------------------------------------------------- expansion
@@ -105,9 +116,8 @@ class _Setting:
     differences: Mapping[str, str]
 
 
-def _settings(file: StudyFile, raw: Mapping[str, Any], path: Path) -> list[_Setting]:
+def _settings(file: StudyFile, own: dict[str, Any], path: Path) -> list[_Setting]:
     """Return every combination of declaration, zipped row and grid point, the grid point varying fastest."""
-    own = {key: value for key, value in raw.items() if key != "sweep"}
     bases = _read_specs(file.sweep.specs, path) if file.sweep.specs else {"": own}
     settings = []
     for (spec, base), *points in itertools.product(bases.items(), *_axes(file.sweep)):
@@ -117,6 +127,13 @@ def _settings(file: StudyFile, raw: Mapping[str, Any], path: Path) -> list[_Sett
         parts = tuple(part for part in (*named.values(), *(label for label, _ in points)) if part)
         settings.append(_Setting(", ".join(parts) or spec or file.name, parts, base, changes, differences))
     return settings
+
+
+def _trials(search: Search, base: Mapping[str, Any]) -> Iterator[_Setting]:
+    """Yield a setting for each end and choice of a search, beside the first ones of all other paths."""
+    first = {path: values[0] for path, values in search.ends.items()}
+    for path, value in ((path, value) for path, values in search.ends.items() for value in values):
+        yield _Setting(f"{path}={_text(value)}", (), base, {**first, path: value}, {})
 
 
 def _read_specs(specs: Sequence[str], study: Path) -> dict[str, dict[str, Any]]:
@@ -198,7 +215,7 @@ def _listed(problems: _Problems, origin: str, settings: int) -> list[str]:
 
 
 def _note(problems: _Problems, label: str, error: DeclarationError, place: str = "") -> None:
-    """Record the problems of an error, without the placeholder that `_overridden` puts first."""
+    """Record the problems of an error, without the placeholder that `overridden` puts first."""
     for problem in error.problems:
         problems[place + problem.removeprefix("\0: ")][label] = None
 
@@ -207,7 +224,7 @@ def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[
     """Yield the cases of a setting for every seed, and record its problems."""
     name = file.name if setting.label == file.name else f"{file.name} {setting.label}"
     try:
-        base = _overridden(setting.raw, setting.changes, name[:250])
+        base = overridden(setting.raw, setting.changes, name[:250])
         if isinstance(base.data, TensorSource | FrameSource):
             raise DeclarationError(f"data.source: expected one that is read from files; got {base.data.source!r}.")
     except DeclarationError as error:
@@ -226,7 +243,7 @@ def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[
                 yield replace(first, stage=stage, experiment=second, parent=first)
 
 
-def _overridden(raw: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> Experiment:
+def overridden(raw: Mapping[str, Any], changes: Mapping[str, Any], name: str) -> Experiment:
     """Return the experiment `name` that a declaration gives with other values at dotted paths."""
     table: dict[str, Any] = copy.deepcopy(dict(raw))
     values = [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in changes.items()]
@@ -250,7 +267,7 @@ def _second_stage(first: Experiment, name: str, overrides: dict[str, Any]) -> Ex
     """
     if overrides:
         raw = first.model_dump(exclude_none=True, exclude_unset=True)
-        return stage_of(first, _overridden(raw, toml.flat(overrides), f"{first.name}, {name}"[:300]))
+        return stage_of(first, overridden(raw, toml.flat(overrides), f"{first.name}, {name}"[:300]))
     stage = first.second_stage()
     first.refitted(stage)
     return stage

@@ -1,284 +1,190 @@
-"""Execution of a study in parallel processes, which start or resume the runs and compute their metrics."""
+"""Supervision of the tasks of a study: what is neither in its place nor done is begun, here by child processes."""
 
-import hashlib
-import json
-import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import KW_ONLY, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from subprocess import DEVNULL, Popen
+from subprocess import Popen
 from types import FrameType
-from typing import IO, Any
+from typing import Any
 
 from pvae.component import IMPORTED
-from pvae.errors import BusyError, DataError, Interrupted, OutputError, StorageError
-from pvae.experiment.experiment import Experiment
-from pvae.runs.claim import Claim
-from pvae.runs.find import folders, slug
-from pvae.runs.rundir import RunDirectory
-from pvae.studies.cases import Case
-from pvae.studies.shelf import Shelf, standing
-from pvae.studies.sweep import SECOND, Measure
-from pvae.util import files
+from pvae.errors import DataError, Interrupted, StorageError
+from pvae.runs.claim import busy
+from pvae.studies.shelf import Shelf
+from pvae.studies.sweep import Measure
+from pvae.studies.tasks import DONE, FINISHED, LOOK_SECONDS, Task, own_folder
+from pvae.util.attempt import begin
 from pvae.util.signals import Answer
 
-ENTRY = "study-work"
-"""Name of the `pvae` command that a child process runs; it reads its job as JSON from standard input."""
-POLL_SECONDS = 0.1
-LOOK_SECONDS = 2.0
-"""Seconds between two checks of a run on which a process outside of this study is working."""
-DONE = frozenset(["finished", "found", "failed", "stopped"])
-STOPPED = frozenset(code for n in (signal.SIGINT, signal.SIGTERM) for code in (128 + n, -n))
-"""Exit codes of processes that a signal ended."""
-CLAIMS = ".studies"
+TRIES = 3
+"""Number of times that a task is begun whose workers end without a result."""
 
 
-# ---------------------------------------------------------------------- tasks
+def command_of() -> list[str]:
+    """Return the command line of a worker, which imports the modules that `--import` named for this process."""
+    return [sys.executable, "-P", "-m", "pvae", *(f"--import={name}" for name in IMPORTED), "study-work"]
 
 
-@dataclass
-class Task:
-    """Work of one child process: a first stage with its declared second stage, or one of `[[sweep.refits]]`."""
+class Machine:
+    """This machine as the place of a study's workers.
 
-    cases: tuple[Case, ...]
-    state: str = "waiting"
-    doing: str = ""
-    """Job of the running process: fit, resume, refit or measure."""
-    error: str = ""
-    """Last line of output of a failed process; who has a case that is waited for."""
-    code: int | None = None
-    """Exit code of the last process."""
-    process: Popen[bytes] | None = None
-    told: IO[bytes] | None = None
-    claim: Claim | None = None
-    looked: float = field(default=-1e9)
+    Arguments:
+        root: folder of the run directories.
+        name: safe name of the study, which has a private folder there.
+        jobs: number of workers at a time.
+    """
+
+    pause = 0.1
+    """Seconds between two looks."""
+    queues = False
+    """True for a queue, which takes all tasks at once, a second stage after its first one."""
+    collects = False
+    """True if what failed before is told, not begun again."""
+    advice = "those under way go on from their last checkpoints with"
+    """Words before the command that continues a study after a signal."""
+
+    def __init__(self, root: Path, name: str, jobs: int) -> None:
+        self.root, self.name, self.jobs = root, name, jobs
+        self.workers: dict[str, Popen[bytes]] = {}
+        """Workers that end with this process, by the ids of their tasks."""
+        self.told: set[str] = set()
+        """Ids of those that were told to end."""
+        self.due = 0.0
+        """Time of the next news, unless a worker ends before."""
 
     @property
-    def case(self) -> Case:
-        """Return the first case of the task."""
-        return self.cases[0]
+    def folder(self) -> Path:
+        """Private folder of the study, created on first access; raises OutputError."""
+        return own_folder(self.root, self.name)
 
-    def now(self, root: Path) -> Mapping[str, Any]:
-        """Return the status of the run on which the task's process is working; {} if there is none yet."""
-        for case in reversed(self.cases) if self.process is not None else ():
-            for path in reversed(folders(root / slug(case.experiment.name))):
-                with suppress(DataError):
-                    status = RunDirectory(path).status()
-                    if self.process is not None and status.get("pid") == self.process.pid:
-                        return status
-        return {}
+    def alone(self) -> AbstractContextManager[object]:
+        """Return a context in which no other process begins tasks in this place."""
+        return nullcontext()
 
+    def states(self) -> dict[str, str] | None:
+        """Return the state of every task that is there by its id; None without news."""
+        left = {name: worker for name, worker in self.workers.items() if worker.poll() is None}
+        if len(left) == len(self.workers) and time.monotonic() < self.due:
+            return None
+        self.workers, self.due = left, time.monotonic() + LOOK_SECONDS
+        return dict.fromkeys(left, "running")
 
-def tasks_of(cases: Sequence[Case]) -> list[Task]:
-    """Return a task for each first stage and each second stage of `[[sweep.refits]]`, in the order of the cases."""
-    second = {case.parent: case for case in cases if case.stage == SECOND}
-    return [Task((case, *([second[case]] if case in second else ()))) for case in cases if case.stage != SECOND]
+    def begin(self, orders: Mapping[Task, dict[str, Any]]) -> None:
+        """Begin the work on tasks by their orders."""
+        for task, order in orders.items():
+            self.workers[task.id] = begin(command_of(), order)
+
+    def send(self, number: int) -> None:
+        """Send a signal to all workers that end with this process."""
+        for name, worker in self.workers.items():
+            worker.send_signal(number)
+            self.told.add(name)
+
+    def end(self) -> list[int]:
+        """End the workers that end with this process, and return their exit codes."""
+        for name in self.workers.keys() - self.told:
+            self.workers[name].send_signal(signal.SIGTERM)
+        return [worker.wait() for worker in self.workers.values()]
 
 
 @dataclass(eq=False)
 class Runner:
-    """Scheduler that runs the tasks of a study in child processes, at most `jobs` at a time.
+    """Supervisor of a study's tasks.
+
+    A worker claims its case itself, so that the claim lasts as long as the work, whatever becomes of this process.
 
     Arguments:
         tasks: tasks of the study.
-        root: folder of the run directories.
-        data_dir: folder that is searched first for data files.
-        device: as in `fit`.
-        jobs: number of processes at a time.
-        threads: threads of each process.
-        measure: settings of the metrics of a finished run.
+        setting: what their orders have in common, such as `run_dir`, `device` and `measure`.
+        place: where the workers run.
         on_change: called with the tasks after every check of their states.
         origin: argument of `pvae study`, for the message that says how to continue.
-        allow_changes: resume runs of another machine or version, too, as `resume` does.
     """
 
     tasks: Sequence[Task]
-    root: Path
-    _: KW_ONLY
-    data_dir: Path | None
-    device: str
-    jobs: int
-    threads: int
-    measure: Measure
+    setting: Mapping[str, Any]
+    place: Machine
     on_change: Callable[[Sequence[Task]], None]
     origin: str
-    allow_changes: bool = False
 
     def __post_init__(self) -> None:
-        self.shelf, self.answer = Shelf(self.root), _Forward(self._pass_on)
+        self.shelf, self.measure = Shelf(self.place.root), Measure.model_validate(self.setting["measure"])
 
     def run(self) -> None:
         """Run until every task is finished, failed or stopped; raises Interrupted after a signal."""
-        with self.answer:
+        with Forward(self.place.send) as answer:
             try:
-                while any(task.state not in DONE for task in self.tasks):
+                while answer.signal is None and self._open():
                     self._look()
                     self.on_change(self.tasks)
-                    time.sleep(POLL_SECONDS)
+                    time.sleep(self.place.pause)
             finally:
-                self._end_all()
-        if (number := self.answer.signal) is not None:
-            done = sum(task.state in ("finished", "found") for task in self.tasks)
-            failed = "".join(f"\n{task.case.title}: {task.error}" for task in self.tasks if task.state == "failed")
-            message = (
-                f"{signal.Signals(number).name}: {done} of {len(self.tasks)} cases are finished; those under way "
-                f"go on from their last checkpoints with: pvae study {self.origin}{failed}"
-            )
-            full = any(task.code == StorageError.exit_code for task in self.tasks)
-            raise StorageError(message) if full else Interrupted(message, number)
+                codes = self.place.end()
+        if answer.signal is None:
+            return
+        for task in self._open() if not self.place.queues else ():
+            if task.state != "running" or self._beside(task) or task.state not in DONE:
+                task.state = "stopped"
+        self.on_change(self.tasks)
+        done = sum(task.state in FINISHED for task in self.tasks)
+        failed = "".join(f"\n{task.title}: {task.error}" for task in self.tasks if task.state == "failed")
+        told = f"{done} of {len(self.tasks)} cases are finished; {self.place.advice}: pvae study {self.origin}{failed}"
+        message = f"{signal.Signals(answer.signal).name}: {told}"
+        full = StorageError.exit_code in codes
+        raise StorageError(message) if full else Interrupted(message, answer.signal)
+
+    def _open(self) -> list[Task]:
+        return [task for task in self.tasks if task.state not in DONE]
 
     def _look(self) -> None:
-        for task in self.tasks:
-            if task.process is not None and task.process.poll() is not None:
-                self._ended(task)
-        for task in self.tasks:
-            if self.answer.signal is not None and task.state in ("waiting", "held"):
-                task.state = "stopped"
-            free = sum(other.process is not None for other in self.tasks) < self.jobs
-            due = time.monotonic() - task.looked > (LOOK_SECONDS if task.state == "held" else 0)
-            if free and due and task.state in ("waiting", "held"):
-                self._try(task)
+        """Look at the place, then at the runs of what is not there, and begin what is lost; one process at a time."""
+        with self.place.alone():
+            if (there := self.place.states()) is None:
+                return
+            lost: dict[Task, dict[str, Any]] = {}
+            firsts = {case: task for task in self.tasks for case in task.cases}
+            for task in self._open():
+                first = firsts[task.parent] if task.parent else None
+                if task.id in there:
+                    task.state = there[task.id]
+                elif first is not None and first.state == "failed":
+                    task.state, task.error = "failed", "its first stage failed"
+                elif self.place.queues or len(there) + len(lost) < self.place.jobs:
+                    is_ready = first is None or first.state in FINISHED or (self.place.queues and first in lost)
+                    if is_ready and (order := self._beside(task)):
+                        lost[task] = order
+            if lost:
+                self.place.begin(lost)
 
-    def _try(self, task: Task) -> None:
-        """Start the process of a task, unless its first stage is unfinished or another process is working on it."""
-        if task.case.parent is not None and not self._is_ready(task, task.case.parent):
-            return
-        task.looked, task.error = time.monotonic(), ""
+    def _beside(self, task: Task) -> dict[str, Any] | None:
+        """Return the order of a task that is to be begun, as it is not in its place; else set its state."""
+        is_new, task.error = task.state == "waiting", ""
         try:
-            task.claim = self._claim(task)
-            job = None if task.claim is None else self._job(task)
-            if job is None:
-                task.state = "held" if task.state != "found" else task.state
-            else:
-                self._start(task, job)
+            log, holder = self.place.folder / f"{task.id}.log", task.claim(self.place.root).holder()
+            doing, _, had = task.left(self.shelf, self.measure)
         except (DataError, StorageError) as problem:
             task.state, task.error = "failed", str(problem).splitlines()[0]
-        finally:
-            if task.process is None:
-                self._let_go(task)
-
-    def _is_ready(self, task: Task, parent: Case) -> bool:
-        """Return True if the first stage of a task is finished; if that failed, mark the task as failed too."""
-        first = next(other for other in self.tasks if other.case is parent)
-        if first.state == "failed":
-            task.state, task.error = "failed", "its first stage failed"
-        return first.state in ("finished", "found")
-
-    def _claim(self, task: Task) -> Claim | None:
-        """Make and return the claim of a task in the folder of runs; None while a worker of another study holds it."""
-        name = hashlib.sha256("".join(c.digest for c in (task.case, task.case.parent) if c).encode()).hexdigest()[:32]
-        with files.raising(OutputError, f"{self.root}: expected a folder to keep runs in"):
-            (self.root / CLAIMS).mkdir(parents=True, exist_ok=True)
-        claim = Claim(self.root / CLAIMS / f"{name}.lock", "a case")
-        try:
-            claim.acquire()
-        except BusyError as problem:
-            task.error = str(problem)
             return None
-        return claim
-
-    def _job(self, task: Task) -> dict[str, Any] | None:
-        """Return the next job of a task whose lock is acquired, for a child process.
-
-        None if another process is working on one of its runs, or if all runs are finished and their metrics computed.
-        """
-        runs = [self.shelf.best(case) for case in task.cases]
-        states = ["" if run is None else standing(run) for run in runs]
-        if "held" in states:
-            return None
-        if set(states) == {"finished"}:
-            from pvae.analysis.pages.study import kept
-
-            if all(run is not None and kept(run, self.measure) for run in runs):
-                task.state = "found"
-                return None
-            return self._told("measure", run=runs[-1])
-        if runs[0] is not None:
-            going_on = runs[-1] if runs[-1] is not None and states[-1] == "stopped" else runs[0]
-            return self._told("resume", run=runs[0], had=going_on.manifest)
-        if task.case.parent is None:
-            return self._told("fit", spec=task.case.experiment)
-        return self._told("refit", run=self.shelf.best(task.case.parent), spec=task.case.experiment)
-
-    def _told(
-        self, kind: str, run: RunDirectory | None = None, spec: Experiment | None = None, had: Mapping[str, Any] = {}
-    ) -> dict[str, Any]:
-        """Return a job as a dictionary for a child process, with device and threads of the manifest `had`."""
-        return {
-            "kind": kind,
-            "run": None if run is None else str(run.path),
-            "spec": None if spec is None else spec.to_toml(),
-            "run_dir": str(self.root),
-            "data_dir": None if self.data_dir is None else str(self.data_dir),
-            "device": had.get("device", self.device),
-            "threads": had.get("threads", self.threads),
-            "measure": self.measure.model_dump(exclude_none=True),
-            "allow_changes": self.allow_changes,
-        }
-
-    def _start(self, task: Task, job: Mapping[str, Any]) -> None:
-        assert task.claim is not None  # noqa: S101 - there is a job
-        threads = str(job["threads"])
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONSAFEPATH": "1"}
-        command = [sys.executable, "-m", "pvae", *(f"--import={name}" for name in IMPORTED), ENTRY]
-        task.told = tempfile.TemporaryFile()
-        with tempfile.TemporaryFile() as written:
-            claim = str(task.claim.path.resolve())
-            written.write(json.dumps({**job, "claim": claim, "parent": os.getpid()}).encode())
-            written.seek(0)
-            # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
-            task.process = Popen(
-                command, stdin=written, stdout=DEVNULL, stderr=task.told, env=environment,
-                start_new_session=True,
-            )  # fmt: skip
-        task.state, task.doing, task.error = "running", str(job["kind"]), ""
-        try:
-            task.claim.hand_over(task.process.pid)  # it waits for that
-        except StorageError as problem:
-            task.told.write(str(problem).encode())
-            task.process.kill()
-
-    def _ended(self, task: Task) -> None:
-        process, told = task.process, task.told
-        assert process is not None  # noqa: S101 - the caller has asked
-        assert told is not None  # noqa: S101
-        task.code = code = process.wait()
-        if code == 0:
-            task.state = "finished"
-        elif self.answer.signal is not None and code in STOPPED:
-            task.state = "stopped"
-        elif code == BusyError.exit_code:
-            task.state = "held"
+        failed = log.with_suffix(".failed")
+        if holder or doing == "held":
+            task.state, task.error = "held", str(busy(self.place.root, "a case", holder, "")) if holder else ""
+        elif doing == "found":
+            task.state = "found" if is_new else "finished"
+        elif task.tries == TRIES or (failed.exists() and (self.place.collects or not is_new)):
+            said = failed.read_text() if failed.exists() else "its workers ended without a word"
+            task.state, task.error = "failed", f"{log}: {said}"
         else:
-            task.state, task.error = "failed", _last_line(told) or f"its process ended with {code}"
-        told.close()
-        task.process = task.told = None
-        self._let_go(task)
-
-    def _let_go(self, task: Task) -> None:
-        if task.claim is not None:
-            task.claim.release()
-            task.claim = None
-
-    def _end_all(self) -> None:
-        """Terminate all child processes and wait for their end, also after an error."""
-        running = [task for task in self.tasks if task.process is not None]
-        self._pass_on(signal.SIGTERM)
-        for task in running:
-            self._ended(task)
-
-    def _pass_on(self, number: int) -> None:
-        for task in self.tasks:
-            if task.process is not None:
-                task.process.send_signal(number)
+            task.state, task.doing = "queued" if self.place.queues else "running", doing
+            task.tries += 1
+            return {**task.order(self.setting, had), "log": str(log)}
+        return None
 
 
-class _Forward(Answer):
+class Forward(Answer):
     """Context that forwards signals: the first lets the child processes write checkpoints, a second ends them at once.
 
     `send` passes a signal on to all of them.
@@ -291,46 +197,3 @@ class _Forward(Answer):
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self.signal = number
         self.send(number)
-
-
-def _last_line(told: IO[bytes]) -> str:
-    """Return the last line of a process's output that is not blank, at most 1000 characters."""
-    told.seek(0, os.SEEK_END)
-    told.seek(max(0, told.tell() - 8192))
-    lines = [line for line in told.read().decode(errors="replace").splitlines() if line.strip()]
-    return lines[-1].strip()[:1000] if lines else ""
-
-
-# ---------------------------------------------------------------------- in the child process
-
-
-def work(job: Mapping[str, Any]) -> None:
-    """Do one job of a study in this process: fit, resume or refit a run if needed, then compute its metrics.
-
-    The metrics of the run's first stage are computed as well. Nothing begins before the claim on the job is handed
-    over, so that it lasts as long as the work.
-    """
-    while Claim(Path(job["claim"]), "a case").holder().get("pid") != os.getpid():
-        time.sleep(POLL_SECONDS)
-    import torch
-
-    from pvae.analysis.pages.study import figures
-    from pvae.runs.run import Run
-    from pvae.training.fit import fit
-    from pvae.training.resume import fit_stage, resume
-
-    torch.set_num_threads(int(job["threads"]))
-    root, device = Path(job["run_dir"]), str(job["device"])
-    spec = None if job["spec"] is None else Experiment.from_toml(job["spec"])
-    run = None if job["run"] is None else Run.load(job["run"], root=root, data_dir=job["data_dir"])
-    if job["kind"] == "resume" and run is not None:
-        run = resume(run, device=device, progress=False, allow_changes=bool(job["allow_changes"]))
-    elif run is not None and spec is not None:
-        run = fit_stage(run, spec, root, device, progress=False)
-    elif spec is not None:
-        run = fit(spec, run_dir=root, data_dir=job["data_dir"], device=device, progress=False)
-    measure = Measure.model_validate(job["measure"])
-    while run is not None:
-        figures(run, measure)
-        first = run.files.first_stage()
-        run = None if first is None else Run.load(first.path, data_dir=job["data_dir"])

@@ -5,21 +5,27 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
+from rich.console import Console, Group
+from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from pvae.errors import DeclarationError, printable
+from pvae.runs.find import slug
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
-from pvae.studies.runner import DONE, Runner, Task, tasks_of
+from pvae.studies.queue import AT_A_TIME, Slurm, submissions
+from pvae.studies.runner import Machine, Runner
+from pvae.studies.search import Searching
 from pvae.studies.shelf import Shelf, standing
+from pvae.studies.tasks import CLAIMS, DONE, Task, tasks_of
 from pvae.util.files import make_folder, write_together
 
 if TYPE_CHECKING:
@@ -40,6 +46,7 @@ class Study:
         finished: directories of the finished runs, by (label, seed, stage).
         failures: the last line of output of each failed case, by (label, seed, stage).
         data_dir: folder that is searched first for data files.
+        searching: the search of the study with its trials; None without a table `[search]`.
 
     Example:
         >>> from pathlib import Path
@@ -63,11 +70,12 @@ class Study:
     finished: Mapping[Key, RunDirectory]
     failures: Mapping[Key, str]
     data_dir: Path | None = None
+    searching: Searching | None = None
 
     @cached_property
     def runs(self) -> dict[Key, Run]:
         """Return the finished runs by (label, seed, stage), in the order of the study."""
-        return {key: Run(files, data_dir=self.data_dir) for key, files in self.finished.items()}
+        return {key: Run(files, data_dir=self.data_dir, is_own=True) for key, files in self.finished.items()}
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a data frame of metrics with one row per finished run.
@@ -99,9 +107,10 @@ class Study:
     def compare(
         self, out: str | Path, *, on_progress: Callable[[int, int, str], None] = lambda _done, _total, _what: None
     ) -> Path:
-        """Write a comparison of the finished runs into a folder, as HTML, JSON and CSV.
+        """Write a comparison of the finished runs into a folder, as HTML, JSON and CSV; of a search, its trials.
 
-        The files are `index.html`, `report.json`, `tables/`, `runs.csv` and `summary.csv`.
+        The files are `index.html`, `report.json`, `tables/`, `runs.csv` and `summary.csv`; the page of a search that
+        stands beside a sweep is in `search/`.
 
         Runs of one case and stage are averaged over their seeds; the first run is the reference of paired differences.
 
@@ -112,7 +121,12 @@ class Study:
             DataError: fewer than two finished runs, or runs of different data.
         """
         from pvae.analysis.pages.report import compare  # here, because analysis stands above
+        from pvae.analysis.pages.search import page_of
 
+        if self.searching is not None and not self.declared.cases:
+            return page_of(self.searching).write(Path(out))
+        if self.searching is not None:
+            page_of(self.searching).write(make_folder(Path(out)) / "search")
         groups = [case if stage == "fit" else f"{case}: {stage}" for case, _, stage in self.runs]
         names = [f"{group} #{seed}" for group, (_, seed, _) in zip(groups, self.runs, strict=True)]
         title, description = self.declared.name, self.declared.description
@@ -139,12 +153,15 @@ class Study:
             "runs": self.to_frame().to_dict("records"),
             "summary": self.summary().to_dict("records"),
             "failures": [{**_names(key), "error": error} for key, error in self.failures.items()],
+            **({} if self.searching is None else {"trials": self.searching.history()}),
         }
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
+        from pvae.analysis.pages.search import page_of
         from pvae.analysis.pages.study import table
 
-        return table(self.summary(), self.declared.name)
+        sweep = [table(self.summary(), self.declared.name)] if self.declared.cases else []
+        return Group(*sweep, *([] if self.searching is None else [page_of(self.searching)]))
 
     def __str__(self) -> str:
         return self.summary().to_string(index=False, float_format="{:.4f}".format)
@@ -163,9 +180,11 @@ def study(
     jobs: int | None = None,
     threads: int = 1,
     allow_changes: bool = False,
+    on: str | None = None,
+    slurm: Sequence[str] = (),
     progress: bool = True,
 ) -> Study:
-    """Run every case of a study in a process of its own, and compute the metrics of each finished run.
+    """Run every case and trial of a study in a process of its own, and compute the metrics of each finished run.
 
     A run in `run_dir` whose declaration equals that of a case (but for name and description) is the case's run: if it
     is finished it is used as it is, if it was interrupted it is resumed, and if another process works on it, it is
@@ -177,9 +196,12 @@ def study(
         run_dir: folder of the run directories.
         data_dir: folder that is searched first for data files.
         device: "auto", "cpu" or "cuda"; a resumed run keeps its device.
-        jobs: number of processes at a time; by default the number of cores divided by `threads`.
+        jobs: number of processes at a time; by default the number of cores divided by `threads`, or 100 jobs.
         threads: threads of each process; a resumed run keeps its own number.
         allow_changes: resume interrupted runs also on another machine or under other versions, as `resume` does.
+        on: "local" for this machine; "slurm" to submit to its queue what is neither there nor done, and to wait. Unless
+            given, a study that was submitted before is waited for, and others run on this machine.
+        slurm: settings of the jobs, such as `"partition=main"`, `"time=60"` (minutes), `"cpus=4"`, `"gpus=1"`.
         progress: show a table on a terminal, a line for each change elsewhere.
 
     Returns:
@@ -187,6 +209,7 @@ def study(
 
     Raises:
         DeclarationError: the study is wrong; every problem of every case, before anything runs.
+        MissingExtraError: the package of a search or of the queue is not installed, or there is no queue.
         Interrupted: a signal arrived; processes ended after checkpoints. The same call continues the study.
         StorageError: as Interrupted, but a process could not write its checkpoint.
 
@@ -213,17 +236,40 @@ def study(
         if given is not None and given < 1:
             raise DeclarationError(f"{name}: expected at least 1; got {given}.")
     root, data_folder = Path(run_dir), None if data_dir is None else Path(data_dir)
-    tasks = tasks_of(declared.cases)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with Board(declared.name, root, show=progress) as board:
-        Runner(
-            tasks, root, data_dir=data_folder, device=device, jobs=jobs or max(1, cores // threads), threads=threads,
-            measure=declared.measure, on_change=board.update, origin=declared.origin, allow_changes=allow_changes,
-        ).run()  # fmt: skip
+    searching = Searching(declared.search, declared.base, declared.name, root) if declared.search else None
+    trials = range(declared.search.trials) if declared.search else ()
+    tasks = [*tasks_of(declared.cases), *(Task((), search=searching, number=number) for number in trials)]
+    setting = {
+        "run_dir": str(root.absolute()), "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device,
+        "threads": threads, "allow_changes": allow_changes, "measure": declared.measure.model_dump(exclude_none=True),
+    }  # fmt: skip
+    place = placed(declared, root.absolute(), on, slurm, jobs, threads)
+    board = Board(declared.name, root, show=progress)
+    with board.live or nullcontext():
+        Runner(tasks, setting, place, board.update, declared.origin).run()
     finished = {case.key: run for case, state, run in states(declared, root) if run is not None and state == "finished"}
     failed = {case.key: task.error for task in tasks if task.state == "failed" for case in task.cases}
+    failed |= {(task.title, 0, "trial"): task.error for task in tasks if task.state == "failed" and task.search}
     failures = {key: error for key, error in failed.items() if key not in finished}
-    return Study(declared, finished, failures, data_folder)
+    return Study(declared, finished, failures, data_folder, searching)
+
+
+def placed(
+    declared: Declared, root: Path, on: str | None, slurm: Sequence[str], jobs: int | None, threads: int
+) -> Machine:
+    """Return the place of a study's workers: the queue if it is asked for, or if the study was submitted before.
+
+    Raises DeclarationError for another place, and for settings of Slurm without it.
+    """
+    if on not in (None, "local", "slurm"):
+        raise DeclarationError(f"--on: expected local or slurm; got {on!r}.")
+    if slurm and on != "slurm":
+        raise DeclarationError(f"--slurm: expected with --on slurm; got {' '.join(slurm)[:60]!r} alone.")
+    name = slug(declared.name)
+    if on == "slurm" or (on is None and submissions(root / CLAIMS / name)):
+        return Slurm(root, name, jobs or AT_A_TIME, None if on is None else slurm)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(root, name, jobs or max(1, cores // threads))
 
 
 def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory | None]]:
@@ -236,23 +282,14 @@ def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory
     return [(case, "to do" if run is None else standing(run), run) for case, run in runs]
 
 
-class Board(ExitStack):
+class Board:
     """Progress display of a study: a live table on a terminal, a line for each change elsewhere, or nothing."""
 
     def __init__(self, name: str, root: Path, *, show: bool = True) -> None:
-        super().__init__()
         self.name, self.root, self.show = name, root, show
-        self.live: Any = None
         self.told: dict[int, str] = {}
-
-    def __enter__(self) -> Self:
-        if self.show and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.live import Live
-
-            live = Live(console=Console(stderr=True), refresh_per_second=2, transient=True)
-            self.live = self.enter_context(live)
-        return self
+        live = Live(console=Console(stderr=True), refresh_per_second=2, transient=True)
+        self.live = live if show and sys.stderr.isatty() else None
 
     def update(self, tasks: Sequence[Task]) -> None:
         """Show the present states of the tasks: redraw the table, or print a line for each task whose state changed."""
@@ -263,7 +300,7 @@ class Board(ExitStack):
                 line = told(task)
                 if task.state != "waiting" and self.told.get(i) != line:
                     self.told[i] = line
-                    print(printable(f"{self.name}: {task.case.title}: {line}"), file=sys.stderr, flush=True)
+                    print(printable(f"{self.name}: {task.title}: {line}"), file=sys.stderr, flush=True)
 
     def table(self, tasks: Sequence[Task]) -> Table:
         """Return a table of the running, waiting and failed tasks, with the number of finished ones in its title."""
@@ -273,11 +310,11 @@ class Board(ExitStack):
             drawn.add_column(column, justify="left" if column in ("case", "state") else "right")
         for task in tasks:
             if task.state in ("running", "held", "failed"):
-                status = task.now(self.root) if task.state == "running" else {}
+                status = task.status(self.root) if task.state == "running" else {}
                 epoch = f"{status['epoch']}/{status.get('epochs')}" if "epoch" in status else ""
                 total = status.get("elbo", status.get("log_joint"))
                 elbo = f"{total:.2f}" if isinstance(total, float) else ""
-                drawn.add_row(*(Text(printable(cell)) for cell in (task.case.title, told(task), epoch, elbo)))
+                drawn.add_row(*(Text(printable(cell)) for cell in (task.title, told(task), epoch, elbo)))
         return drawn
 
 
@@ -285,4 +322,4 @@ def told(task: Task) -> str:
     """Return the state of a task as text for people."""
     held = f"waiting for another process that has it{task.error and ': '}{task.error}"
     words = {"running": task.doing, "held": held, "failed": f"failed: {task.error}", "found": "finished before"}
-    return words.get(task.state, task.state)
+    return words.get(task.state) or task.state

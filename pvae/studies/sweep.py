@@ -1,13 +1,13 @@
-"""Declaration of a study: a table `[sweep]` over declarations, values and seeds."""
+"""Declaration of a study: tables `[sweep]` over declarations, values and seeds, and `[search]` over ranges."""
 
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field
 
 from pvae.component import Names, Section, Table, from_table
 from pvae.errors import DeclarationError
@@ -21,7 +21,14 @@ MAX_RUNS = 1000
 FIRST, SECOND = "fit", "refit"
 """Names of the stages of a case: the fit of the model, and the second stage that its declaration has under `refit`."""
 
+
+def _dotted(*ends: str) -> BeforeValidator:
+    """Return the validator that flattens nested tables into dotted paths; one with a key of `ends` stays a table."""
+    return BeforeValidator(lambda raw: flat(raw, stop=frozenset(ends)) if isinstance(raw, dict) else raw)
+
+
 SweptValues = Annotated[tuple[Any, ...], Field(strict=False, min_length=1, max_length=MAX_RUNS)]
+Axes = Annotated[dict[str, SweptValues], _dotted()]
 Seeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], Field(strict=False, max_length=MAX_RUNS)]
 Label = Annotated[str, Field(min_length=1, max_length=100)]
 
@@ -54,18 +61,53 @@ class Sweep(Section):
     """Zoo names, or TOML files below the study's folder; the study's own declaration unless set."""
     seeds: Seeds = ()
     """Random seeds with which each case is fitted; that of the declaration unless set."""
-    grid: dict[str, SweptValues] = {}
+    grid: Axes = {}
     """List of values for each dotted path; every combination of them is a case."""
-    zip: dict[str, SweptValues] = {}
+    zip: Axes = {}
     """Lists of values of dotted paths that vary together, row by row; the key `label` names the rows."""
     refits: Annotated[tuple[Table[SecondStage], ...], Field(strict=False, max_length=100)] = ()
     measure: Table[Measure] = Measure()
 
-    @field_validator("grid", "zip", mode="before")
-    @classmethod
-    def _dotted(cls, raw: Any) -> Any:
-        """Flatten nested tables into dotted paths, each with its list of values."""
-        return flat(raw) if isinstance(raw, dict) else raw
+
+class SearchRange(Section):
+    """Range of a searched value, `{ low = 8, high = 64, log = true }`; of whole numbers if both ends are."""
+
+    low: int | float
+    high: int | float
+    log: bool = False
+    """True to sample the logarithm of the value."""
+
+
+class Search(Section):
+    """The table `[search]`: trials of the file's own declaration, whose values Optuna chooses by their figures."""
+
+    ranges: Annotated[dict[str, Table[SearchRange]], _dotted("low", "high")] = {}
+    """Range of each dotted path."""
+    choices: Axes = {}
+    """List of values for each dotted path."""
+    figure: Literal["elbo", "iwae", "new_gain_upper", "bits_per_dimension"] = "elbo"
+    """Figure of the validation split that is optimised: ELBO or IWAE bound (maximised); the upper end of the interval
+    for what a better prior wins on new data, or bits per dimension (minimised)."""
+    trials: int = Field(ge=1, le=MAX_RUNS)
+    """Number of trials, with those that are pruned or fail."""
+    pruner: Literal["median", "hyperband", "none"] = "median"
+    """Rule that stops a trial early by its validation ELBO of each epoch."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Seed of the choices of values."""
+    storage: str | None = None
+    """URL of an Optuna database; a journal file in the study's folder unless set."""
+    measure: Table[Measure] = Measure(evidence=50)
+    """Settings of the figure."""
+
+    @property
+    def sign(self) -> int:
+        """Return 1 if the figure is maximised, -1 if it is minimised."""
+        return 1 if self.figure in ("elbo", "iwae") else -1
+
+    @property
+    def ends(self) -> dict[str, tuple[Any, ...]]:
+        """Return by path the values that are checked before anything runs: both ends of a range, or all choices."""
+        return {path: (given.low, given.high) for path, given in self.ranges.items()} | self.choices
 
 
 class StudyFile(Section):
@@ -73,7 +115,8 @@ class StudyFile(Section):
 
     name: str = Field(min_length=1, max_length=100)
     description: str = ""
-    sweep: Table[Sweep]
+    sweep: Table[Sweep] = Sweep()
+    search: Table[Search] | None = None
 
 
 def names() -> list[str]:
@@ -91,13 +134,15 @@ def find(name_or_file: str) -> Path:
 
 def validated(raw: dict[str, Any], origin: str) -> StudyFile:
     """Return the validated keys of a study file; raises DeclarationError with every problem found in them."""
-    if "sweep" not in raw:
+    if not {"sweep", "search"} & raw.keys():
         raise DeclarationError(f"{origin}: sweep: expected a table; got none. Fit one experiment with: pvae fit FILE.")
     own = {key: value for key, value in raw.items() if key in StudyFile.model_fields}
     file = from_table(StudyFile, own, origin)
     foreign = sorted(raw.keys() - StudyFile.model_fields.keys()) if file.sweep.specs else []
     problems = [f"{key}: expected in the files of sweep.specs; got it beside them. Move it there." for key in foreign]
-    problems += _problems(file.sweep)
+    problems += [*_problems(file.sweep), *(_range_problems(file.search) if file.search else ())]
+    if file.search and file.sweep.specs:
+        problems.append("search: expected the declaration in this file; got sweep.specs. Write two files.")
     if problems:
         raise DeclarationError([f"{origin}: {problem}" for problem in problems])
     return file
@@ -118,7 +163,8 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     refits = [stage.label for stage in sweep.refits]
     if len({*refits, FIRST, SECOND}) < len(refits) + 2:
         yield f"sweep.refits: expected labels of their own, none {FIRST!r} or {SECOND!r}; got {refits}. Rename one."
-    yield from _path_problems(sweep)
+    paths = [("grid", path) for path in sweep.grid] + [("zip", path) for path in sweep.zip if path != "label"]
+    yield from _path_problems("sweep", paths, "Use sweep.seeds.")
     rows, combinations = max(lengths.values(), default=1), prod(len(values) for values in sweep.grid.values())
     counts = (len(sweep.specs) or 1, rows, combinations, len(sweep.seeds) or 1, 1 + len(sweep.refits))
     if prod(counts) > MAX_RUNS:
@@ -134,14 +180,26 @@ def _label_problems(labels: Sequence[Any]) -> Iterator[str]:
         yield f"sweep.zip.label: expected a name of its own for each row; got {list(labels)}. Rename one."
 
 
-def _path_problems(sweep: Sweep) -> Iterator[str]:
-    """Yield a problem for each path of a sweep that cannot be swept or is swept twice."""
-    paths = [("grid", path) for path in sweep.grid] + [("zip", path) for path in sweep.zip if path != "label"]
+def _range_problems(search: Search) -> Iterator[str]:
+    """Yield a problem for each path of a search that is none, and each range that is empty."""
+    paths = [("ranges", path) for path in search.ranges] + [("choices", path) for path in search.choices]
+    yield from _path_problems("search", paths, "Every trial has the file's seed.")
+    if not paths:
+        yield "search: expected ranges or choices; got neither."
+    for path, given in search.ranges.items():
+        if given.low >= given.high or (given.log and given.low <= 0):
+            wanted = f"expected {'0 < ' if given.log else ''}low < high"
+            yield f"search.ranges.{path}: {wanted}; got {given.low} and {given.high}."
+
+
+def _path_problems(name: str, paths: Sequence[tuple[str, str]], of_seeds: str) -> Iterator[str]:
+    """Yield a problem for each path of a sweep or search, after its table, that cannot be varied or is varied twice."""
     for table, path in paths:
         root = path.partition(".")[0]
-        if root in ("name", "description", "sweep", "seed", "label") or not all(path.split(".")):
-            advice = "Use sweep.seeds." if root == "seed" else "Write it as an override has it, train.epochs."
-            yield f"sweep.{table}: expected a dotted path of the declaration; got {path!r}. {advice}"
+        if root in ("name", "description", "sweep", "search", "seed", "label") or not all(path.split(".")):
+            advice = of_seeds if root == "seed" else "Write it as an override has it, train.epochs."
+            yield f"{name}.{table}: expected a dotted path of the declaration; got {path!r}. {advice}"
     for (one, first), (two, second) in itertools.combinations(paths, 2):
         if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
-            yield f"sweep.{two}: expected paths apart from each other; got {second!r} beside {first!r} of sweep.{one}."
+            found = f"got {second!r} beside {first!r} of {name}.{one}"
+            yield f"{name}.{two}: expected paths apart from each other; {found}."

@@ -1,6 +1,5 @@
 """Compiled steps kept between fits, by torch's own caches: a folder of the user's alone for each kind of step."""
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from pvae.data.rows.cache import cache_folder, locked
 from pvae.errors import PvaeError
 from pvae.objectives.base import Objective
 from pvae.pair.pair import Pair
-from pvae.util.files import pretty, read_object, remove, write_atomic
+from pvae.util.files import digest, pretty, read_object, remove, write_atomic
 from pvae.util.provenance import installed_version
 
 INDEX = "step.json"
@@ -44,7 +43,7 @@ def entry_of(pair: Pair, objective: Objective, precision: str, batch: Sequence[i
     tensors = [(name, tuple(t.shape), t.dtype, t.requires_grad) for name, t in named]
     versions = torch.__version__, installed_version("pvae-pyro"), torch.get_num_threads(), _processor()
     told = (versions, precision, tuple(batch), objective.model_dump(exclude={"beta"}), tensors, repr(pair))
-    return shelf() / hashlib.sha256(repr(told).encode()).hexdigest()[:32]
+    return shelf() / digest(repr(told).encode())[:32]
 
 
 def is_kept(entry: Path) -> bool:
@@ -99,7 +98,7 @@ def _is_whole(entry: Path) -> bool:
 def _sums(entry: Path) -> dict[str, str]:
     """Return the SHA-256 of every file of a compiled step, by its path inside the folder; locks do not count."""
     files = sorted(p for p in entry.rglob("*") if p.is_file() and p.suffix != ".lock" and p.name != INDEX)
-    return {str(p.relative_to(entry)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    return {str(p.relative_to(entry)): digest(p.read_bytes()) for p in files}
 
 
 def _processor() -> str:

@@ -7,6 +7,7 @@ import torch
 from pvae.errors import DeclarationError
 from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
+from pvae.runs import find
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.runs.seal import edits, sealed
@@ -20,13 +21,18 @@ data."""
 
 
 def require_accepted(changed: list[str], files: RunDirectory, *, allow_changes: bool) -> None:
-    """Raise DeclarationError for differences that no continuation may have, or that need `allow_changes`."""
+    """Raise DeclarationError for differences that no continuation may have, or that need `allow_changes`.
+
+    Where a job of Slurm stopped, another one may go on on another node: that is how a queue works.
+    """
+    moved = ("host", "platform") if find.job() and files.status().get("job") else ()
+    asked = [line for line in changed if not line.startswith(moved)]
     other = [line for line in changed if not line.startswith(RESUMABLE)]
-    if other or (changed and not allow_changes):
+    if other or (asked and not allow_changes):
         advice = "The continuation would not be exact; say --allow-changes (allow_changes=True) to go on all the same."
         if other:
             advice = "This would be another model or other data, which a run cannot become: fit it anew."
-        lines = [f"{files.path.name}: expected the run's own {line}" for line in other or changed]
+        lines = [f"{files.path.name}: expected the run's own {line}" for line in other or asked]
         raise DeclarationError([*lines, advice])
 
 

@@ -29,7 +29,9 @@ from pvae.util.provenance import installed_version
 if TYPE_CHECKING:
     from torch import Tensor
 
-EXTRA_MODULES = {"parquet": "pyarrow", "tensorboard": "tensorboardX", "mlflow": "mlflow"}
+EXTRA_MODULES = {
+    "parquet": "pyarrow", "tensorboard": "tensorboardX", "mlflow": "mlflow", "cluster": "submitit", "search": "optuna",
+}  # fmt: skip
 """Importable module of each optional extra of pvae."""
 KNOWN_VARIABLES = ("PVAE_RUN_DIR", "PVAE_DATA_DIR", "PVAE_OFFLINE")
 ARVIZ_REQUIREMENT = "arviz>=0.23.4,!=1.0.*,!=1.1.*,<2"

@@ -74,9 +74,10 @@ def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
     )
 
 
-def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts flattened to one dict with dotted keys, such as `train.epochs`."""
+def flat(table: dict[str, Any], prefix: str = "", stop: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Return nested dicts, but those with a key of `stop`, flattened to one dict with dotted keys: `train.epochs`."""
     out: dict[str, Any] = {}
     for key, value in table.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        nested = isinstance(value, dict) and not stop & value.keys()
+        out |= flat(value, f"{prefix}{key}.", stop) if nested else {f"{prefix}{key}": value}
     return out

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,31 @@ def test_a_claim_stands_while_its_process_may_live(tmp_path: Path, other: dict[s
     assert not path.exists()
 
 
-def test_a_claim_is_handed_over_and_released_by_either(tmp_path: Path) -> None:
-    """FAULTS 48: a study passes it to its worker, and the claim then lives as long as that."""
-    path, (hold, end) = tmp_path / "case.lock", os.pipe()
-    claim = Claim(path, "a case")
-    claim.acquire()
-    worker = forked(lambda: len(os.read(hold, 1)))
-    claim.hand_over(worker)
-    with pytest.raises(BusyError, match=f"held by process {worker} "):
-        Claim(path, "a case").acquire()
-    os.write(end, b"x")
-    os.waitpid(worker, 0)
-    with Claim(path, "a case"):  # the worker is dead
-        claim.release()  # of the one that handed it over: it is no longer that one's
-        assert Claim(path, "a case").holder()["pid"] == os.getpid()
-    assert not path.exists()
+def test_a_silent_claim_of_another_host_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 15 and 53: after five minutes without a heartbeat, by the file system's clock; a live one beats."""
+    monkeypatch.setattr("pvae.runs.claim.BEAT_SECONDS", 0.02)
+    path = tmp_path / ".lock"
+    with Claim(path, "a run") as mine:
+        old = path.stat().st_mtime - 400
+        os.utime(path, (old, old))
+        while path.stat().st_mtime == old:
+            time.sleep(0.01)
+        foreign = {**mine.own, "host": "elsewhere", "token": "theirs"}
+    path.write_text(json.dumps(foreign))
+    for age, stands in ((200, True), (400, False)):
+        os.utime(path, (time.time() - age,) * 2)
+        assert bool(Claim(path, "a run").holder()) == stands
+    path.write_text(json.dumps({**foreign, "beats": None}))  # of an earlier version, which had no heart
+    os.utime(path, (0, 0))
+    assert Claim(path, "a run").holder()
+    assert os.listdir(tmp_path) == [".lock"]
+
+
+def test_a_requeued_job_has_what_it_had_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FAULTS 48: on whatever host it runs now, at once; another job, or another task of this one, has not."""
+    path = tmp_path / ".lock"
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for job, stands in ((["7", "0"], False), (["7", "1"], True), (["8", "0"], True), ([], True)):
+        path.write_text(json.dumps({**ME, "host": "elsewhere", "job": job}))
+        assert bool(Claim(path, "a run").holder()) == stands

@@ -521,7 +521,7 @@ def test_a_server_that_does_not_answer_is_not_waited_for(made: RunDirectory, mon
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_missing_package_is_told_before_the_fit(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "find_spec", lambda _: None)
+    monkeypatch.setattr("pvae.errors.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=rf"pip install 'pvae-pyro\[{kind}\]'"):
         tiny(tmp_path, export=[kind])
     _, err = run_cli("fit", "vae", "--export", kind, "--run-dir", str(tmp_path), code=69)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,13 +22,15 @@ from pvae.analysis.pages.study import STUDY_FIGURES, csv, frame, kept
 from pvae.errors import DeclarationError, Interrupted, PvaeError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
+from pvae.runs.claim import Claim
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
-from pvae.studies.runner import Runner, Task, tasks_of, work
+from pvae.studies.runner import Machine, Runner
 from pvae.studies.shelf import Shelf, standing
 from pvae.studies.study import Board, states, study, told
 from pvae.studies.sweep import Measure, names
+from pvae.studies.tasks import Task, tasks_of, work
 from pvae.util.provenance import surroundings
 from tests.cli_runner import run_cli
 from tests.runs_shared import assert_same, fit, signalled_at
@@ -156,8 +159,8 @@ def test_the_digest_of_every_system_survives_its_file(name):
 def test_shipped_studies_expand(name):
     declared = Declared.load(name)
     assert declared.description
-    assert len(declared.cases) >= 12
-    assert {case.experiment.data.source for case in declared.cases} == {"fashion_mnist"}  # type: ignore[attr-defined]
+    assert (declared.search.trials if declared.search else len(declared.cases)) >= 12
+    assert {case.experiment.data.source for case in declared.cases} <= {"fashion_mnist"}  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------- refusals
@@ -226,7 +229,7 @@ def test_a_file_without_a_sweep_and_a_name_that_is_none(tmp_path):
     (tmp_path / "plain.toml").write_text(tomli_w.dumps(TABLE))
     with pytest.raises(DeclarationError, match=r"sweep: expected a table; got none. Fit one experiment with: pvae fit"):
         Declared.load(tmp_path / "plain.toml")
-    with pytest.raises(DeclarationError, match=r"expected a study \(discrete, priors\).*did you mean 'priors'"):
+    with pytest.raises(DeclarationError, match=r"a study \(capacity, discrete, priors\).*did you mean 'priors'"):
         Declared.load("prior")
 
 
@@ -234,29 +237,26 @@ def test_a_file_without_a_sweep_and_a_name_that_is_none(tmp_path):
 
 
 class InProcess:
-    """A process of a study that does its work here, when it is looked at for the second time."""
+    """A worker of a study that does its work here, when it is looked at for the second time."""
 
-    started: list[dict[str, Any]] = []
-
-    def __init__(self, _command: object, *, stdin: IO[bytes], stderr: IO[bytes], **_settings: object) -> None:
+    def __init__(self, command: list[str], *, stdin: IO[bytes], **_settings: object) -> None:
+        assert command[1] == "-P"  # nothing is imported from the working directory
         stdin.seek(0)
-        self.job = json.load(stdin)
-        self.stderr = stderr
+        self.order = json.load(stdin)
         self.pid, self.looks, self.code = os.getpid(), 0, 0
-        self.started.append(self.job)
 
     def poll(self) -> int | None:
         self.looks += 1
         return self.wait() if self.looks > 1 else None
 
     def wait(self) -> int:
-        job, self.job = self.job, {}
+        order, self.order = self.order, {}
         threads = torch.get_num_threads()
         try:
-            if job:
-                work(job)
+            if order:
+                with Claim(Path(order["claim"]), "a case"):
+                    work(order)
         except PvaeError as error:
-            self.stderr.write(f"a warning\n{error}\n\n".encode())
             self.code = error.exit_code
         finally:
             torch.set_num_threads(threads)
@@ -273,11 +273,18 @@ def folder_of_its_own(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The jobs that were begun; processes are replaced, which would import torch for seconds each."""
-    monkeypatch.setattr("pvae.studies.runner.Popen", InProcess)
-    monkeypatch.setattr(InProcess, "started", [])
-    return InProcess.started
+def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What workers were begun for; processes are replaced, which would import torch for seconds each."""
+    begun: list[str] = []
+    begin = Machine.begin
+
+    def beginning(self: Machine, orders: Mapping[Task, dict[str, Any]]) -> None:
+        begun.extend(task.doing for task in orders)
+        begin(self, orders)
+
+    monkeypatch.setattr("pvae.util.attempt.Popen", InProcess)
+    monkeypatch.setattr(Machine, "begin", beginning)
+    return begun
 
 
 def run(file: Path, **settings: Any) -> pvae.Study:
@@ -294,7 +301,7 @@ PRIORS = {"latents.z.prior": [NORMAL, MIXTURE], "label": ["N", "M"]}
 def test_a_study_is_run_once_and_read_off_as_tables(tmp_path, started):
     file = write(tmp_path, {"seeds": [0, 1], "zip": PRIORS, "refits": [{**AGG, "of": ["N"]}]})
     found = run(file)
-    assert sorted(job["kind"] for job in started) == ["fit"] * 4 + ["refit"] * 2
+    assert sorted(started) == ["fit"] * 4 + ["refit"] * 2
     assert not found.failures
     assert list(found.runs) == [case.key for case in found.declared.cases]
     child = found.runs["N", 1, "agg"]
@@ -327,9 +334,9 @@ def test_runs_are_found_by_what_they_declare_and_measured_anew_with_other_settin
     file = write(tmp_path, {"grid": {"latents.z.dim": [2]}})
     found = run(file)
     assert found.runs["dim=2", 0, "fit"].path == fitted.path
-    assert [job["kind"] for job in started] == ["measure"]
+    assert started == ["measure"]
     run(write(tmp_path, {"grid": {"latents.z.dim": [2]}, "measure": {**MEASURE, "rows": 40}}))
-    assert [job["kind"] for job in started] == ["measure", "measure"]
+    assert started == ["measure", "measure"]
     path = fitted.path / "analysis" / "study.json"
     for damage in ("", "[]", path.read_text().replace('"test"', '"tset"'), path.read_text().replace("40", "41")):
         path.write_text(damage)
@@ -362,7 +369,8 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, started):
     damaged = RunDirectory.create(tmp_path / "runs", "damaged")
     (damaged.path / "manifest.json").write_text("[]")
     found = run(file)
-    assert [(job["kind"], job["run"]) for job in started] == [("resume", str(files.path))]
+    assert started == ["resume"]
+    assert found.runs["tiny", 0, "fit"].path == files.path
     assert standing(files) == "finished"
     assert_same(whole, found.runs["tiny", 0, "fit"])
 
@@ -370,12 +378,12 @@ def test_an_interrupted_run_is_gone_on_with(tmp_path, started):
 def test_a_declared_second_stage_is_part_of_its_case(tmp_path, started):
     second = {"priors": {"z": MIXTURE}, "train": {"epochs": 1, "engine": "eager"}}
     found = run(write(tmp_path, {}, refit=second))
-    assert [job["kind"] for job in started] == ["fit"]
+    assert started == ["fit"]
     assert list(found.runs) == [("tiny", 0, "fit"), ("tiny", 0, "refit")]
     child = found.runs["tiny", 0, "refit"].path
     child.rename(tmp_path / "elsewhere")
     run(write(tmp_path, {}, refit=second))
-    assert [job["kind"] for job in started] == ["fit", "resume"]
+    assert started == ["fit", "resume"]
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1  # the first stage was not fitted again
 
 
@@ -393,12 +401,13 @@ def test_a_failing_case_stops_no_other(tmp_path, started):
     assert "failed: adam, agg, seed 0: its first stage failed" in err
 
 
-def runner(file: Path, root: Path) -> Runner:
-    declared = Declared.load(file)
-    return Runner(
-        tasks_of(declared.cases), root, data_dir=None, device="cpu", jobs=1, threads=1, measure=declared.measure,
-        on_change=lambda _tasks: None, origin=str(file),
-    )  # fmt: skip
+def runner(file: Path, root: Path, place: Machine | None = None) -> Runner:
+    setting = {
+        "run_dir": str(root), "data_dir": None, "device": "cpu", "threads": 1, "measure": MEASURE,
+        "allow_changes": False,
+    }  # fmt: skip
+    place = place or Machine(root, "tiny", 1)
+    return Runner(tasks_of(Declared.load(file).cases), setting, place, lambda _tasks: None, str(file))
 
 
 def test_two_studies_at_once_fit_no_case_twice(tmp_path, started, monkeypatch):
@@ -406,14 +415,15 @@ def test_two_studies_at_once_fit_no_case_twice(tmp_path, started, monkeypatch):
     monkeypatch.setattr("pvae.studies.runner.LOOK_SECONDS", 0.0)
     file, root = write(tmp_path, {"zip": PRIORS}), tmp_path / "runs"
     both = runner(file, root), runner(file, root)
-    seen = set()
+    seen: set[str] = set()
     for _ in range(20):
         for one in both:
-            one._look()
+            with Claim(both[0].tasks[0].claim(root).path, "a case") if not seen else nullcontext():
+                one._look()
             seen |= {task.state for task in one.tasks}
-    assert len(started) == 2
     assert "held" in seen
-    assert sorted(task.state for one in both for task in one.tasks) == ["finished", "finished", "found", "found"]
+    assert {task.state for one in both for task in one.tasks} <= {"finished", "found"}
+    assert sorted(len(list(folder.iterdir())) for folder in root.iterdir() if folder.name != ".studies") == [1, 1]
 
 
 def test_a_run_that_another_process_works_on_is_waited_for(tmp_path, started):
@@ -425,10 +435,10 @@ def test_a_run_that_another_process_works_on_is_waited_for(tmp_path, started):
     assert [task.state for task in one.tasks] == ["held"]
     assert not started
     fitted.files.update_status(state="finished")
-    one.tasks[0].looked = -1e9
+    one.place.due = 0.0
     while one.tasks[0].state != "finished":
         one._look()
-    assert [job["kind"] for job in started] == ["measure"]
+    assert started == ["measure"]
 
 
 def test_a_run_folder_that_cannot_be_made_fails_the_case(tmp_path, started):
@@ -443,22 +453,21 @@ def test_a_run_folder_that_cannot_be_made_fails_the_case(tmp_path, started):
 def test_a_case_belongs_to_its_worker_until_that_is_dead(tmp_path, started):
     """FAULTS 16 and 48: not to the study that started it, which may be dead before."""
     one = runner(write(tmp_path, {}), tmp_path / "runs")
-    claim = one._claim(one.tasks[0])
-    assert claim is not None
-    with subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) as worker:
-        claim.hand_over(worker.pid)
-        other = runner(tmp_path / "tiny.toml", tmp_path / "runs")
-        other._look()
-        assert [task.state for task in other.tasks] == ["held"]
-        assert f"held by process {worker.pid} " in told(other.tasks[0])
+    path = one.tasks[0].claim(tmp_path / "runs").path
+    code = f"import pathlib, pvae.runs.claim as c; c.Claim(pathlib.Path({str(path)!r}), '').acquire(); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as worker:
+        while not path.exists():
+            time.sleep(0.02)
+        one._look()
+        assert [task.state for task in one.tasks] == ["held"]
+        assert f"held by process {worker.pid} " in told(one.tasks[0])
         worker.kill()
     assert not started
-    other.tasks[0].looked = -1e9
-    other._look()
-    assert [job["kind"] for job in started] == ["fit"]
-    assert json.loads(claim.path.read_text())["pid"] == os.getpid()  # that of its worker, here
-    other._end_all()
-    assert not claim.path.exists()
+    one.place.due = 0.0
+    one._look()
+    assert started == ["fit"]
+    one.place.end()
+    assert not path.exists()
 
 
 @pytest.mark.slow
@@ -546,9 +555,8 @@ def test_hostile_labels_are_harmless_everywhere(tmp_path, started):
         path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")
     }
     shown = io.StringIO()
-    task = Task(Declared.load(file).cases[:1], "failed", error="\x1b[31m[red]<script>")
-    with Board("[red]\x1b", tmp_path) as board:
-        Console(file=shown, width=100).print(board.table([task]))
+    task = Task(Declared.load(file).cases[:1], state="failed", error="\x1b[31m[red]<script>")
+    Console(file=shown, width=100).print(Board("[red]\x1b", tmp_path).table([task]))
     assert "\x1b" not in shown.getvalue()
     assert "[red]<script>" in shown.getvalue()
     assert list(Shelf(tmp_path / "runs").known) == []

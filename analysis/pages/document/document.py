@@ -4,7 +4,6 @@ The formats are HTML, JSON, terminal text and files in a folder. Files are writt
 that pvae did not write is refused.
 """
 
-import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from pvae.analysis.pages.document.words import csv_of, html_cell, legible, rich_
 from pvae.errors import DataError, OutputError
 from pvae.runs.claim import Claim
 from pvae.runs.find import is_abandoned, leftovers
-from pvae.util.files import make_folder, plain, pretty, raising, read_object, remove, write_together
+from pvae.util.files import digest, make_folder, plain, pretty, raising, read_object, remove, write_together
 from pvae.util.progress import StageProgress, silent
 
 PAGE, NUMBERS, TABLES, PICTURES, FILES = "index.html", "report.json", "tables", "figures", "files"
@@ -171,7 +170,7 @@ def slug(name: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9._]", lambda m: f"-{ord(m.group()):x}", name) or "-"
     if len(plain) <= FILE_NAME_CHARACTERS:
         return plain
-    return f"{plain[:FILE_NAME_CHARACTERS]}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}"
+    return f"{plain[:FILE_NAME_CHARACTERS]}-{digest(name.encode(errors='surrogatepass'))[:16]}"
 
 
 T = TypeVar("T")

@@ -1,6 +1,5 @@
 """Data source of image folders: files are read in a fixed order, decoded once into the cache, bad files listed."""
 
-import hashlib
 import os
 import re
 import stat
@@ -21,7 +20,7 @@ from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, natural
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, printable
-from pvae.util.files import pretty
+from pvae.util.files import digest, pretty
 from pvae.util.types import Array
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -71,7 +70,7 @@ class Images(FileData):
         files, skipped = found(root)
         if not files:
             raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
-        listing = hashlib.sha256(pretty({"files": files}).encode()).hexdigest()
+        listing = digest(pretty({"files": files}).encode())
         entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
         options = {"size": self.size, "mode": self.mode, "background": self.background, "pillow": PIL.__version__}
         kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))

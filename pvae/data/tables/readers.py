@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvae.data.tables.cells import CellDecoder, Numbers, Spelling, require_named_once, shown
-from pvae.errors import DataError, MissingExtraError
+from pvae.errors import DataError, require_extra
 
 if TYPE_CHECKING:
     import pandas
@@ -245,14 +245,10 @@ def opened_parquet(path: Path) -> Any:
         DataError: the file is damaged or not a Parquet file.
         MissingExtraError: pyarrow is not installed.
     """
-    try:
-        from pyarrow import ArrowException
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise MissingExtraError(
-            f"{path}: expected pyarrow, which reads Parquet; it is not installed. "
-            "Run `pip install 'pvae-pyro[parquet]'`."
-        ) from None
+    require_extra("pyarrow", "parquet", f"{path}: expected pyarrow, which reads Parquet")
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
     try:
         return ParquetFile(path)
     except (ArrowException, OSError, ValueError) as error:

@@ -4,10 +4,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
-from importlib.util import find_spec
+from typing import Any
 
-from pvae.errors import DataError, DeclarationError, MissingExtraError, PvaeError, StorageError, near, printable
+from pvae.errors import DataError, DeclarationError, PvaeError, StorageError, near, printable, require_extra
 from pvae.runs.export.base import Exporter
 from pvae.runs.export.trackers import MLflow, TensorBoard, without_secrets
 from pvae.runs.rundir import RunDirectory
@@ -16,6 +17,8 @@ from pvae.util.files import follows
 SECONDS_BETWEEN_EXPORTS = 5.0
 """Shortest time (s) between two exports during a fit; a slow export is followed by a pause ten times as long."""
 
+WATCH: ContextVar[Callable[[Mapping[str, Any]], None]] = ContextVar("watch", default=lambda _row: None)
+"""Function that is called with each row of metrics of a fit."""
 KINDS: Mapping[str, type[Exporter]] = {cls.kind: cls for cls in (TensorBoard, MLflow)}
 
 
@@ -32,11 +35,7 @@ def require(kinds: Sequence[str]) -> tuple[str, ...]:
             raise DeclarationError(
                 f"export: expected {' or '.join(KINDS)}; got {str(kind)[:60]!r}{near(str(kind), KINDS)}."
             )
-        if find_spec(KINDS[kind].package) is None:
-            raise MissingExtraError(
-                f"export: expected {KINDS[kind].package}, which exports to {kind}; it is not installed. "
-                f"Run `pip install 'pvae-pyro[{kind}]'`."
-            )
+        require_extra(package := KINDS[kind].package, kind, f"export: expected {package}, which exports to {kind}")
     return asked
 
 
@@ -108,8 +107,9 @@ def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Itera
 
     due = time.monotonic() + SECONDS_BETWEEN_EXPORTS
 
-    def catch_up() -> None:
+    def catch_up(row: Mapping[str, Any]) -> None:
         nonlocal due
+        WATCH.get()(row)
         if (begun := time.monotonic()) < due:
             return
         for kind, exporter in list(exporters.items()):
@@ -123,7 +123,7 @@ def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Itera
     try:
         yield
     finally:
-        files.on_metrics = lambda: None
+        files.on_metrics = lambda _row: None
         for kind, exporter in list(exporters.items()):
             attempt(kind, exporter.close)
 
