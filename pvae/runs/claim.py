@@ -46,12 +46,16 @@ class Claim:
     def __exit__(self, *_: object) -> None:
         self.release()
 
-    def holder(self) -> dict[str, Any]:
-        """Return the content of a claim that stands; {} if there is none, or its process has died on this host."""
+    def holder(self, now: float | None = None) -> dict[str, Any]:
+        """Return the content of a claim that stands; {} if there is none, or its process has died on this host.
+
+        `now` is the time by the clock of the file system, which may be another machine's; by that of this host if None.
+        """
         with suppress(DataError, OSError):
             found = files.read_object(self.path.parent, self.path.name)
             gone = is_gone(found) if isinstance(found.get("host"), str) else True
-            silent = found.get("beats") is True and self.path.lstat().st_mtime < time.time() - STALE_AFTER_SECONDS
+            heard = (now or time.time()) - self.path.lstat().st_mtime
+            silent = found.get("beats") is True and heard > STALE_AFTER_SECONDS
             return {} if gone or (gone is None and silent) else found
         return {}
 
@@ -72,12 +76,12 @@ class Claim:
         while not self.own:
             with files.raising(OutputError, f"{self.path}: expected a file to claim"), _alone(self.path.parent):
                 there = os.path.lexists(self.path)
-                if found := self.holder():
-                    raise busy(self.path.parent, self.what, found, f" If it is gone, remove {self.path}.")
-                if there:
-                    self.path.unlink(missing_ok=True)
                 try:
                     files.write_new(temporary, json.dumps(own).encode(), durable=False)
+                    if found := self.holder(temporary.lstat().st_mtime):
+                        raise busy(self.path.parent, self.what, found, f" If it is gone, remove {self.path}.")
+                    if there:
+                        self.path.unlink(missing_ok=True)
                     os.link(temporary, self.path)
                     self.own = own
                 except FileExistsError:  # another host was quicker

@@ -126,6 +126,12 @@ def test_a_silent_claim_of_another_host_ends(tmp_path: Path, monkeypatch: pytest
     for age, stands in ((200, True), (400, False)):
         os.utime(path, (time.time() - age,) * 2)
         assert bool(Claim(path, "a run").holder()) == stands
+    os.utime(path)
+    ahead = time.time() + 3600
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: ahead)  # the clock of this host alone
+        with pytest.raises(BusyError):
+            Claim(path, "a run").acquire()
     path.write_text(json.dumps({**foreign, "beats": None}))  # of an earlier version, which had no heart
     os.utime(path, (0, 0))
     assert Claim(path, "a run").holder()
