@@ -1,20 +1,24 @@
 """Parallel efficiency of fits, log q_agg and evidence: seconds of one process over those of W times as many.
 
-Every process has one thread. One process and W take turns; both fit in W shards. A
-figure is the median over rounds of T(1) / (W T(W)), 1 where W processes are W times as fast.
+Every process has one thread. One process and W take turns; both fit in W shards. A figure is the median over rounds of
+T(1) / (W T(W)), 1 where W processes are W times as fast.
 
     python tests/bench/sharing.py [--rounds 3] [--processes 2] [--rows 60000] [--json FILE]
+    python tests/bench/sharing.py --far FILE      (bytes, operations and hours of ten million rows, from such a file)
 """
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
@@ -57,7 +61,11 @@ def scored(rows: int, dim: int = 40) -> float:
     return time.perf_counter() - begun
 
 
-def bounded(rows: int = 400, samples: int = 500) -> float:
+BOUNDED = 400, 500
+"""Rows, and importance samples of each, of the evidence."""
+
+
+def bounded(rows: int = BOUNDED[0], samples: int = BOUNDED[1]) -> float:
     """Seconds of an importance-weighted bound."""
     pair = Experiment.from_dict(SPEC).build((784,))
     x = (torch.rand(rows, 784) < 0.2).float()
@@ -87,6 +95,45 @@ def started(number: int, options: argparse.Namespace) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+ROWS, DIM, SAMPLES, LINK = 10_000_000, 40, 500, 1e9
+"""Rows, coordinates, importance samples and bytes a second between two machines of the table on paper."""
+
+
+def far(found: dict[str, Any], devices: tuple[int, ...] = (1, 8, 64)) -> Iterator[str]:
+    """Lines of a Markdown table: what every device computes, sends and holds, and its hours at the measured rate.
+
+    A step sends its vector of gradients once for every doubling of the devices. For log q_agg every device holds all
+    components, and at the end each gets the sums of the others' values; encoding, which is linear in the rows, is left
+    out. An evidence sends some numbers for every row.
+    """
+    encoder, decoder = (sum(p.numel() for p in part.parameters()) for part in _networks())
+    step, pairs, bound = found["step, batch 10000"], found[f"log q_agg, n = {found['rows']}"], found["evidence"]
+    row, pair = step["seconds of one process"] / 10_000, pairs["seconds of one process"] / found["rows"] ** 2
+    sample = bound["seconds of one process"] / (BOUNDED[0] * BOUNDED[1])
+    vector = 4 * (encoder + decoder)
+    yield "| work | devices | operations each | sent by each | held by each | hours |"
+    yield "|---|---|---|---|---|---|"
+    for count in devices:
+        rounds, share = math.log2(count), ROWS / count
+        work: dict[str, tuple[float, float, float, float]] = {
+            "an epoch, batch 10 000": (
+                6 * (encoder + decoder) * share, rounds * vector * ROWS / 10_000, 4 * vector, row * share
+            ),
+            "log q_agg, all pairs": (4 * DIM * ROWS * share, 16 * ROWS * rounds, 8 * DIM * ROWS, pair * ROWS * share),
+            f"evidence, {SAMPLES} samples": (
+                2 * decoder * SAMPLES * share, 64 * share, vector, sample * SAMPLES * share
+            ),
+        }  # fmt: skip
+        for name, (operations, sent, held, seconds) in work.items():
+            hours = (seconds + sent / LINK) / 3600
+            yield f"| {name} | {count} | {operations:.1e} | {sent / 1e9:.2g} GB | {held / 1e9:.2g} GB | {hours:.3g} |"
+
+
+def _networks() -> tuple[torch.nn.Module, torch.nn.Module]:
+    pair: Any = Experiment.from_dict(SPEC).build((784,))
+    return pair.guide, pair.model
+
+
 def main() -> None:
     """Print efficiencies, and seconds of one process."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -95,7 +142,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=60_000)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=Path)
+    parser.add_argument("--far", type=Path)
     options = parser.parse_args()
+    if options.far:
+        print("\n".join(far(json.loads(options.far.read_text()))))
+        return
     if options.child:
         found = measured(options.processes, options.rows, options.child)
         if not follows():
@@ -110,7 +161,7 @@ def main() -> None:
         told = ", ".join(f"{ratio:.2f}" for ratio in ratios)
         print(f"{name:24} {seconds:9.4f} s alone, efficiency {statistics.median(ratios):.2f} ({told})")
     if options.json:
-        options.json.write_text(json.dumps({"processes": options.processes, **table}, indent=2))
+        options.json.write_text(json.dumps({"processes": options.processes, "rows": options.rows, **table}, indent=2))
 
 
 if __name__ == "__main__":

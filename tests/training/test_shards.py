@@ -33,12 +33,17 @@ def torchrun(processes: int, *arguments: str | Path, **options: Any) -> subproce
     return subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True, **options)
 
 
+def left_by_many(processes: int, folder: Path) -> dict[str, Any]:
+    """What several processes leave of every system."""
+    done = torchrun(processes, "tests.training.sharded_fits", folder, timeout=300 * processes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What two processes leave of every system."""
-    done = torchrun(2, "tests.training.sharded_fits", tmp_path_factory.mktemp("two"), timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return left_by_many(2, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,15 @@ def found_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_processes_leave_the_bits_of_one(name: str, by_two: dict[str, Any], tmp_path: Path) -> None:
     """Weights, averages, optimiser, codebooks, sums and metrics."""
     assert left_by(fitted(name, tmp_path)) == by_two[name]
+
+
+@pytest.mark.slow
+def test_four_processes_leave_the_bits_of_two(by_two: dict[str, Any], tmp_path: Path) -> None:
+    """All systems, and figures to 1e-10."""
+    by_four = left_by_many(4, tmp_path)
+    figures, of_two = by_four.pop("figures"), {name: left for name, left in by_two.items() if name != "figures"}
+    assert by_four == of_two
+    assert list(numbers(figures)) == pytest.approx(list(numbers(by_two["figures"])), rel=1e-10, abs=1e-10, nan_ok=True)
 
 
 def numbers(value: Any) -> Iterator[float]:
