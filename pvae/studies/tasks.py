@@ -42,7 +42,7 @@ class Task:
     """Number of such a task, from 0, in its study."""
     state: str = "waiting"
     doing: str = ""
-    """What the running worker does: fit, resume, refit, measure or trial."""
+    """Work of the running worker: fit, resume, refit, measure or trial."""
     error: str = ""
     """Last line of output of a failed worker; who has a case that is waited for."""
     tries: int = 0

@@ -273,11 +273,10 @@ class ShardedBatch:
 
         The first process alone decides if a checkpoint is due: the others wait until it is written.
         """
-        sizes = [1] * len(SIGNALS) + [1, width]
-        *told, due, total = self.trainer.shards.total(self._parts(work, width, phase)).split(sizes)
-        self.trainer.due = bool(due > 0)
-        signals = (int(number) for number, found in zip(SIGNALS, told, strict=True) if found > 0)
-        self.trainer.stopping = next(signals, None)
+        flags, total = self.trainer.shards.total(self._parts(work, width, phase)).split([len(SIGNALS) + 1, width])
+        *told, due = flags.tolist()
+        self.trainer.due = due > 0
+        self.trainer.stopping = next((int(number) for number, n in zip(SIGNALS, told, strict=True) if n > 0), None)
         return total
 
     def _parts(self, work: Callable[[Tensor, float, int], Tensor], width: int, phase: int) -> Iterator[Tensor]:

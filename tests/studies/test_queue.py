@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import signal
 import stat
 import sys
@@ -55,11 +54,10 @@ def on_queue(file: Path, slurm: Sequence[str] | None) -> Runner:
 
 
 def orders(folder: Path) -> list[list[dict[str, Any]]]:
-    """The orders of every job, in the pickles that submitit keeps for them."""
-    found = []
-    for path in sorted((folder / "jobs").glob("*_submitted.pkl"), key=lambda path: path.name):
-        found.append(pickle.loads(path.read_bytes()).function.orders)  # noqa: S301 - the test's own
-    return found
+    """The orders of every job, as submitit reads them in it."""
+    from submitit.core.utils import DelayedSubmission
+
+    return [DelayedSubmission.load(path).function.orders for path in sorted((folder / "jobs").glob("*_submitted.pkl"))]
 
 
 def test_a_study_is_submitted_once_and_collected_by_whoever_asks(tmp_path, slurm):

@@ -50,7 +50,7 @@ def opened(file: Path) -> Searching:
 
 
 def order(of: Searching, number: int) -> dict[str, Any]:
-    """What the worker of a trial gets."""
+    """Order for the worker of a trial."""
     setting: dict[str, Any] = {
         "run_dir": str(of.root), "data_dir": None, "device": "cpu", "threads": 1, "measure": {}, "allow_changes": False,
     }  # fmt: skip

@@ -274,7 +274,7 @@ def folder_of_its_own(tmp_path, monkeypatch):
 
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What workers were begun for; processes are replaced, which would import torch for seconds each."""
+    """Orders of the workers that were begun; processes are replaced, which would import torch for seconds each."""
     begun: list[str] = []
     begin = Machine.begin
 

@@ -34,7 +34,7 @@ def torchrun(processes: int, *arguments: str | Path, **options: Any) -> subproce
 
 
 def left_by_many(processes: int, folder: Path) -> dict[str, Any]:
-    """What several processes leave of every system."""
+    """Weights and metrics of every system, left by several processes."""
     done = torchrun(processes, "tests.training.sharded_fits", folder, timeout=300 * processes)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -42,7 +42,7 @@ def left_by_many(processes: int, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def by_two(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What two processes leave of every system."""
+    """Weights and metrics of every system, left by two processes."""
     return left_by_many(2, tmp_path_factory.mktemp("two"))
 
 
@@ -183,7 +183,7 @@ def workers(launcher: subprocess.Popen[bytes]) -> list[int]:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the fit leaves that nobody disturbs."""
+    """Weights and metrics of the undisturbed fit."""
     declared = (*FEW, "train.checkpoint_seconds=0.2")
     return left_by(pvae.fit(*declared, run_dir=tmp_path_factory.mktemp("whole"), progress=False))
 
