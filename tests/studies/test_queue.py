@@ -57,7 +57,10 @@ def orders(folder: Path) -> list[list[dict[str, Any]]]:
     """The orders of every job, as submitit reads them in it."""
     from submitit.core.utils import DelayedSubmission
 
-    return [DelayedSubmission.load(path).function.orders for path in sorted((folder / "jobs").glob("*_submitted.pkl"))]
+    called: list[Any] = [
+        DelayedSubmission.load(path).function for path in sorted((folder / "jobs").glob("*_submitted.pkl"))
+    ]
+    return [element.orders for element in called]
 
 
 def test_a_study_is_submitted_once_and_collected_by_whoever_asks(tmp_path, slurm):
