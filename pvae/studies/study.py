@@ -21,11 +21,9 @@ from pvae.runs.find import slug
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
-from pvae.studies.queue import AT_A_TIME, Slurm, submissions
-from pvae.studies.runner import Machine, Runner
+from pvae.studies.runner import AT_A_TIME, Machine, Runner, Slurm, submissions
 from pvae.studies.search import Searching
-from pvae.studies.shelf import Shelf, standing
-from pvae.studies.tasks import CLAIMS, DONE, Task, tasks_of
+from pvae.studies.tasks import CLAIMS, DONE, Shelf, Task, standing, tasks_of
 from pvae.util.files import make_folder, write_together
 
 if TYPE_CHECKING:

@@ -1,22 +1,25 @@
-"""Tasks of a study: what is left of each, told to a worker as JSON, and what that worker then does."""
+"""Tasks of a study: what the runs leave to do of each, told to a worker as JSON, and what that worker then does.
+
+Runs are found by the digest of their declaration, whatever their names.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvae.errors import BusyError, DataError, Interrupted, OutputError
+from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError
 from pvae.experiment.experiment import Experiment
+from pvae.runs import checkpoint
 from pvae.runs.claim import Claim, busy
-from pvae.runs.find import folders, slug
+from pvae.runs.find import begun, folders, is_stale, slug
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
-from pvae.studies.shelf import Shelf, standing
 from pvae.studies.sweep import SECOND, Measure, Search
 from pvae.util import files
 
@@ -84,8 +87,7 @@ class Task:
             return "resume", runs[0], going_on.manifest
         if self.parent is None:
             return "fit", None, {}
-        first = shelf.best(self.parent)
-        return "refit", first if first is not None and standing(first) == "finished" else None, {}
+        return "refit", shelf.finished(self.parent), {}
 
     def order(self, setting: Mapping[str, Any], had: Mapping[str, Any]) -> dict[str, Any]:
         """Return the task as JSON for a worker, with the settings of its study; the threads are those it `had`."""
@@ -125,6 +127,70 @@ def own_folder(root: Path, name: str = "") -> Path:
         if name:
             (root / CLAIMS / name).mkdir(mode=0o700, exist_ok=True)
     return root / CLAIMS / name
+
+
+# ---------------------------------------------------------------------- the runs of a study
+
+
+RANKS = ("finished", "held", "stopped")
+"""States of a run that can serve a case, in order of preference; see `standing`."""
+
+
+def standing(run: RunDirectory) -> str:
+    """Return the state of a run: finished, held (a process works on it), stopped (resumable), or void (not usable).
+
+    Raises:
+        DataError: its files are damaged.
+    """
+    manifest, status = run.manifest, run.status()
+    if status.get("state") == "finished":
+        return "finished"
+    if status.get("state") == "running" and not is_stale(status):
+        return "held"
+    begun = manifest.get("parent") is None or checkpoint.newest_first(run.path / "checkpoints")
+    return "stopped" if "engine" in manifest and begun else "void"
+
+
+class Shelf:
+    """Index of the runs below a folder by their declarations; a run whose files are damaged is ignored."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.known: dict[tuple[Path, int], tuple[str, tuple[str, object] | None]] = {}
+
+    def best(self, case: Case) -> RunDirectory | None:
+        """Return the run of a case: the newest finished one, else the newest held or stopped one, else None.
+
+        The run of a second stage must name, as its parent, the run of the first stage and the epoch at which it ended.
+        """
+        first = self.finished(case.parent) if case.parent else None
+        if case.parent and first is None:
+            return None
+        wanted = case.digest, None if first is None else (first.id, first.status().get("epoch"))
+        runs = (RunDirectory(path) for name in folders(self.root) for path in folders(name))
+        matching = [run for run in runs if self._declared(run) == wanted]
+        found: dict[str, RunDirectory] = {}
+        for run in sorted(matching, key=lambda run: begun(run.path), reverse=True):
+            with suppress(DataError):
+                found.setdefault(standing(run), run)
+        return next((found[state] for state in RANKS if state in found), None)
+
+    def finished(self, case: Case) -> RunDirectory | None:
+        """Return the newest finished run of a case; None if there is none."""
+        run = self.best(case)
+        return run if run is not None and standing(run) == "finished" else None
+
+    def _declared(self, run: RunDirectory) -> tuple[str, tuple[str, object] | None]:
+        """Return the digest of a run's declaration and the parent in its manifest.
+
+        Cached until the declaration file changes.
+        """
+        with suppress(OSError, DataError, DeclarationError):
+            key = run.path, (run.path / "spec.toml").lstat().st_mtime_ns
+            if key not in self.known and run.manifest.get("declared") is True:  # not written by hand, and begun
+                self.known[key] = Experiment.from_toml(run.spec_text).digest(), run.parent
+            return self.known.get(key, ("", None))
+        return "", None
 
 
 # ---------------------------------------------------------------------- in the worker
@@ -195,15 +261,11 @@ def fitted(experiment: Experiment, parent: Case | None, order: Mapping[str, Any]
     return fit_stage(run, experiment, root, device, progress=False) if doing == "refit" else run
 
 
-@contextmanager
-def claimed(claim: Claim) -> Iterator[None]:
-    """Hold a claim in the context, after waiting as long as another process has it."""
+def claimed(claim: Claim) -> ExitStack:
+    """Return a context that holds a claim from now on, after waiting as long as another process has it."""
+    held = ExitStack()
     while True:
         with suppress(BusyError):
-            claim.acquire()
-            break
+            held.enter_context(claim)
+            return held
         time.sleep(LOOK_SECONDS)
-    try:
-        yield
-    finally:
-        claim.release()

@@ -19,9 +19,8 @@ from pvae.runs import checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
 from pvae.runs.run import Run, attended, load_weights
 from pvae.runs.rundir import RunDirectory
+from pvae.training import launch as start
 from pvae.training import loop
-from pvae.training.differences import changed_keys, computing, differences, own_plan, require_accepted
-from pvae.training.launch import begun_before, freeze, launch, pick_device
 from pvae.training.recovery import newest, restore, save
 from pvae.training.step import learned
 from pvae.training.trainer import Trainer
@@ -88,14 +87,14 @@ def resume(
         run = Run.load(run, root=root, data_dir=data_dir, data=data, pair=pair)
     if "engine" not in run.files.manifest:
         raise DataError(f"{run.path}: expected a run that began; got one stopped before its first step. Fit it anew.")
-    files, plan, where = run.files, run.plan.with_overrides(*overrides), pick_device(device)
+    files, plan, where = run.files, run.plan.with_overrides(*overrides), start.pick_device(device)
     recorded = files.manifest.get("threads") if plan.train.shards > 1 else None
     if recorded not in (None, torch.get_num_threads()):
         began = f"this one began with {torch.get_num_threads()}"
         files.log_event("threads", f"{recorded} threads a process, as before; {began}")
     with threads(recorded), group.joined(where):
-        changed = group.from_first(lambda: differences(run, plan, where))
-        require_accepted(changed, files, allow_changes=allow_changes)
+        changed = group.from_first(lambda: start.differences(run, plan, where))
+        start.require_accepted(changed, files, allow_changes=allow_changes)
         with files.lock():
             for name in checkpoint.sweep(files.path / "checkpoints"):
                 files.log_event("sweep", f"removed the unfinished {name}")
@@ -111,16 +110,16 @@ def resume(
 def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, progress: bool) -> None:
     """Train from the newest checkpoint to the end; return at once for a pair without trainable parameters."""
     files, pair, data = run.files, run.fresh_pair(), run.data
-    freeze(pair, files.manifest.get("trainable"))
+    start.freeze(pair, files.manifest.get("trainable"))
     if not learned(pair):
         _ = run.checkpoint  # raises where there is none
         return
     engine = str(files.manifest.get("engine", "eager"))
-    judged, is_old = _judged(own_plan(run)) != _judged(plan), "spec" not in files.manifest
+    judged, is_old = _judged(start.own_plan(run)) != _judged(plan), "spec" not in files.manifest
     if changed:
         own = {"figure": ranked_by(plan.objective, plan.train.epochs, pair)} if judged or not is_old else {}
         own |= {} if is_old else {"spec": digest(plan.to_toml().encode())}
-        files.write_manifest({**files.manifest, **computing(run, plan, where), **own})
+        files.write_manifest({**files.manifest, **start.computing(run, plan, where), **own})
     group.wait()
     trainer = Trainer(plan, pair, data, files, where, engine, progress)
     if is_old:
@@ -244,7 +243,7 @@ def refit(
         run = Run.load(run, root=root, data_dir=data_dir)
     stage = stage_of(run.experiment, run.experiment.with_overrides(*overrides))
     where = Path(run_dir) if run_dir else run.path.parent.parent
-    with group.joined(pick_device(device)):
+    with group.joined(start.pick_device(device)):
         return fit_stage(run, stage, where, device, progress, export=kinds)
 
 
@@ -264,7 +263,7 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
     name = f"{old.name}_refit" if changed.name == old.name else changed.name
     train = {**changed.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
     stage = changed.with_changes({"name": name, "refit": None, "objective": TraceELBO(), "train": train})
-    frozen = [line for key, line in changed_keys(old, stage).items() if not NOT_FROZEN.match(key)]
+    frozen = [line for key, line in start.changed_keys(old, stage).items() if not NOT_FROZEN.match(key)]
     if frozen:
         raise DeclarationError(
             [f"refit: expected the run's own {line} Only priors are fitted anew." for line in frozen]
@@ -288,9 +287,9 @@ def fit_stage(
     fresh = {k: v for k, v in pair.state_dict().items() if k.startswith(trainable)}
     load_weights(pair, {**weights, **fresh}, str(run.path))
     parent = {"run": f"{run.path.parent.name}/{run.files.id}", "epoch": run.status.get("epoch")}
-    if begun := begun_before(run_dir, stage):
+    if begun := start.begun_before(run_dir, stage):
         return resume(begun, allow_changes=True, device=device, export=export, data=run.data, progress=progress)
-    return launch(
-        stage, pair, run.data, run_dir, pick_device(device),
+    return start.launch(
+        stage, pair, run.data, run_dir, start.pick_device(device),
         parent=parent, trainable=trainable, export=export, progress=progress,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from pvae.runs.find import is_stale, leftovers
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory, state_of
 from pvae.runs.seal import edits
-from pvae.training.differences import changed_keys, own_plan
+from pvae.training.launch import changed_keys, own_plan
 from pvae.upkeep import weights
 from pvae.util.checks import Check, Checks, Level, attempt
 from pvae.util.files import MIB, digest, read_inside, read_lines, walk

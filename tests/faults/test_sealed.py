@@ -25,7 +25,7 @@ from pvae.runs import checkpoint
 from pvae.runs.run import chosen
 from pvae.runs.rundir import RunDirectory
 from pvae.runs.seal import edits
-from pvae.training.differences import own_plan
+from pvae.training.launch import own_plan
 from pvae.training.trainer import State
 from pvae.util.files import digest, sealed
 from pvae.util.provenance import surroundings
@@ -213,7 +213,7 @@ def test_another_machine_is_told(at_work_once: Path, tmp_path: Path, monkeypatch
     run = Path(shutil.copytree(at_work_once, tmp_path / "runs" / "tiny" / at_work_once.name))
     versions = {**surroundings()["versions"], "numpy": "9", "arviz": "9"}
     monkeypatch.setattr(
-        "pvae.training.differences.surroundings",
+        "pvae.training.launch.surroundings",
         lambda: {"host": "elsewhere", "platform": "other", "versions": versions},
     )
     with pytest.raises(DeclarationError, match="(?s)host = .*got 'elsewhere'.*got 'other'.*got '9'") as caught:

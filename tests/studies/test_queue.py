@@ -16,8 +16,7 @@ import pytest
 from pvae.errors import DeclarationError, Interrupted, MissingExtraError
 from pvae.runs.run import Run
 from pvae.studies.cases import Declared
-from pvae.studies.queue import Slurm, settings_of
-from pvae.studies.runner import Runner
+from pvae.studies.runner import Runner, Slurm, settings_of
 from pvae.studies.study import placed, study
 from pvae.studies.tasks import work
 from pvae.util import attempt

@@ -27,10 +27,9 @@ from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import Machine, Runner
-from pvae.studies.shelf import Shelf, standing
 from pvae.studies.study import Board, states, study, told
 from pvae.studies.sweep import Measure, names
-from pvae.studies.tasks import Task, tasks_of, work
+from pvae.studies.tasks import Shelf, Task, standing, tasks_of, work
 from pvae.util.provenance import surroundings
 from tests.cli_runner import run_cli
 from tests.runs_shared import assert_same, fit, signalled_at
@@ -348,7 +347,7 @@ def test_a_run_of_another_machine_is_gone_on_with_where_that_is_asked_for(tmp_pa
     file = write(tmp_path, {})
     with signalled_at(10), pytest.raises(Interrupted):
         fit(Experiment.from_dict(TABLE), tmp_path / "runs")
-    monkeypatch.setattr("pvae.training.differences.surroundings", lambda: {**surroundings(), "host": "elsewhere"})
+    monkeypatch.setattr("pvae.training.launch.surroundings", lambda: {**surroundings(), "host": "elsewhere"})
     assert "say --allow-changes" in command(file, "--no-page", code=1)[1]
     command(file, "--no-page", "--allow-changes")
     [(_, state, _)] = states(Declared.load(file), tmp_path / "runs")
