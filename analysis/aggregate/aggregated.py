@@ -19,8 +19,7 @@ from pvae.analysis.aggregate.pairwise import GuideRuns
 from pvae.analysis.figures.estimate import jackknife
 from pvae.distributions.exponential import Members
 from pvae.errors import DataError, DeclarationError
-from pvae.pair.code_usage import Undrawn
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, Undrawn
 from pvae.util import seeds
 from pvae.util.types import Size
 

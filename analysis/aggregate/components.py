@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
-from pvae.distributions.exponential import Members
-from pvae.distributions.exponential_codes import CertainCodes, Product, product
+from pvae.distributions import CertainCodes, Members, Product, product
 from pvae.pair import densities
 from pvae.pair.code_usage import Undrawn
 from pvae.pair.layout import samples

@@ -12,10 +12,7 @@ from torch import Tensor
 
 from pvae.distributions.relaxed import Discretised
 from pvae.errors import DataError, DeclarationError
-from pvae.pair.densities import Unweighed
-from pvae.pair.layout import samples
-from pvae.pair.pair import Pair
-from pvae.pair.problems import require_bound
+from pvae.pair import Pair, Unweighed, require_bound, samples
 from pvae.pair.running import quiet as quiet_pair
 from pvae.util import seeds
 from pvae.util.memory import require_memory

@@ -9,10 +9,7 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.components import LOG_ZERO, Components, LogSums
 from pvae.analysis.aggregate.entry import quiet
-from pvae.pair.densities import certainty, log_prob, rows_first, sum_over
-from pvae.pair.layout import samples
-from pvae.pair.pair import Pair
-from pvae.pair.running import PARTICLES
+from pvae.pair import PARTICLES, Pair, certainty, log_prob, rows_first, samples, sum_over
 from pvae.util import seeds
 
 PAIRS_AT_ONCE = 8192

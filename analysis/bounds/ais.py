@@ -14,8 +14,7 @@ from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows
 from pvae.errors import DataError
-from pvae.pair.pair import Pair
-from pvae.pair.structure import PairData
+from pvae.pair import Pair, PairData
 from pvae.util.progress import Progress, silent
 
 STATES_PER_CHUNK = 4000

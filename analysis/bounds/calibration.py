@@ -19,12 +19,8 @@ from pvae.analysis.bounds.weights import log_weights
 from pvae.analysis.figures.estimate import Estimate, Figures, Row
 from pvae.distributions.relaxed import LogOneHot
 from pvae.errors import DataError
-from pvae.pair.densities import is_masked, sum_over
+from pvae.pair import Pair, PairData, ProgramError, is_code, is_masked, sum_over, terms_of
 from pvae.pair.layout import samples, site_shape, unwrapped
-from pvae.pair.pair import Pair
-from pvae.pair.problems import ProgramError
-from pvae.pair.structure import PairData, is_code
-from pvae.pair.terms import terms_of
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent
 

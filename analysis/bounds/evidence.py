@@ -12,13 +12,8 @@ from pvae.analysis.bounds.weights import Evidence, PriorEvidence, log_weights, o
 from pvae.analysis.decompose.codes import log_evidence
 from pvae.analysis.figures.estimate import exact_mean, scaled
 from pvae.errors import DataError
-from pvae.pair.densities import full_size, log_prob, sum_over
-from pvae.pair.layout import is_point
+from pvae.pair import PARTICLES, Pair, PairData, Terms, full_size, is_point, log_prob, sum_over
 from pvae.pair.layout import samples as sample_sites
-from pvae.pair.pair import Pair
-from pvae.pair.running import PARTICLES
-from pvae.pair.structure import PairData
-from pvae.pair.terms import Terms
 from pvae.util.progress import Progress, silent
 
 

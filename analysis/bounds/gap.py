@@ -16,8 +16,7 @@ from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows
 from pvae.errors import DataError
 from pvae.nn.schedules import LeanAdam
-from pvae.pair.pair import Pair
-from pvae.pair.structure import PairData
+from pvae.pair import Pair, PairData
 from pvae.util import group, seeds
 from pvae.util.progress import Progress, silent
 

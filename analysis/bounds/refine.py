@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
 from pvae.errors import DataError
-from pvae.pair.layout import samples
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, samples
 
 AnyNormal = Normal | MultivariateNormal
 Edit = Callable[[Any], dist.TorchDistribution]

@@ -13,10 +13,7 @@ from torch.distributions import Transform, biject_to
 
 from pvae.analysis.aggregate.entry import require_counts, require_room
 from pvae.errors import DataError
-from pvae.pair.densities import log_prob, sum_over
-from pvae.pair.layout import Layout, SiteShape, samples, site_shape, unwrapped
-from pvae.pair.pair import Pair
-from pvae.pair.running import PARTICLES
+from pvae.pair import PARTICLES, Layout, Pair, SiteShape, log_prob, samples, site_shape, sum_over, unwrapped
 
 Start = Literal["guide", "prior"]
 

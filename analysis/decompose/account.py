@@ -14,11 +14,9 @@ from pvae.analysis.aggregate.information import Information
 from pvae.analysis.decompose.codes import JointCodes, joint_codes
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
 from pvae.analysis.figures.estimate import Estimate, Kind, over_draws, over_whole_draws
-from pvae.distributions.exponential import Normals
-from pvae.distributions.exponential_codes import CertainCodes, Codes, product
+from pvae.distributions import CertainCodes, Codes, Normals, product
 from pvae.errors import DeclarationError
-from pvae.pair.dependencies import Dependencies
-from pvae.pair.pair import Pair
+from pvae.pair import Dependencies, Pair
 from pvae.util import seeds
 
 GUIDE_ROWS = 512

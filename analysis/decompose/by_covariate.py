@@ -16,8 +16,7 @@ from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.analysis.population.result import Population
-from pvae.pair.layout import Layout, samples
-from pvae.pair.pair import Pair
+from pvae.pair import Layout, Pair, samples
 from pvae.util import seeds
 
 POOLED_FIGURES = (

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pvae.distributions.codes import MAX_STATES
-from pvae.distributions.exponential_codes import CertainCodes, Codes
-from pvae.pair.densities import is_masked, log_prob, members, sum_over
-from pvae.pair.layout import SiteShape, samples
-from pvae.pair.pair import Pair
+from pvae.distributions import MAX_STATES, CertainCodes, Codes
+from pvae.pair import Pair, SiteShape, is_masked, log_prob, members, samples, sum_over
 
 NUMBERS_AT_ONCE = 2**22
 """Largest number of tensor elements in one block of a computation."""

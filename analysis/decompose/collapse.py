@@ -13,8 +13,7 @@ from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
-from pvae.pair.code_usage import SILENT, Tally, codebook_of, in_use, perplexity, revival, silence
-from pvae.pair.pair import Pair
+from pvae.pair import SILENT, Pair, Tally, codebook_of, in_use, perplexity, revival, silence
 
 THRESHOLDS = tuple(round(10 ** (exponent / 4), 7) for exponent in range(-16, 1))
 """Variances at which the active coordinates are counted: 1e-4 to 1, four per decade."""

@@ -11,9 +11,7 @@ from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
 from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.codes import codes_kl
-from pvae.distributions.exact import log_density
-from pvae.distributions.exponential import FullRankNormals, Members, Normals
-from pvae.distributions.exponential_codes import ROW_COST, CertainCodes, Codes
+from pvae.distributions import ROW_COST, CertainCodes, Codes, FullRankNormals, Members, Normals, log_density
 from pvae.errors import DataError
 from pvae.pair import densities as traces
 from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally

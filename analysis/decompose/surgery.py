@@ -22,8 +22,7 @@ from pvae.analysis.population.result import Population
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.plan import Plan
-from pvae.pair.pair import Pair
-from pvae.pair.structure import PairData
+from pvae.pair import Pair, PairData
 from pvae.util import seeds
 from pvae.util.files import plain
 

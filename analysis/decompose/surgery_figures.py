@@ -25,8 +25,7 @@ from pvae.analysis.population.kernels import FullPrior, KernelPrior
 from pvae.analysis.population.result import Population
 from pvae.analysis.population.sample import HonestPrior, MixedPrior, NewRows, RootPrior
 from pvae.distributions.exponential_codes import CertainCodes, Codes, product
-from pvae.pair.densities import Unweighed, sum_over
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, Unweighed, sum_over
 from pvae.pair.running import quiet as quiet_pair
 from pvae.util import seeds
 

@@ -19,9 +19,7 @@ from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
 from pvae.analysis.export.sites import ExportedSites, Variable, group, numpy_of, text, value_of, values_of
 from pvae.data.split import Split
 from pvae.errors import DataError
-from pvae.pair.layout import samples
-from pvae.pair.pair import Pair
-from pvae.pair.structure import ROWS_OF_A_BATCH
+from pvae.pair import ROWS_OF_A_BATCH, Pair, samples
 from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.group import add_up, is_mine

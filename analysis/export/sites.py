@@ -15,9 +15,7 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions.codes import Certain
-from pvae.pair.layout import Layout, samples, site_shape, unwrapped
-from pvae.pair.pair import Pair
-from pvae.pair.structure import numbers_of
+from pvae.pair import Layout, Pair, numbers_of, samples, site_shape, unwrapped
 from pvae.util.types import Array
 
 Variable = tuple[tuple[str, ...], Array, dict[str, Any]]

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows, mixture_weights
 from pvae.analysis.population.sweep import log_mean, relative, tiles
-from pvae.distributions.exponential import FullRankNormals, Members, Normals
-from pvae.distributions.exponential_codes import Product
+from pvae.distributions import FullRankNormals, Members, Normals, Product
 from pvae.util import group, seeds
 
 WIDTHS = (0.0, 0.1, 0.17, 0.24, 0.34, 0.48, 0.68)

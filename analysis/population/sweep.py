@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Kind
-from pvae.distributions.exponential import Members
-from pvae.distributions.exponential_codes import IMPOSSIBLE, CertainCodes, Codes, Product
+from pvae.distributions import IMPOSSIBLE, CertainCodes, Codes, Members, Product
 from pvae.util import group
 
 TILE = 2**20

@@ -11,10 +11,7 @@ from torch.distributions import Categorical, LowRankMultivariateNormal, Multivar
 from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.export.sites import parameters_of, rows_of
 from pvae.analysis.samples import running
-from pvae.pair.densities import log_prob, sum_over
-from pvae.pair.enumeration import JointStates, read_joint_states
-from pvae.pair.layout import Layout, samples, unwrapped
-from pvae.pair.pair import Pair
+from pvae.pair import JointStates, Layout, Pair, log_prob, read_joint_states, samples, sum_over, unwrapped
 from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent

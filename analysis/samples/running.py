@@ -21,8 +21,7 @@ from pvae.analysis.export.sites import numpy_of, rows_of, safe_names
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
 from pvae.errors import DataError, DeclarationError, near
-from pvae.pair.layout import Layout, unwrapped
-from pvae.pair.pair import Pair
+from pvae.pair import Layout, Pair, unwrapped
 from pvae.runs.run import Run
 from pvae.util.files import write_atomic
 from pvae.util.progress import Progress, silent

@@ -13,8 +13,7 @@ from pvae.analysis.samples import running
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant
-from pvae.pair.layout import Layout, samples
-from pvae.pair.pair import Pair
+from pvae.pair import Layout, Pair, samples
 from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent

@@ -18,9 +18,7 @@ from pvae.analysis.samples.encode import LatentCode, encode
 from pvae.analysis.samples.sample import Covariates, Template, prior_latents
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
-from pvae.pair.densities import log_prob, members, sum_over
-from pvae.pair.layout import samples, unwrapped
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, log_prob, members, samples, sum_over, unwrapped
 from pvae.runs.run import Run
 from pvae.util import seeds
 from pvae.util.progress import Progress, silent

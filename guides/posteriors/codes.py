@@ -15,8 +15,7 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from pvae.component import Shape
-from pvae.distributions.codes import bits, code_grid
-from pvae.distributions.relaxed import KL, RelaxedCodes
+from pvae.distributions import KL, RelaxedCodes, bits, code_grid
 from pvae.graph.lifecycle import Moving
 from pvae.graph.site import Link, Site, Space, Values
 from pvae.guides.posteriors.base import Linked, Posterior, PosteriorModule, channels_last, head

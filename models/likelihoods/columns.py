@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions.base import Batched
-from pvae.distributions.exact import ExactPoisson, ExactStudentT
+from pvae.distributions import Batched, ExactPoisson, ExactStudentT
 from pvae.errors import DeclarationError
 from pvae.graph.site import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from pvae.component import Shape
-from pvae.distributions.base import Event, UnitNormal
-from pvae.distributions.codes import bits, code_grid
-from pvae.distributions.relaxed import RelaxedCodes, Relaxing
+from pvae.distributions import Event, RelaxedCodes, UnitNormal, bits, code_grid
+from pvae.distributions.relaxed import Relaxing
 from pvae.graph.site import Link, Site, Values
 from pvae.models.priors.base import MixtureWeights, Prior
 from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead

@@ -13,9 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Ints, Shape
-from pvae.distributions.base import Batched
-from pvae.distributions.bijections import Bijection, near_identity
-from pvae.distributions.relaxed import FreeCoordinates
+from pvae.distributions import Batched, Bijection, FreeCoordinates, near_identity
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site, Space, Values
 from pvae.models.priors.base import Prior

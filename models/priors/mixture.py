@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions.base import lattice
-from pvae.distributions.exponential import FullRankNormals, Members, Mixture, Normals
+from pvae.distributions import FullRankNormals, Members, Mixture, Normals, lattice
 from pvae.errors import DeclarationError
 from pvae.graph.lifecycle import Begun, FirstRows, MadeOfData
 from pvae.graph.site import Link, Site

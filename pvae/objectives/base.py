@@ -19,9 +19,7 @@ from pvae.errors import DeclarationError
 from pvae.models.graph import GraphModel
 from pvae.nn.precision import products_in
 from pvae.nn.schedules import Constant, Schedule
-from pvae.pair.dependencies import Dependencies
-from pvae.pair.pair import Pair
-from pvae.pair.terms import Terms
+from pvae.pair import Dependencies, Pair, Terms
 
 FITTED = "train_log_p"
 """Figure that ranks weights by the negative loss on the training data: they have converged, or can be better."""

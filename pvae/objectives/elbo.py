@@ -15,10 +15,7 @@ from torch import Tensor
 from pvae.errors import DeclarationError
 from pvae.guides.posteriors.base import PosteriorModule
 from pvae.objectives.base import Objective
-from pvae.pair.densities import sum_over
-from pvae.pair.layout import Layout
-from pvae.pair.pair import Pair
-from pvae.pair.terms import Terms
+from pvae.pair import Layout, Pair, Terms, sum_over
 
 
 def minus_elbo(terms: Terms, beta: Tensor, free_bits: float = 0.0) -> Tensor:

@@ -19,10 +19,7 @@ from pvae.models.priors.base import MixtureWeights
 from pvae.nn.network import TableModule
 from pvae.objectives.base import FITTED, Fitting, Objective, Parts, Stepper
 from pvae.objectives.elbo import minus_elbo
-from pvae.pair.enumeration import read_joint_states
-from pvae.pair.layout import samples
-from pvae.pair.pair import Pair
-from pvae.pair.terms import Terms
+from pvae.pair import Pair, Terms, read_joint_states, samples
 from pvae.util import seeds
 
 MIN_COUNT = 1e-8

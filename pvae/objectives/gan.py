@@ -15,10 +15,7 @@ from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Frame
 from pvae.nn.network import MLP, Network, NetworkModule
 from pvae.objectives.base import Fitting, Objective, Parts, Stepper
-from pvae.pair.layout import samples
-from pvae.pair.pair import Pair
-from pvae.pair.running import quiet
-from pvae.pair.terms import Terms
+from pvae.pair import Pair, Terms, quiet, samples
 from pvae.util import seeds
 
 VALIDATION_ROWS = 1000

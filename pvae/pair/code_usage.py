@@ -14,9 +14,7 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
-from pvae.distributions.exponential import Members
-from pvae.distributions.exponential_codes import CertainCodes, Codes
-from pvae.distributions.relaxed import Discretised, twin
+from pvae.distributions import CertainCodes, Codes, Discretised, Members, twin
 from pvae.models.graph import GraphModel
 from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair.densities import members

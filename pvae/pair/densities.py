@@ -13,10 +13,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae.distributions.base import Determined
-from pvae.distributions.codes import Certain
-from pvae.distributions.exact import doubled, has_gamma, log_density
-from pvae.distributions.exponential import FullRankNormals, Members, Normals
+from pvae.distributions import Certain, Determined, FullRankNormals, Members, Normals, doubled, has_gamma, log_density
 from pvae.distributions.exponential_codes import CertainCodes, Codes, Form, product
 from pvae.distributions.relaxed import LogOneHot, RelaxedCodes, categorical_kl
 from pvae.pair.layout import Layout, is_point, plates_around, unwrapped

@@ -14,8 +14,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae.distributions.codes import Certain
-from pvae.distributions.relaxed import Discretised
+from pvae.distributions import Certain, Discretised
 from pvae.pair.densities import Unweighed, moved, rows_first
 from pvae.pair.layout import Layout, is_point, samples, unwrapped
 from pvae.pair.running import quiet, run

@@ -14,9 +14,7 @@ from pyro.ops.packed import pack
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae.distributions.codes import MAX_STATES
-from pvae.distributions.exact import log_density
-from pvae.distributions.exponential_codes import IMPOSSIBLE
+from pvae.distributions import IMPOSSIBLE, MAX_STATES, log_density
 from pvae.errors import DeclarationError
 from pvae.pair.densities import log_prob, plate_scale, sum_over
 from pvae.pair.layout import Layout, plates_around, samples

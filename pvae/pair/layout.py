@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pvae.component import Shape
-from pvae.distributions.codes import Certain
-from pvae.distributions.relaxed import is_relaxed, twin
+from pvae.distributions import Certain, is_relaxed, twin
 from pvae.errors import DeclarationError
 
 RECORDS = frozenset({"_deterministic", "_embedded"})

@@ -16,9 +16,7 @@ from torch.distributions import Categorical, OneHotCategorical, biject_to
 from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform, identity_transform
 
 from pvae.component import Shape
-from pvae.distributions.base import Rounded
-from pvae.distributions.codes import Certain
-from pvae.distributions.relaxed import LogOneHot, twin
+from pvae.distributions import Certain, LogOneHot, Rounded, twin
 from pvae.errors import DataError
 from pvae.pair.layout import Layout, SiteShape, Traces, is_point, joined, samples, unwrapped
 

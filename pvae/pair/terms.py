@@ -10,8 +10,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae.distributions.base import Event
-from pvae.distributions.exact import log_density
+from pvae.distributions import Event, log_density
 from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
 from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from pvae.data import Split
 from pvae.graph.lifecycle import Begun
-from pvae.pair.pair import Pair
-from pvae.pair.running import quiet
+from pvae.pair import Pair, quiet
 from pvae.training.evaluation import ROWS_AT_ONCE
 from pvae.util import seeds
 

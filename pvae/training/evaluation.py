@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from pvae.data.streamed import Streamed
-from pvae.distributions.base import FactoredNormal
-from pvae.distributions.relaxed import Discretised
+from pvae.distributions import Discretised, FactoredNormal
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.nn.codebook import NearestCodebook
 from pvae.objectives.base import Objective, known_apart
-from pvae.pair.code_usage import SILENT, Tally, codebook_of, silence, tallies
-from pvae.pair.layout import samples, unwrapped
-from pvae.pair.pair import Pair
-from pvae.pair.running import quiet
-from pvae.pair.terms import Terms
+from pvae.pair import SILENT, Pair, Tally, Terms, codebook_of, quiet, samples, silence, tallies, unwrapped
 from pvae.util import group, seeds
 
 ROWS_AT_ONCE = 1000

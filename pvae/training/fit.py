@@ -18,8 +18,7 @@ from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
 from pvae.objectives.base import Objective, weigh_step
 from pvae.objectives.elbo import PyroELBO, TraceELBO, TraceMeanFieldELBO, same_step
-from pvae.pair.pair import CHECKED_ROWS, Pair
-from pvae.pair.running import evaluating, quiet
+from pvae.pair import CHECKED_ROWS, Pair, evaluating, quiet
 from pvae.runs.export.exporting import require
 from pvae.runs.run import Run, attended
 from pvae.training.launch import begun_before, launch, pick_device

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from pvae import errors
 from pvae.errors import CheckpointError, DeviceError, NonFiniteError, Stopped, StorageError
 from pvae.objectives.base import Loss
-from pvae.pair.densities import log_prob
-from pvae.pair.layout import samples
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, log_prob, samples
 from pvae.runs import checkpoint
 from pvae.runs.run import chosen, load_weights, require_same
 from pvae.runs.seal import recorded

@@ -19,8 +19,7 @@ from pvae.analysis.pages.sections.examination import Examination, draws
 from pvae.analysis.pages.sections.samples import measure
 from pvae.analysis.samples.quality import SampleQuality
 from pvae.errors import DataError
-from pvae.pair.densities import sum_over
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, sum_over
 from pvae.runs.run import Run
 
 PAIRED_SAMPLES = 8
