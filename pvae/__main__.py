@@ -9,7 +9,7 @@ def main() -> None:
     import os
     from contextlib import suppress
 
-    from pvae.util.signals import Answer
+    from pvae.signals import Answer
 
     code = [1]
 

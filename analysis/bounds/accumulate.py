@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pvae.analysis.bounds.weights import WeightSampler, pareto_k, squared_error, tail_length
 from pvae.analysis.figures.estimate import Estimate, over_noisy_rows
-from pvae.util import group, seeds
-from pvae.util.progress import Progress
+from pvae.util import Progress, group, seeds
 
 CURVE_POINTS = 10
 """Largest number of sample sizes K at which the bounds L_K are computed, apart from K = 1."""

@@ -21,8 +21,7 @@ from pvae.distributions.relaxed import LogOneHot
 from pvae.errors import DataError
 from pvae.pair import Pair, PairData, ProgramError, is_code, is_masked, sum_over, terms_of
 from pvae.pair.layout import samples, site_shape, unwrapped
-from pvae.util import seeds
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, seeds, silent
 
 NUMBERS = 2**21
 """Largest number of elements of x in one batch of samples."""

@@ -17,8 +17,7 @@ from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind
 from pvae.errors import DataError
 from pvae.nn.schedules import LeanAdam
 from pvae.pair import Pair, PairData
-from pvae.util import group, seeds
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, group, seeds, silent
 
 LEARNING_RATE = 0.1
 """Initial learning rate of Adam, in standard deviations of the guide; it falls to zero along a half cosine."""

@@ -15,9 +15,7 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
-from pvae.util import seeds
-from pvae.util.files import plain
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, plain, seeds, silent
 
 RATE_COLUMNS = ("run", "rate", "rate_error", "distortion", "distortion_error", "elbo", "elbo_error", "n")
 

@@ -23,8 +23,7 @@ from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.plan import Plan
 from pvae.pair import Pair, PairData
-from pvae.util import seeds
-from pvae.util.files import plain
+from pvae.util import plain, seeds
 
 CLASSES_AT_MOST = 1000
 """Largest number of distinct class labels that `surgery` accepts."""

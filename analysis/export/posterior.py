@@ -21,9 +21,8 @@ from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.pair import ROWS_OF_A_BATCH, Pair, samples
 from pvae.runs.run import Run
-from pvae.util import seeds
+from pvae.util import Progress, seeds, silent
 from pvae.util.group import add_up, is_mine
-from pvae.util.progress import Progress, silent
 from pvae.util.types import Array
 
 FLOAT64_BYTES = 8

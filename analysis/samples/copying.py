@@ -15,8 +15,7 @@ from pvae.analysis.samples.running import observed_rows, opened
 from pvae.analysis.samples.sample import Samples, sample
 from pvae.errors import DataError
 from pvae.runs.run import Run
-from pvae.util import seeds
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, seeds, silent
 
 COPYING_ROWS = 5000
 """Largest number of held-out rows that are compared with training rows, and of samples unless these are given."""

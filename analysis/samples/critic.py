@@ -16,8 +16,7 @@ from pvae.analysis.samples.sample import prior_latents
 from pvae.errors import DataError
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
-from pvae.util import seeds
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, seeds, silent
 
 CRITIC_CODES = 20_000
 """Number of codes aimed at: if there are fewer data, several codes per datum are sampled, at most 64."""

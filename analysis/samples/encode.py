@@ -13,8 +13,7 @@ from pvae.analysis.export.sites import parameters_of, rows_of
 from pvae.analysis.samples import running
 from pvae.pair import JointStates, Layout, Pair, log_prob, read_joint_states, samples, sum_over, unwrapped
 from pvae.runs.run import Run
-from pvae.util import seeds
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, seeds, silent
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,7 @@ from pvae.analysis.samples.running import opened
 from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.runs.run import Run
-from pvae.util import seeds
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, seeds, silent
 
 PROBE_ROWS = 10_000
 """Largest number of rows whose labels the classifiers predict."""

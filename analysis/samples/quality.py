@@ -18,9 +18,7 @@ from pvae.analysis.samples.running import observed_rows, opened
 from pvae.analysis.samples.sample import Samples, sample
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
-from pvae.util import seeds
-from pvae.util.files import plain
-from pvae.util.progress import StageProgress, silent
+from pvae.util import StageProgress, plain, seeds, silent
 
 QUALITY_ROWS = 10_000
 """Largest number of data, and of samples, that are compared."""

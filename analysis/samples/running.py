@@ -23,8 +23,7 @@ from pvae.distributions.relaxed import twin
 from pvae.errors import DataError, DeclarationError, near
 from pvae.pair import Layout, Pair, unwrapped
 from pvae.runs.run import Run
-from pvae.util.files import write_atomic
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, silent, write_atomic
 
 T = TypeVar("T")
 

@@ -15,8 +15,7 @@ from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant
 from pvae.pair import Layout, Pair, samples
 from pvae.runs.run import Run
-from pvae.util import seeds
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, seeds, silent
 
 Covariates = Mapping[str, int | str | Sequence[int] | Tensor]
 

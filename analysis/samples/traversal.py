@@ -20,8 +20,7 @@ from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair, log_prob, members, samples, sum_over, unwrapped
 from pvae.runs.run import Run
-from pvae.util import seeds
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, seeds, silent
 
 PRIOR_DRAWS = 1000
 """Number of prior samples that estimate the mean and standard deviation of a prior that is not a single normal."""

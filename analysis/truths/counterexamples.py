@@ -15,8 +15,7 @@ from pvae.analysis.samples.quality import two_sample
 from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.data.dataset import Dataset
 from pvae.errors import DataError
-from pvae.util import seeds
-from pvae.util.progress import StageProgress, silent
+from pvae.util import StageProgress, seeds, silent
 
 KEPT_WEIGHT = 0.01
 """Weight of the good model in its mixture with noise, whose log p(x) is at most log 100 nats lower."""

@@ -24,8 +24,7 @@ from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.truths import linear, structured
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Truth
 from pvae.errors import DataError
-from pvae.util.files import plain
-from pvae.util.progress import StageProgress, silent
+from pvae.util import StageProgress, plain, silent
 from pvae.util.threads import threads
 
 

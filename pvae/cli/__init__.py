@@ -13,7 +13,7 @@ from signal import Signals
 
 from pvae.cli.app import app
 from pvae.errors import DeviceError, PvaeError, StorageError, out_of_memory, printable
-from pvae.util.signals import STOPPED, Raising
+from pvae.signals import STOPPED, Raising
 
 __all__ = ["app", "main"]
 

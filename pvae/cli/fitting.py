@@ -14,9 +14,9 @@ from typer import Argument, Option
 import pvae
 from pvae.cli.app import TO_FIT, Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
 from pvae.errors import DataError, PvaeError
+from pvae.signals import end_with
 from pvae.util.files import pretty, write_atomic
 from pvae.util.progress import ProgressBar
-from pvae.util.signals import end_with
 
 if TYPE_CHECKING:
     from pvae.runs.run import Run

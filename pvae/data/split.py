@@ -12,8 +12,7 @@ from torch.distributions import constraints
 from pvae.data.rows.rows import chunks
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
-from pvae.util import seeds
-from pvae.util.group import Shards
+from pvae.util import group, seeds
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +55,7 @@ class Split:
         """Return the data `(m, *shape)` of rows `(m, ...)` of this split, without their covariates."""
         return rows if self.event is None else rows[:, : prod(self.event)].reshape(len(rows), *self.event)
 
-    def order(self, seed: int, epoch: int, batch: int = 1, shards: Shards | None = None) -> Tensor | WindowOrder:
+    def order(self, seed: int, epoch: int, batch: int = 1, shards: group.Shards | None = None) -> Tensor | WindowOrder:
         """Return the random order of the rows in an epoch, a function of (seed, epoch); its slices are row numbers.
 
         Of streamed rows every shard of a batch has blocks of its own, which its process alone reads.

@@ -22,8 +22,7 @@ from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, require_unit
 from pvae.data.rows.rows import SPLITS, Part, rows_of
 from pvae.errors import DataError
-from pvae.util import seeds
-from pvae.util.group import Shards
+from pvae.util import group, seeds
 
 BLOCK_BYTES = 2**21
 WINDOW = 64
@@ -79,10 +78,10 @@ class WindowOrder:
         epoch: int,
         expect: Expect = lambda _blocks: None,
         batch: int = 1,
-        shards: Shards | None = None,
+        shards: group.Shards | None = None,
     ) -> None:
         self.rows, self.block, self.expect, self.batch = rows, block, expect, batch
-        self.shards = shards or Shards(1)
+        self.shards = shards or group.Shards(1)
         self.seed = seeds.mix(seed, seeds.ORDER, epoch)
         self.order = seeds.permutation(-(-rows // block), self.seed, 0).numpy()
         sizes = np.minimum(block, rows - self.order * block)
@@ -201,7 +200,7 @@ class Blocks:
             for part in map(self._part_of, numbers.tolist()):
                 source.expect(int(part[0]), int(part[-1]) + 1)
 
-    def order(self, seed: int, epoch: int, batch: int = 1, shards: Shards | None = None) -> Tensor | WindowOrder:
+    def order(self, seed: int, epoch: int, batch: int = 1, shards: group.Shards | None = None) -> Tensor | WindowOrder:
         """Return the random order of the rows in an epoch, as `Split.order` does; its slices are row numbers."""
         if self.scattered:
             return seeds.permutation(len(self), seed, epoch)

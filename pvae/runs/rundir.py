@@ -21,8 +21,7 @@ from pvae.errors import DataError, Interrupted, OutputError, PvaeError, StorageE
 from pvae.runs import find
 from pvae.runs.claim import Claim, busy
 from pvae.runs.find import utc_now
-from pvae.util import files
-from pvae.util.files import write_atomic
+from pvae.util import files, write_atomic
 
 if TYPE_CHECKING:
     import pandas

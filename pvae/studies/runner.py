@@ -22,11 +22,11 @@ from typing import Any
 from pvae.component import IMPORTED
 from pvae.errors import DataError, DeclarationError, Interrupted, MissingExtraError, StorageError, near, require_extra
 from pvae.runs.claim import Claim, busy
+from pvae.signals import Answer
 from pvae.studies.sweep import Measure
 from pvae.studies.tasks import DONE, FINISHED, LOOK_SECONDS, Shelf, Task, claimed, own_folder
 from pvae.util.attempt import Attempt, begin
 from pvae.util.files import read_object, write_atomic
-from pvae.util.signals import Answer
 
 TRIES = 3
 """Number of times that a task is begun whose workers end without a result."""

@@ -11,8 +11,7 @@ from pydantic import BeforeValidator, Field
 
 from pvae.component import Names, Section, Table, from_table
 from pvae.errors import DeclarationError
-from pvae.util.toml import find as find_declared
-from pvae.util.toml import flat
+from pvae.util import toml
 
 STUDIES_FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
 """Folder of the studies that come with pvae."""
@@ -24,7 +23,7 @@ FIRST, SECOND = "fit", "refit"
 
 def _dotted(*ends: str) -> BeforeValidator:
     """Return the validator that flattens nested tables into dotted paths; one with a key of `ends` stays a table."""
-    return BeforeValidator(lambda raw: flat(raw, stop=frozenset(ends)) if isinstance(raw, dict) else raw)
+    return BeforeValidator(lambda raw: toml.flat(raw, stop=frozenset(ends)) if isinstance(raw, dict) else raw)
 
 
 SweptValues = Annotated[tuple[Any, ...], Field(strict=False, min_length=1, max_length=MAX_RUNS)]
@@ -126,7 +125,7 @@ def names() -> list[str]:
 
 def find(name_or_file: str) -> Path:
     """Return the TOML file of a study, given its name or path; raises DeclarationError if there is none."""
-    return find_declared(name_or_file, STUDIES_FOLDER, "a study", "a TOML file with a table [sweep]")
+    return toml.find(name_or_file, STUDIES_FOLDER, "a study", "a TOML file with a table [sweep]")
 
 
 # ---------------------------------------------------------------------- the file

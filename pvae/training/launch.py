@@ -28,11 +28,8 @@ from pvae.training import artefacts, loop
 from pvae.training.evaluation import evaluate
 from pvae.training.step import choose_engine, learned
 from pvae.training.trainer import Trainer
-from pvae.util import group
-from pvae.util.files import follows
-from pvae.util.group import Shards
+from pvae.util import follows, group, toml
 from pvae.util.provenance import UNCOUNTED, provenance, surroundings
-from pvae.util.toml import flat
 
 
 def launch(
@@ -62,7 +59,7 @@ def launch(
         export: kinds of exporters, such as "tensorboard".
         progress: print events and a progress bar.
     """
-    Shards(plan.train.shards)  # before anything is made
+    group.Shards(plan.train.shards)  # before anything is made
     freeze(pair, trainable)
     engine = engine_of(plan, pair, dataset, where)
     fields = {
@@ -226,14 +223,14 @@ def differences(run: Run, plan: Plan, device: torch.device) -> list[str]:
         lines = ["spec.toml, as it was written; got an edited one (its digest differs)."]
     if not lines and run.status.get("state") == "finished":
         return []
-    there, here = flat(run.files.manifest), flat(computing(run, plan, device))
+    there, here = toml.flat(run.files.manifest), toml.flat(computing(run, plan, device))
     changed = {k: v for k, v in here.items() if k in there and there[k] != v and k not in UNCOUNTED}
     return lines + [f"{k} = {there[k]!r}; got {v!r}." for k, v in changed.items()]
 
 
 def changed_keys(old: Plan, new: Plan) -> dict[str, str]:
     """Return a message line for every value that differs between two declarations, by its dotted key."""
-    was, now = flat(old.model_dump()), flat(new.model_dump())
+    was, now = toml.flat(old.model_dump()), toml.flat(new.model_dump())
     lines = {key: f"{key} = {was.get(key)!r}; got {now.get(key)!r}." for key in sorted({*was, *now})}
     return {key: line for key, line in lines.items() if was.get(key) != now.get(key)}
 

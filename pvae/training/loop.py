@@ -15,14 +15,13 @@ from pvae.nn.precision import ROUNDED
 from pvae.objectives.base import FITTED, named
 from pvae.pair.code_usage import code_usage
 from pvae.runs import checkpoint
+from pvae.signals import Answer
 from pvae.training import recovery
 from pvae.training.begin import begin
 from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate, held_out, maximised
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import SIGNALS, ShardedBatch, Trainer, first_line, swapped
-from pvae.util import group
-from pvae.util.progress import ProgressBar
-from pvae.util.signals import Answer
+from pvae.util import ProgressBar, group
 
 SHOWN_STEPS = 20
 """Number of steps between two updates of the progress bar."""

@@ -24,8 +24,7 @@ from pvae.training import loop
 from pvae.training.recovery import newest, restore, save
 from pvae.training.step import learned
 from pvae.training.trainer import Trainer
-from pvae.util import group
-from pvae.util.files import digest, follows
+from pvae.util import digest, follows, group
 from pvae.util.threads import threads
 
 NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")

@@ -31,7 +31,6 @@ from pvae.runs.rundir import RunDirectory
 from pvae.runs.seal import seal
 from pvae.training.step import Step, learned, make_capturable, restored, set_lr
 from pvae.util import group, seeds
-from pvae.util.group import Shards
 
 Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 Figure = Annotated[float, Field(allow_inf_nan=False)]
@@ -124,7 +123,7 @@ class Trainer:
         self.scheduled = [part for part in self.pair.modules() if isinstance(part, Scheduled)]
         self.batch = min(self.train.batch_size, len(data.train))
         self.per_epoch = math.ceil(len(data.train) / self.batch)
-        self.shards = Shards(self.train.shards)
+        self.shards = group.Shards(self.train.shards)
         self.stopping: int | None = None
         """Signal that this process received before the step; after a step in shards, one that any process received."""
         self.due = False

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 import pvae
+from pvae import signals
+from pvae.signals import STOPPED
 from pvae.training import recovery
-from pvae.util import signals
-from pvae.util.signals import STOPPED
 from tests.cli_runner import TINY, run_cli
 from tests.faults.conftest import FEW_ROWS
 from tests.faults.injected import disk_full, without_naps
@@ -196,7 +196,7 @@ def test_a_process_ends_with_its_parent() -> None:
     """FAULTS 48: also where the parent is dead before it is looked at."""
     code = """
 import os, signal, sys, time
-from pvae.util.signals import Answer, end_with
+from pvae.signals import Answer, end_with
 parent = os.getpid()
 if sys.argv[1] == "alive" and os.fork():
     os.kill(parent, signal.SIGKILL)

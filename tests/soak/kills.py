@@ -35,11 +35,11 @@ from click.exceptions import Exit as ClickExit
 from pvae.__main__ import main as main_of_pvae
 from pvae.cli.app import app
 from pvae.runs import checkpoint
+from pvae.signals import Answer
 from pvae.training import loop, recovery
 from pvae.training.trainer import Trainer
 from pvae.util import files
 from pvae.util.files import pretty, write_atomic
-from pvae.util.signals import Answer
 
 PHASES = ("before the command", "in the command", "in the middle of an epoch", "in a write", "after the end")
 START, BEGUN, STEP, WRITE, END = range(5)
