@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.texts import text
 from pvae.analysis.population.result import FLAT, Population, SubsetInformation
 from pvae.analysis.population.sample import FOLDS, HonestPrior, NewRows, folds, mixed_by_group
 from pvae.analysis.population.sweep import PairCritic, PointwiseInformation, counted_twice, mean, spread, sweep
@@ -141,10 +142,7 @@ def _of_pairs(rows: NewRows, apart: Tensor, fold: Tensor | None, out: Population
         bounds.append(mean(bound, "lower_bound", noise))
         above = [mean(kl - bound, "upper_bound", noise) for kl in (rows.kl, rows.own - rows.log_p)]
         ends.append(min(above, key=lambda e: e.standard_error))
-    said = (
-        f"new data have the covariates of these rows, {len(values)} values; the bound from pairs is that of the values "
-        f"that at least {FEWEST_PAIRED} rows have, {100 * share:.0f} % of the rows"
-    )
+    said = text("population.by_covariate", values=len(values), fewest=FEWEST_PAIRED, share=share)
     return replace(
         out,
         gain_upper=min(ends, key=lambda e: e.value + 2 * e.standard_error),

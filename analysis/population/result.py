@@ -1,19 +1,17 @@
 """Result of the population's interval: what a better prior can win on new data, and the information of the codes."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 from pvae.analysis.figures.estimate import Estimate, Figures
+from pvae.analysis.figures.texts import short, text, texts
 from pvae.util.files import plain
 
 ON_NEW_DATA = "on new data"
 """Words that a remark on a missing interval contains."""
 FLAT = 0.1
 """Slope of I_n in log n above which n rows cannot tell I_pi, and nothing is extrapolated."""
-HALF = 0.5
-"""Share of the pairs bound below which its guard decides it, and above which a single row does."""
 
 
 @dataclass(frozen=True)
@@ -73,69 +71,22 @@ class Population(Figures):
     def interval(self) -> str:
         """The interval `ends` in words, "1.98 to 4.10"; "at least 1.98" without an upper end."""
         low, high = self.ends
-        return f"at least {_number(low)}" if high is None else f"{_number(low)} to {_number(high)}"
+        return f"at least {short(low)}" if high is None else f"{short(low)} to {short(high)}"
 
     def sentence(self, known: Estimate | None = None) -> str:
         """Return the interval in words, beside `known`, the marginal KL on these rows alone, nats, if it is given."""
-        if self.gain.value > 0:
-            low = f"{_said(self.gain)} nats with this encoder (a stated prior does it: {self.prior})"
-        else:
-            low = f"0 nats with this encoder (the stated prior does not win, {_said(self.gain)}: {self.prior})"
-        if self.gain_upper is None:
-            high = "; no upper bound below the KL is known"
-        else:
-            high = (
-                f", at most {_said(self.gain_upper)} (assuming codes of new rows overlap as those of these rows do; "
-                f"without it no figure below KL - 2 log n can be given)"
-            )
-        said = f"On new data a better prior wins at least {low}{high}."
-        return said if known is None else f"{said} {self._knowing(known)}"
-
-    def _knowing(self, known: Estimate) -> str:
-        """Return a sentence on the marginal KL on these rows alone, and on how much of it is knowing the rows."""
-        said = f"On these {self.n} rows alone a prior that knows them would win {_number(known.value)}"
-        above, error = self.gain_upper, known.standard_error
-        if above is None or above.value + 2 * math.hypot(above.standard_error, error) >= known.value:
-            return f"{said}."
-        most = self.gain.value + above.value < known.value
-        return f"{said}; {'most' if most else 'part'} of that is knowing the rows."
+        above, knowing = self.gain_upper, ""
+        if known is not None and above is not None:
+            error = math.hypot(above.standard_error, known.standard_error)
+            if not above.value + 2 * error >= known.value:
+                knowing = "most" if self.gain.value + above.value < known.value else "part"
+        return text("population.sentence", new=self, known=known, knowing=knowing)
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        return (*self._size(), *self._pairs(), *self.notes)
-
-    def _size(self) -> Iterator[str]:
-        """Yield the sentence on the law in n: these rows can tell I_pi, or more of them would be needed."""
-        if self.slope is not None and self.slope > FLAT:
-            yield (
-                f"I_n still grows by {self.slope:.2f} nats where log n grows by 1: {self.n} rows cannot tell the "
-                f"information of new data, I_pi, and nothing is extrapolated. No bound that holds for every "
-                f"distribution sees beyond about 2 log n = {2 * math.log(self.n):.1f} nats."
-            )
-        elif self.midpoint is not None:
-            said = f"{self.n} rows tell the information of new data, I_pi: {_said(self.midpoint)} nats"
-            yield f"{said}, midway between I_n and leave-one-out."
-
-    def _pairs(self) -> Iterator[str]:
-        if self.seen is not None and self.seen < HALF:
-            yield (
-                f"Only {100 * self.seen:.0f} % of the pairs bound come from pairs of rows, the rest from its guard: "
-                f"the upper end may be loose."
-            )
-        if self.largest is not None and self.largest > HALF:
-            yield f"One row alone gives {100 * self.largest:.0f} % of the pairs bound: the upper end is uncertain."
+        said = texts("population.remarks", new=self, flat=FLAT, ceiling=2 * math.log(self.n))
+        return (*said, *self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain numbers and strings for JSON; `sizes` is a list of the figures of each subset."""
         return {f.name: plain(getattr(self, f.name)) for f in fields(self)}
-
-
-def _number(value: float, digits: int = 2) -> str:
-    """Return a number with `digits` decimal places, or 0."""
-    return f"{value:.{digits}f}" if abs(value) >= 0.5 * 10**-digits else "0"
-
-
-def _said(e: Estimate) -> str:
-    """Return an estimate with its error, as `2.04 +- 0.03`; with three decimal places where it is below 0.005."""
-    digits = 2 if e.standard_error >= 0.005 else 3
-    return f"{_number(e.value, digits)} +- {_number(e.standard_error, digits)}"
