@@ -17,6 +17,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, req
 from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
 from pvae.analysis.bounds.weights import log_weights
 from pvae.analysis.figures.estimate import Estimate, Figures, Row
+from pvae.analysis.figures.texts import text, texts
 from pvae.distributions.relaxed import LogOneHot
 from pvae.errors import DataError
 from pvae.pair import Pair, PairData, ProgramError, is_code, is_masked, sum_over, terms_of
@@ -72,25 +73,17 @@ class Calibration(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        more = len(self.guide) - 1 - SHOWN
-        rest = f"; {more} more, with larger p-values, are in the JSON" if more > 0 else ""
-        values = "The value of a coordinate is the width of q over that of the posterior; its shift is in such widths"
-        return (*self.sentences, f"{values}{rest}.")
+        return (*self.sentences, text("calibration.values", more=len(self.guide) - 1 - SHOWN))
 
     @property
     def sentences(self) -> tuple[str, ...]:
         """Sentences on q(z | x), on its coverage and on importance weights, each with its figures."""
-        said = []
-        words = {FINE: "as it should", "too narrow": "q is overconfident", "too wide": "q is too cautious"}
-        again = f"With importance weights (each sample one of {self.importance})"
-        for tests, where in ((self.guide, f"On {self.n} rows that the model made,"), (self.weighted, again)):
+        said: list[str] = []
+        for tests, q in ((self.guide, "q"), (self.weighted, "weighted q")):
             if tests:
-                share, verdict = tests[-1].within(0.9), words[tests[-1].verdict]
-                held = f"{100 * share.value:.0f} ± {100 * share.standard_error:.0f} %"
-                q = "q" if tests is self.guide else "weighted q"
-                said.append(_on(tests[:-1], where))
-                said.append(f"The 90 % region of {q}, of all coordinates, holds {held} of z: {verdict}.")
-        return (*said, "This compares q with the posterior of the model; it does not test whether the model fits data.")
+                of = {"share": tests[-1].within(0.9), "verdict": tests[-1].verdict, "coordinates": len(tests) - 1}
+                said += texts("calibration.sentences", found=self, q=q, wrong=[*_wrong(tests[:-1])], **of)
+        return (*said, text("calibration.meaning"))
 
     def to_dict(self) -> dict[str, Any]:
         tests = {name: [asdict(test) for test in getattr(self, name)] for name in ("guide", "weighted")}
@@ -102,19 +95,12 @@ def _told(test: RankTest) -> str:
     return f"{test.verdict}; shift {test.shift.value:+.2f}, p {test.p:.1g}"
 
 
-def _on(tests: Sequence[RankTest], what: str) -> str:
-    if not (wrong := sorted((test for test in tests if test.verdict != FINE), key=lambda test: test.p)):
-        return f"{what} no coordinate of q(z | x) by itself can be told from the posterior of the model."
-    parts: list[str] = []
+def _wrong(tests: Sequence[RankTest]) -> Iterator[tuple[str, list[str], float, float]]:
+    """Yield each fault with the names of its coordinates, by their p-values, their median width and largest shift."""
     for word in ("too narrow", "too wide", "shifted", "of another shape"):
-        if found := [test for test in wrong if word in test.verdict]:
-            figure = f"width {np.median([test.width.value for test in found]):.2f}" if "too" in word else ""
-            if word == "shifted":
-                figure = f"up to {max((test.shift.value for test in found), key=abs):+.2f}"
-            named = ", ".join([*(test.name for test in found[:3]), *["..."] * (len(found) > 3)])
-            share = f"{len(found)}" if parts else f"{len(found)} of {len(tests)} coordinates"
-            parts.append(f"{word} in {share} ({'; '.join(filter(None, (named, figure)))})")
-    return f"{what} q(z | x) is {', '.join(parts)}."
+        if found := sorted((test for test in tests if word in test.verdict), key=lambda test: test.p):
+            widths, shifts = [test.width.value for test in found], [test.shift.value for test in found]
+            yield word, [test.name for test in found], float(np.median(widths)), max(shifts, key=abs)
 
 
 def calibration(

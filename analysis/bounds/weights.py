@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row
+from pvae.analysis.figures.texts import text
 from pvae.errors import DataError
 from pvae.pair.terms import Terms
 
@@ -170,10 +171,6 @@ def _mean_log(excess: Tensor, b: Tensor, count: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- the bounds that they give
 
 
-UNRELIABLE_PROPORTION = 0.1
-"""Proportion of data with k-hat above its limit beyond which importance sampling is called not reliable."""
-
-
 @dataclass(frozen=True, repr=False)
 class Bounds(Figures):
     """Lower bounds on the mean log p(x) with 1, ..., `samples` importance samples, nats per datum."""
@@ -236,16 +233,7 @@ class Bounds(Figures):
 
     def trust(self) -> str:
         """Return a sentence on the reliability of importance sampling, from k-hat."""
-        share = self.khat_share
-        if math.isnan(share):
-            return "too few samples for k-hat"
-        exceeds = f"k-hat exceeds its limit {self.khat_limit:.2g} on"
-        if not share:
-            return f"importance sampling is reliable: {exceeds} no data point"
-        why = "the weights may have infinite variance" if self.khat_limit > 0.5 else "the samples are too few"
-        if share > UNRELIABLE_PROPORTION:
-            return f"importance sampling is not reliable: {exceeds} {100 * share:.3g} % of data points; there {why}"
-        return f"importance sampling is reliable: {exceeds} only {100 * share:.3g} % of data points; there {why}"
+        return text("bounds.trust", found=self, share=self.khat_share, limit=self.khat_limit)
 
     def summary(self) -> str:
         """Return the gap and the median effective sample size, in one line."""

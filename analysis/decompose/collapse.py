@@ -1,6 +1,5 @@
 """Posterior collapse: active units of every latent, information of codes, and alerts that say what to change."""
 
-import html
 import math
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
+from pvae.analysis.figures.texts import text, texts
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair import SILENT, Pair, Tally, codebook_of, in_use, perplexity, revival, silence
@@ -93,34 +93,12 @@ class Collapse:
 
     def __str__(self) -> str:
         head = f"active units (variance of the posterior mean over {self.n} rows > {SILENT.variance})"
-        lines = [f"{name}: {_of(latent)}" for name, latent in self.latents.items()]
-        return "\n".join([head, *lines, *(f"alert: {text}" for text in self.alerts)])
+        lines = [f"{name}: {text('collapse.use', z=z)}" for name, z in self.latents.items()]
+        return "\n".join([head, *lines, *(f"alert: {said}" for said in self.alerts)])
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{html.escape(_of(z))}</td></tr>" for name, z in self.latents.items()
-        )
-        alerts = "".join(f"<li>{html.escape(text)}</li>" for text in self.alerts)
-        return f"<table><caption>active units, n = {self.n}</caption>{rows}</table><ul>{alerts}</ul>"
-
-
-def _of(latent: LatentCollapse) -> str:
-    if latent.codes is not None:
-        return _of_codes(latent.codes)
-    return "not known (posterior is not normal)" if latent.active is None else f"{latent.active} of {latent.dim}"
-
-
-def _of_codes(use: CodeUse) -> str:
-    count, dead = len(use.perplexity), sum(use.dead)
-    perplexity, information = (sum(values) / count for values in (use.perplexity, use.information))
-    text = (
-        f"information {information:.3f} of {math.log(use.states):.3f} nats, perplexity {perplexity:.1f} of "
-        f"{use.states} codes (means of {count} positions), {dead} dead"
-    )
-    if use.pooled_perplexity is None or len(use.perplexity) == 1:
-        return text
-    pooled = f"over all positions {use.pooled_perplexity:.1f}, {use.used} codes in use"
-    return f"{text}; {pooled}" + (f", {use.duplicates} duplicates" if use.duplicates else "")
+        uses = {name: text("collapse.use", z=z) for name, z in self.latents.items()}
+        return text("collapse.html", found=self, uses=uses)
 
 
 def activity(d: LatentDraw) -> Tensor | None:
@@ -170,7 +148,7 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     with quiet(pair, x, seed):
         drawn = draw(pair, x)
     latents = {name: _read(name, d, codebook_of(pair, name)) for name, d in drawn.latents.items()}
-    alerts = [text for name, latent in latents.items() if (text := alert(name, latent))]
+    alerts = [said for name, latent in latents.items() if (said := alert(name, latent))]
     return Collapse(len(x), latents, tuple(alerts))
 
 
@@ -216,45 +194,11 @@ def _read(name: str, d: LatentDraw, book: Codebook | NearestCodebook | None) -> 
 
 def alert(name: str, latent: LatentCollapse) -> str | None:
     """Return an alert for a latent with idle units or unused codes that says what to change; None if it has none."""
-    if latent.codes is not None:
-        return _alert_of_codes(name, latent.codes)
-    revive = "give objective.beta a longer linear warm-up from 0, or set objective.free_bits"
-    if latent.idle is None and latent.kl is not None and abs(latent.kl) <= SILENT.of_real(latent.dim):
-        return f"{name} has collapsed onto its prior: its KL is {latent.kl:.4f} nats per datum. To use it, {revive}."
-    if not latent.idle:
-        return None
-    if not (used := latent.dim - latent.idle):
-        return (
-            f"{name} has collapsed: all {latent.dim} units stay at the prior and carry nothing. To use it, {revive}; "
-            f"a weaker decoder helps too."
-        )
-    head = f"{name}: {latent.idle} of {latent.dim} units are inactive and carry nothing."
-    if latent.idle * 2 >= latent.dim:
-        return f"{head} To use them, {revive}; or shrink latents.{name}.dim to {used}."
-    return f"{head} latents.{name}.dim = {used} would do; to use them, {revive}."
-
-
-def _alert_of_codes(name: str, use: CodeUse) -> str | None:
-    """Return an alert for a discrete latent that has collapsed, or has dead or duplicate codes; None for others."""
+    if (use := latent.codes) is None:
+        return text("collapse.units", name=name, z=latent, hardly_any=SILENT.of_real(latent.dim)) or None
     if use.used is None or use.silent == len(use.perplexity):
         return use.alert
-    texts = [] if use.alert is None else [use.alert]
-    if use.duplicates is not None and use.used is not None:
-        # The positions share one codebook: a code is dead where no position chooses it.
-        if dead := use.states - use.used:
-            texts.append(
-                f"{name}: {dead} of {use.states} codes are dead (never chosen). To use them: "
-                f"{revival(name, use.looked_up)} Or latents.{name}.codes = {use.used} would do."
-            )
-        if use.duplicates:
-            texts.append(
-                f"{name}: {use.duplicates} codes lie on each other in the codebook and say the same. Fewer codes "
-                f"(latents.{name}.codes) would do."
-            )
-    else:
-        limit = SILENT.capacity * math.log(use.states)
-        awake = [dead for dead, nats in zip(use.dead, use.information, strict=True) if nats > limit]
-        if dead := sum(awake):
-            total = use.states * len(awake)
-            texts.append(f"{name}: {dead} of {total} codes are dead (never chosen). Fewer codes would do.")
-    return " ".join(texts) or None
+    limit = SILENT.capacity * math.log(use.states)
+    awake = [dead for dead, nats in zip(use.dead, use.information, strict=True) if nats > limit]
+    said = texts("collapse.codes", name=name, use=use, revival=revival(name, use.looked_up), awake=awake)
+    return " ".join(filter(None, (use.alert, *said))) or None

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, scaled
+from pvae.analysis.figures.texts import text
 from pvae.analysis.population.result import ON_NEW_DATA, Population
 
 SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
@@ -201,16 +202,7 @@ class Surgery(Figures):
         """Return sentences on what a better prior wins: on new data, an interval; on these rows, the marginal KL."""
         if self.population is not None:
             return self.population.sentence(self.marginal_kl)
-        if self.marginal_kl is None:
-            return "The marginal KL is not defined or not available for this posterior."
-        low, high = self.marginal_kl.value, (self.marginal_kl_upper or self.marginal_kl).value
-        figure = f"{high:.2f}" if high - low < 0.005 else f"{low:.2f} to {high:.2f}"
-        said = (
-            f"The marginal KL on these {self.n} rows is {figure} nats, which a prior that knows them would win on them."
-        )
-        if self.seen:
-            return f"{said} The model was fitted on these rows: they cannot tell what a prior wins on new data."
-        return f"{said} {self._reason[:1].upper()}{self._reason[1:]}."
+        return text("surgery.headline", found=self, reason=self._reason)
 
     @property
     def _reason(self) -> str:

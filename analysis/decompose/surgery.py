@@ -18,6 +18,7 @@ from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery, side_by_side
 from pvae.analysis.decompose.surgery_figures import Asked, close, on_new_data
 from pvae.analysis.figures.estimate import Estimate, over_draws
+from pvae.analysis.figures.texts import text
 from pvae.analysis.population.result import Population
 from pvae.data import Dataset
 from pvae.errors import DataError
@@ -204,11 +205,7 @@ class Gain:
 
     def sentence(self) -> str:
         """Return the gain as a sentence, beside the interval that new data had before the change."""
-        won = f"gained {self.gained.value:.3f} +- {self.gained.standard_error:.3f} nats per datum"
-        if self.interval is not None:
-            return f"{won}; the interval on new data before the refit was {self.interval.interval}"
-        seen = "the new prior was fitted on these rows, so that this is no gain on new data"
-        return f"{won}; {seen if self.before.seen else 'there is no interval for new data'}"
+        return text("surgery.gain", found=self)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the gain, the interval before it and both surgeries as plain numbers and strings for JSON."""

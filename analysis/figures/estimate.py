@@ -1,6 +1,5 @@
 """Estimates: a value with its errors and its kind (exact, bound, estimate); and the base class of results of them."""
 
-import html
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -11,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from pvae.analysis.figures.texts import text
 from pvae.util.files import plain
 
 Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
@@ -252,15 +252,7 @@ class Figures:
         return "\n".join([self.title, *lines, *self.sentences])
 
     def _repr_html_(self) -> str:
-        body = "".join(
-            f"<tr><th>{html.escape(name)}</th><td>{e.value:.4f}</td><td>{e.standard_error:.4f}</td>"
-            f"<td>{html.escape(e.label)}</td><td>{html.escape(meaning)}</td></tr>"
-            for name, e, meaning in self.known()
-        )
-        unit = html.escape(self.unit)
-        head = f"<tr><th>term</th><th>{unit}</th><th>std error</th><th>kind</th><th></th></tr>"
-        remarks = "".join(f"<p>{html.escape(text)}</p>" for text in self.sentences)
-        return f"<table><caption>{html.escape(self.title)}</caption>{head}{body}</table>{remarks}"
+        return text("figures.html", found=self)
 
 
 def merged(results: Mapping[str, Figures]) -> list[tuple[Any, ...]]:

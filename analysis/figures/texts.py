@@ -1,12 +1,13 @@
 """Texts of results: the entries of `results.toml`, filled in by Jinja; an unknown entry or field is an error."""
 
+import html
+import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined, Template
 
-from pvae.analysis.figures.estimate import Estimate
 from pvae.util import toml
 
 
@@ -15,7 +16,7 @@ def short(value: float, digits: int = 2) -> str:
     return f"{value:.{digits}f}" if abs(value) >= 0.5 * 10**-digits else "0"
 
 
-def with_error(e: Estimate) -> str:
+def with_error(e: Any) -> str:
     """Return an estimate with its error, as `2.04 +- 0.03`; with three decimal places where it is below 0.005."""
     digits = 2 if e.standard_error >= 0.005 else 3
     return f"{short(e.value, digits)} +- {short(e.standard_error, digits)}"
@@ -23,7 +24,7 @@ def with_error(e: Estimate) -> str:
 
 ENTRIES = toml.flat(toml.read(Path(__file__).with_name("results.toml")))
 ENGINE = Environment(undefined=StrictUndefined)
-ENGINE.filters |= {"short": short, "with_error": with_error, "to": format}
+ENGINE.filters |= {"short": short, "with_error": with_error, "log": math.log, "html": html.escape}
 
 
 @cache
@@ -32,7 +33,7 @@ def _template(words: str) -> Template:
 
 
 def text(name: str, /, **fields: Any) -> str:
-    """Return the text with a dotted name, such as `collapse.units`, its fields filled in; empty if it does not apply."""
+    """Return the text with a dotted name, such as `collapse.use`, its fields filled in; empty if it does not apply."""
     return _template(ENTRIES[name]).render(fields)
 
 
