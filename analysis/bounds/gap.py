@@ -14,6 +14,7 @@ from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows
+from pvae.analysis.figures.texts import texts
 from pvae.errors import DataError
 from pvae.nn.schedules import LeanAdam
 from pvae.pair import Pair, PairData
@@ -67,9 +68,7 @@ class Gap(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        ess = f"effective samples {self.per_datum['ess'].median():.0f} of {self.evidence_samples} (median)"
-        more = f"; further steps would gain about {self.unconverged:.2g} nats" if self.unconverged > 1e-3 else ""
-        return (f"{100 * self.refined:.0f} % of data refined in {self.steps} steps{more}; {ess}",)
+        return texts("gap.remarks", found=self, ess=float(self.per_datum["ess"].median()))
 
     def to_dict(self) -> dict[str, Any]:
         ess = self.per_datum["ess"]

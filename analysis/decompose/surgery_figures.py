@@ -4,7 +4,7 @@ And the population's interval: rows and samples of an `Account`, and the prior t
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -19,6 +19,7 @@ from pvae.analysis.decompose.latent_figures import group_figures, latent_surgery
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import ClassSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
+from pvae.analysis.figures.texts import text, texts
 from pvae.analysis.population.codes import CodePrior, Grid
 from pvae.analysis.population.interval import interval
 from pvae.analysis.population.kernels import FullPrior, KernelPrior
@@ -56,7 +57,7 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
         global_kl=_global_kl(account),
         elements=account.pair.structure.elements,
         relaxed_elbo=None if relaxed is None else account.over(relaxed),
-        notes=tuple(_notes(account)),
+        notes=_notes(account),
     )
 
 
@@ -149,46 +150,19 @@ def _train_gain(account: Account, train: Tensor) -> Estimate | None:
     return replace(found, standard_error=error, kind="lower_bound")
 
 
-def _notes(account: Account) -> Iterator[str]:
-    """Yield remarks on subsets of samples and components, on rounding errors and on deterministic codes."""
-    if estimated := account.pair.structure.estimated:
-        yield f"{', '.join(estimated)}: set to a point, so that the total is a log joint density, no ELBO"
-    if varying := account.by_row:
-        yield (
-            f"{', '.join(sorted(varying))}: the prior differs from row to row, so that there is no one KL(q_agg || p)"
-        )
-    if parts := [name for name in account.names if account.first.latents[name].partial]:
-        yield (
-            f"{', '.join(parts)}: absent or masked in some rows, whose latents are of other sizes: no mutual "
-            f"information and no marginal KL"
-        )
-    scored, n = account.scored.get(account.names), len(account.x)
-    if scored is not None and (len(scored.rows) < n or scored.once):
-        levels = f" over {len(account.names)} levels" if len(account.names) > 1 else ""
-        components = f"all {n}" if scored.whole else f"{len(scored.mixture)} of {n}"
-        yield f"joint I_q{levels}: {len(scored.rows)} of {n} draws, each under {components} components"
+def _notes(account: Account) -> tuple[str, ...]:
+    """Return remarks on subsets of samples and components, on rounding errors and on deterministic codes."""
+    latents, scored, bias, rounding = account.first.latents, account.scored.get(account.names), 0.0, 0.0
     if scored is not None and not scored.whole:
         bias = float((torch.stack(scored.upper) - torch.stack(scored.lower)).mean())
-        yield f"components are a subset: I_q stands between two bounds {bias:.4f} nats apart"
     if scored is not None and isinstance(scored.mixture.components, Kept):
         rounding = scored.mixture.components.rounding(account.first.flat(account.names)[scored.rows])
-        if rounding > 1e-3:
-            yield f"scales are very small: log q_agg is known to {rounding:.1e} nats"
-    if points := [name for name, latent in account.first.latents.items() if latent.point]:
-        yield (
-            f"{', '.join(points)}: a deterministic code, so that kl is -log p(z), less a log determinant where z "
-            f"determines x; the marginal KL of points to a density is not defined"
-        )
-    certain = [name for name, latent in account.first.latents.items() if latent.certain and name in account.guide_roots]
-    if certain:
-        distinct = len(account.first.flat(certain).unique(dim=0))
-        yield (
-            f"{', '.join(certain)}: certain codes ({distinct} distinct ones), so that kl is -log p(c) and I_q the "
-            f"entropy of the joint code"
-        )
-    for name, level in account.levels.items():
-        if level.grid_error is not None and level.grid_error > 1e-3:
-            yield f"{name}: densities of single coordinates are known to {level.grid_error:.1e} nats"
+    certain = [name for name, latent in latents.items() if latent.certain and name in account.guide_roots]
+    distinct = len(account.first.flat(certain).unique(dim=0)) if certain else 0
+    numbers = {"n": len(account.x), "bias": bias, "rounding": rounding, "distinct": distinct}
+    errors = {name: level.grid_error or 0.0 for name, level in account.levels.items()}
+    of_levels = (text("surgery.coordinates", name=name, error=error) for name, error in errors.items() if error > 1e-3)
+    return (*texts("surgery.notes", account=account, scored=scored, certain=certain, **numbers), *of_levels)
 
 
 def _total(parts: list[Estimate]) -> Estimate:

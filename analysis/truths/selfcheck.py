@@ -21,6 +21,7 @@ from pvae.analysis.bounds.gap import gap
 from pvae.analysis.bounds.weights import Bounds
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate
+from pvae.analysis.figures.texts import text, texts
 from pvae.analysis.truths import linear, structured
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Truth
 from pvae.errors import DataError
@@ -171,21 +172,11 @@ class SelfCheck:
     @property
     def remarks(self) -> tuple[str, ...]:
         """Sentences below the table: number of passed comparisons, rule for passing, and rate of failures by chance."""
-        passed = f"{len(self.checks) - len(self.failed)} of {len(self.checks)} figures ok"
-        rule = f"ok: within {ALLOWED_ERRORS:g} standard errors, {ROUNDING_TOLERANCE:g} for rounding, slack of bounds"
-        chance = f"by chance alone one run in {1 / self.failure_rate:.0f} fails" if self.failure_rate else "no noise"
-        return (passed, rule, chance)
+        return texts("selfcheck.remarks", found=self, errors=ALLOWED_ERRORS, rounding=ROUNDING_TOLERANCE)
 
     def summary(self) -> str:
         """Return the outcome of the self-check in one sentence, with advice if a comparison fails."""
-        if self.ok:
-            return f"all {len(self.checks)} figures agree with their exact values"
-        names = sorted({check.estimator for check in self.failed})
-        return (
-            f"{len(self.failed)} of {len(self.checks)} figures of {', '.join(names)} disagree with their exact values: "
-            f"do not trust these on this device. By chance one run in {1 / max(self.failure_rate, CHANCE_FAILURE):.0f} "
-            f"fails; see whether another --seed does too, and report it if so."
-        )
+        return text("selfcheck.summary", found=self, rate=max(self.failure_rate, CHANCE_FAILURE))
 
     def to_dict(self) -> dict[str, Any]:
         """Return all comparisons and their summary as plain numbers and strings, for JSON."""
