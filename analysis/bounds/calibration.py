@@ -16,8 +16,7 @@ from torch.distributions import Bernoulli, OneHotCategorical
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, require_room, same_globals, simulated
 from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
 from pvae.analysis.bounds.weights import log_weights
-from pvae.analysis.figures.estimate import Estimate, Figures, Row
-from pvae.analysis.figures.texts import text, texts
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, text, texts
 from pvae.distributions.relaxed import LogOneHot
 from pvae.errors import DataError
 from pvae.pair import Pair, PairData, ProgramError, is_code, is_masked, sum_over, terms_of

@@ -13,8 +13,7 @@ from pvae.analysis.bounds.accumulate import Accumulator
 from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows
-from pvae.analysis.figures.texts import texts
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows, texts
 from pvae.errors import DataError
 from pvae.nn.schedules import LeanAdam
 from pvae.pair import Pair, PairData

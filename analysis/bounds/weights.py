@@ -11,8 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row
-from pvae.analysis.figures.texts import text
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, text
 from pvae.errors import DataError
 from pvae.pair.terms import Terms
 

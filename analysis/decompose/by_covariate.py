@@ -15,7 +15,7 @@ from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, exact
-from pvae.analysis.population.result import Population
+from pvae.analysis.population.interval import Population
 from pvae.pair import Layout, Pair, samples
 from pvae.util import seeds
 

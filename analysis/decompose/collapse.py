@@ -10,7 +10,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
-from pvae.analysis.figures.texts import text, texts
+from pvae.analysis.figures.estimate import text, texts
 from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair import SILENT, Pair, Tally, codebook_of, in_use, perplexity, revival, silence

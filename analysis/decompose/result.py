@@ -8,9 +8,8 @@ from typing import Annotated, Any
 from rich.table import Table
 from rich.text import Text
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, scaled
-from pvae.analysis.figures.texts import text
-from pvae.analysis.population.result import ON_NEW_DATA, Population
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, scaled, text
+from pvae.analysis.population.interval import ON_NEW_DATA, Population
 
 SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
 

@@ -17,9 +17,8 @@ from pvae.analysis.decompose.by_covariate import by_group, by_presence, priors_b
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery, side_by_side
 from pvae.analysis.decompose.surgery_figures import Asked, close, on_new_data
-from pvae.analysis.figures.estimate import Estimate, over_draws
-from pvae.analysis.figures.texts import text
-from pvae.analysis.population.result import Population
+from pvae.analysis.figures.estimate import Estimate, over_draws, text
+from pvae.analysis.population.interval import Population
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.plan import Plan

@@ -18,12 +18,10 @@ from pvae.analysis.decompose.account import Account, guide_components
 from pvae.analysis.decompose.latent_figures import group_figures, latent_surgery
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import ClassSurgery, Surgery
-from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws
-from pvae.analysis.figures.texts import text, texts
+from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws, text, texts
 from pvae.analysis.population.codes import CodePrior, Grid
-from pvae.analysis.population.interval import interval
+from pvae.analysis.population.interval import Population, interval
 from pvae.analysis.population.kernels import FullPrior, KernelPrior
-from pvae.analysis.population.result import Population
 from pvae.analysis.population.sample import HonestPrior, MixedPrior, NewRows, RootPrior
 from pvae.distributions.exponential_codes import CertainCodes, Codes, product
 from pvae.pair import Pair, Unweighed, sum_over

@@ -1,16 +1,23 @@
-"""Estimates: a value with its errors and its kind (exact, bound, estimate); and the base class of results of them."""
+"""Estimates: a value with its errors and its kind (exact, bound, estimate); and results of them, in tables and words.
 
+The words are the entries of `results.toml`, filled in by Jinja; an unknown entry or field is an error.
+"""
+
+import html
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
 import pandas
+from jinja2 import Environment, StrictUndefined, Template
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from pvae.analysis.figures.texts import text
+from pvae.util import toml
 from pvae.util.files import plain
 
 Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
@@ -154,6 +161,40 @@ def jackknife(left_out: Tensor, size: int, units: int) -> float:
         return math.nan
     few = (k - 1) / max(k - 3, 1)
     return float(left_out.std()) * (units - size) / math.sqrt(size * units) * math.sqrt(few)
+
+
+# ---------------------------------------------------------------------- words of results
+
+
+def short(value: float, digits: int = 2) -> str:
+    """Return a number with `digits` decimal places, or 0."""
+    return f"{value:.{digits}f}" if abs(value) >= 0.5 * 10**-digits else "0"
+
+
+def with_error(e: Estimate) -> str:
+    """Return an estimate with its error, as `2.04 +- 0.03`; with three decimal places where it is below 0.005."""
+    digits = 2 if e.standard_error >= 0.005 else 3
+    return f"{short(e.value, digits)} +- {short(e.standard_error, digits)}"
+
+
+ENTRIES = toml.flat(toml.read(Path(__file__).with_name("results.toml")))
+ENGINE = Environment(undefined=StrictUndefined)
+ENGINE.filters |= {"short": short, "with_error": with_error, "log": math.log, "html": html.escape}
+
+
+@cache
+def _template(words: str) -> Template:
+    return ENGINE.from_string(" ".join(words.split()))
+
+
+def text(name: str, /, **fields: Any) -> str:
+    """Return the text with a dotted name, such as `collapse.use`, its fields filled in; empty if it does not apply."""
+    return _template(ENTRIES[name]).render(fields)
+
+
+def texts(name: str, /, **fields: Any) -> tuple[str, ...]:
+    """Return those of the texts of a list that apply, their fields filled in."""
+    return tuple(filter(None, (_template(words).render(fields) for words in ENTRIES[name])))
 
 
 # ---------------------------------------------------------------------- results

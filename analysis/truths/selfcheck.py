@@ -20,8 +20,7 @@ from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import gap
 from pvae.analysis.bounds.weights import Bounds
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.figures.texts import text, texts
+from pvae.analysis.figures.estimate import Estimate, text, texts
 from pvae.analysis.truths import linear, structured
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Truth
 from pvae.errors import DataError

@@ -11,7 +11,7 @@ from rich.console import Console
 from pvae.analysis.decompose.result import Surgery, side_by_side
 from pvae.analysis.decompose.surgery import Gain, gain, surgery
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.population.result import Population, SubsetInformation
+from pvae.analysis.population.interval import Population, SubsetInformation
 from tests.decompose.pairs import channel, correlated
 
 

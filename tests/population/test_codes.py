@@ -12,8 +12,7 @@ from torch import Tensor
 from pvae.analysis.population import codes as rooms
 from pvae.analysis.population import sample
 from pvae.analysis.population.codes import CodeMixture, CodePrior, CodeTable, Grid, latent_classes
-from pvae.analysis.population.interval import interval
-from pvae.analysis.population.result import Population
+from pvae.analysis.population.interval import Population, interval
 from pvae.analysis.population.sample import (
     GroupPrior,
     HonestPrior,

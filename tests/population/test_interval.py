@@ -15,9 +15,8 @@ from sklearn.mixture import GaussianMixture
 
 import pvae
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.population.interval import ALIKE, PairsBound, interval
+from pvae.analysis.population.interval import ALIKE, PairsBound, Population, interval
 from pvae.analysis.population.kernels import FittedNormal, FullPrior, KernelPrior, fitted_flow, widened
-from pvae.analysis.population.result import Population
 from pvae.analysis.population.sample import NewRows, folds, mixture_weights
 from pvae.analysis.population.sweep import PairCritic, counted_twice, spread, sweep
 from pvae.analysis.truths.linear import gaussian_channel

@@ -15,9 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pvae.analysis.population.interval import interval
+from pvae.analysis.population.interval import Population, interval
 from pvae.analysis.population.kernels import KernelPrior
-from pvae.analysis.population.result import Population
 from pvae.analysis.population.sample import NewRows
 from pvae.distributions.exponential import Normals
 from pvae.util import seeds

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pvae.analysis.bounds.weights import Bounds
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLUE, GREEN, GREY, RED, SERIES, nats, panels, plain, style, whole_numbers
-from pvae.analysis.population.result import Population
+from pvae.analysis.population.interval import Population
 from pvae.util.types import Array
 
 MetricsRow = Mapping[str, Any]
