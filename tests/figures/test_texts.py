@@ -24,7 +24,7 @@ def calls() -> dict[str, set[str]]:
                     fields = {str(keyword.arg) for keyword in call.keywords if keyword.arg}
                     if len(fields) < len(call.keywords):
                         fields |= {str(k.value) for k in ast.walk(ast.parse(source)) if isinstance(k, ast.Constant)}
-                    found[call.args[0].value] = fields
+                    found[str(call.args[0].value)] = fields
     return found
 
 
