@@ -1,6 +1,6 @@
 """Encoders of x, and the Pyro guide of a declared graph: encode x, then sample each posterior in inference order."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -206,6 +206,22 @@ class GraphGuide(nn.Module):
                 if site.carries:
                     seen[site.name] = self._carried(site, posterior, fn, seen[site.name])
         return seen
+
+    def along(
+        self, x: Tensor, seen: dict[str, Tensor], take: Callable[[dist.TorchDistribution], Tensor]
+    ) -> Iterator[dist.TorchDistribution]:
+        """Yield q(z | x, earlier latents) of every latent in order, each latent set to the value `take` gives for it.
+
+        Arguments:
+            x: data `(batch, *event)`.
+            seen: features of the covariates by name, to which those of the latents are added.
+            take: from a posterior to a value of its latent, `(batch, *event)`.
+        """
+        x = self._read(x)
+        features = self._encoded(x)
+        for site in self.sites:
+            yield (fn := self.posteriors[site.name](self._inputs(site, x, features, seen), seen))
+            seen[site.name] = self.link.model.see(site, take(fn), x)
 
     @staticmethod
     def _carried(site: Site, posterior: Any, found: Any, row: Tensor) -> Tensor:

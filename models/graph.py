@@ -12,7 +12,7 @@ from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
 from pvae.distributions.base import Determined
-from pvae.errors import DeclarationError
+from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import EMBEDDED, OBSERVED, Frame, Law, Site, embedded
 from pvae.graph.statements import data_plate, sample
 from pvae.models.likelihoods.base import Likelihood
@@ -53,7 +53,16 @@ class DecoderModule(nn.Module):
         self.network = declared.network.build(given, self.likelihood.inputs)
 
     def forward(self, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return p(x | features), with batch shape `(...)`, for features `name -> (..., *shape)`."""
+        """Return p(x | features), with batch shape `(...)`, for features `name -> (..., *shape)`.
+
+        Raises:
+            DataError: the features are one tensor.
+        """
+        if isinstance(seen, Tensor):
+            raise DataError(
+                f"decoder: expected features by name, {', '.join(self.network.inputs)}; got one tensor. "
+                f"Call run.decoder(z), a Module of tensors, which gives E[x | z]."
+            )
         return self.likelihood(self.network(seen))
 
 

@@ -92,7 +92,7 @@ def distribution_mean(fn: Any) -> Tensor:
         levels = torch.arange(base.probs.shape[-1], dtype=base.probs.dtype, device=base.probs.device)
         return base.probs @ levels
     mean = fn.mean
-    if not isinstance(mean, Tensor) or bool(mean.isnan().any()):
+    if not isinstance(mean, Tensor) or (not torch.compiler.is_exporting() and bool(mean.isnan().any())):
         raise NotImplementedError(f"{type(base).__name__} has no mean")
     return mean
 

@@ -275,11 +275,13 @@ class Frame:
         """Return the data points `(..., *x)` of rows `(..., *row)`, and covariates as one-hots of shapes `shapes`."""
         if not self.covariates:
             return rows, {}
-        seen = {}
-        for name, column in self.columns(rows).items():
-            hot = one_hot(column, self.covariates[name], rows)
-            seen[name] = hot.movedim(-1, -2) if name in self.prompts else hot
-        return rows[..., : prod(self.x)].reshape(*rows.shape[:-1], *self.x), seen
+        x = rows[..., : prod(self.x)].reshape(*rows.shape[:-1], *self.x)
+        return x, self.one_hots(self.columns(rows), rows)
+
+    def one_hots(self, columns: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+        """Return covariates, labels `(...)` and prompts `(..., length)`, as one-hots of shapes `shapes`, by name."""
+        hot = {name: one_hot(column, self.covariates[name], like) for name, column in columns.items()}
+        return {name: t.movedim(-1, -2) if name in self.prompts else t for name, t in hot.items()}
 
     def join(self, x: Tensor, rows: Tensor) -> Tensor:
         """Return rows `(n, *row)` with their data points replaced by `x` `(n, *x)` and their covariates kept."""

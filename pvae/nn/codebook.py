@@ -81,7 +81,7 @@ class NearestCodebook(Moving):
         """Return the index of the code nearest to each vector `(..., E)`, `(...)`, int64; training mode records it."""
         flat = z.reshape(-1, z.shape[-1])
         rows = max(1, BLOCK_DISTANCES // len(self.counts))
-        if len(flat) <= rows:
+        if torch.compiler.is_exporting() or len(flat) <= rows:  # blocks would fix the batch size
             index = self.scores(flat).argmax(1)
         else:
             index = torch.cat([self.scores(part).argmax(1) for part in flat.split(rows)])

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import pandas
 
     from pvae.analysis.export.datasets import PosteriorDraws
+    from pvae.analysis.samples.modules import PlainDecoder, PlainEncoder
 
 LISTED_DIFFERENCES = 12
 """Largest number of differences between a checkpoint and a declaration that an error message lists."""
@@ -243,6 +244,20 @@ class Run:
         pair = self.fresh_pair().cpu()
         load_weights(pair, chosen(self.checkpoint), str(self.checkpoint.path), self.plan.objective.dtype)
         return pair.eval()
+
+    @property
+    def decoder(self) -> PlainDecoder:
+        """Decoder as a Module of tensors with the fitted weights: `run.decoder(z)` is E[x | z]."""
+        from pvae.analysis.samples.modules import PlainDecoder  # here, because analysis imports pvae.runs
+
+        return PlainDecoder(self.pair)
+
+    @property
+    def encoder(self) -> PlainEncoder:
+        """Encoder as a Module of tensors with the fitted weights: `run.encoder(x)` is the mean of q(z | x)."""
+        from pvae.analysis.samples.modules import PlainEncoder
+
+        return PlainEncoder(self.pair)
 
     def fresh_pair(self) -> Pair:
         """Return the model/guide pair of the declaration with initial weights, before any checkpoint is loaded."""

@@ -1,0 +1,226 @@
+"""Decoder and encoder of a fitted pair as plain Modules of tensors, on which no Pyro handler acts."""
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from pyro.distributions import Categorical
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from pvae.analysis.samples import running
+from pvae.component import Shape
+from pvae.distributions.relaxed import twin
+from pvae.errors import DataError, DeclarationError
+from pvae.graph.site import OBSERVED
+from pvae.pair.layout import unwrapped
+from pvae.pair.pair import Pair
+
+
+class PlainModule(nn.Module):
+    """Base of the plain Modules of a declared pair: they take tensors, and hold the weights of the pair, not copies.
+
+    Data are as the model has them: those of a table are its transformed columns, NaN where missing. Numbers are taken
+    in the type of the weights. Codes, labels and the tokens of prompts are whole numbers, bits 0 and 1.
+
+    Raises:
+        DeclarationError: the pair is hand-written.
+    """
+
+    inputs: dict[str, tuple[Shape, int]]
+    """Event shape of every input by name, and the number of values of an element; 0 for real numbers and bits."""
+    outputs: tuple[str, ...]
+    """Names of the variables that the Module gives: a tensor if it is one, a dictionary of them if there are several.
+    """
+
+    def __init__(self, pair: Pair, side: str) -> None:
+        super().__init__()
+        if not pair.declared:
+            raise DeclarationError(
+                f"run.{side}: expected a declared pair; got a hand-written one, whose {side} only its author knows. "
+                f"Call the Module of your own program: run.pair has put the fitted weights into it."
+            )
+        self.side, self.frame = side, pair.frame
+        shapes = {name: shape[1:] for name, shape in self.frame.shapes.items()}
+        self.covariates = {name: (shapes[name], count) for name, count in self.frame.covariates.items()}
+
+    @property
+    def alone(self) -> str | None:
+        """Name of the input that may be given without its name: the only one beside covariates; None if several."""
+        own = [name for name in self.inputs if name not in self.covariates]
+        return own[0] if len(own) == 1 else None
+
+    @property
+    def expected(self) -> str:
+        """Inputs as text: names, shapes and, of codes and covariates, the values."""
+        shown = {name: ", ".join(("n", *map(str, shape))) for name, (shape, _) in self.inputs.items()}
+        codes = {name: f" of whole numbers 0 .. {count - 1}" for name, (_, count) in self.inputs.items() if count}
+        return ", ".join(f"{name} ({shape}){codes.get(name, '')}" for name, shape in shown.items())
+
+    def example(self, rows: int) -> dict[str, Tensor]:
+        """Return zeros of every input by name, `rows` of each."""
+        like = next(self.parameters())
+        found = {name: like.new_zeros(rows, *shape) for name, (shape, _) in self.inputs.items()}
+        return {name: t.long() if self.inputs[name][1] else t for name, t in found.items()}
+
+    def named(self, first: Tensor | None, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the inputs by name; raise DataError, which lists those expected, for other names, shapes or codes."""
+        given = dict(others) if first is None else {self.alone or "one tensor": first, **others}
+        problem = "" if given.keys() == self.inputs.keys() else ", ".join(given) or "nothing"
+        for name, (shape, count) in self.inputs.items() if not problem else ():
+            value = given[name]
+            if not value.dim() or value.shape[1:] != shape or (count and value.is_floating_point()):
+                problem = f"{name} {list(value.shape)} of {value.dtype}"
+            elif count and not torch.compiler.is_exporting() and bool(((value < 0) | (value >= count)).any()):
+                problem = f"{name} from {int(value.min())} to {int(value.max())}"
+            given[name] = value if count else value.to(next(self.parameters()))
+        if problem:
+            raise DataError(f"{self.side}: expected {self.expected}; got {problem}.")
+        return given
+
+    @abstractmethod
+    def distributions(self, given: Mapping[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Any]:
+        """Return the distributions of the outputs by name, for the inputs, and the covariates as networks read them."""
+
+    @abstractmethod
+    def centre(self, fn: Any) -> Tensor:
+        """Return the value that stands for a distribution, `(n, *event)`."""
+
+    def named_distributions(self, first: Tensor | None, others: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Return the distributions of the outputs by name, for the arguments of `forward`."""
+        given = self.named(first, others)
+        codes = {name: t for name, t in given.items() if name in self.covariates}
+        return self.distributions(given, self.frame.one_hots(codes, next(self.parameters())))
+
+    def distribution(self, first: Tensor | None = None, /, **others: Tensor) -> Any:
+        """Return p(x | z), or q(z | x), of batch shape `(n,)`; a dictionary by name of several latents.
+
+        In a hierarchy each latent is given the means of those before it. For relaxed codes it is the distribution of
+        the codes; for a code that the model sums out, p(c | x) by Bayes' rule. The arguments are those of `forward`.
+        """
+        found = self.named_distributions(first, others)
+        return found if len(found) > 1 else found[self.outputs[0]]
+
+    def forward(self, first: Tensor | None = None, /, **others: Tensor) -> Any:
+        """Return E[x | z], or the mean of q(z | x), `(n, *event)`; a dictionary by name of several latents; exact.
+
+        An encoder gives the most probable codes and bits. In a hierarchy the means are passed down: each is given those
+        of the latents before it.
+
+        Arguments:
+            first: the input, if it is one beside covariates, `(n, *event)`.
+            others: several inputs by name, and covariates: labels `(n,)`, tokens of a prompt `(n, length)`.
+
+        Raises:
+            DataError: names, shapes or codes are not those expected, which the message lists.
+            DeclarationError: a distribution has no known mean.
+        """
+        found = {name: self.centre(fn) for name, fn in self.named_distributions(first, others).items()}
+        return found if len(found) > 1 else found[self.outputs[0]]
+
+
+class PlainDecoder(PlainModule):
+    """Decoder p(x | z) of a declared pair as a Module of tensors.
+
+    Example:
+        >>> from pvae.experiment.experiment import Experiment
+        >>> decoder = PlainDecoder(Experiment.load("conditional").build((1, 8, 8)))
+        >>> decoder(torch.zeros(3, 16), y=torch.tensor([0, 5, 9])).shape
+        torch.Size([3, 1, 8, 8])
+    """
+
+    outputs = (OBSERVED,)
+    centre = staticmethod(running.distribution_mean)
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(pair, "decoder")
+        model = cast(Any, pair.model)
+        reads = model.decoder.network.inputs
+        self.see, self.sites = model.see, [site for site in model.sites if site.name in reads]
+        self.inputs = {
+            site.name: (site.space.shape, site.space.states)
+            if site.space.is_code and site.has_twin
+            else (site.event, 0)  # of relaxed values without codes, logarithms
+            for site in self.sites
+        } | {name: found for name, found in self.covariates.items() if name in reads}
+        self.decoder = model.decoder
+        self.codebooks = nn.ModuleDict({name: book for name, book in model.codebooks.items() if name in reads})
+        self.eval()
+
+    def distributions(self, given: Mapping[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Any]:
+        like = next(self.parameters())
+        values = {site.name: self.see(site, given[site.name], like) for site in self.sites}
+        return {OBSERVED: self.decoder({**seen, **values})}
+
+
+class Reads(TorchFunctionMode):
+    """Context that notes the tensors which torch's functions are called with, by `id`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.update(map(id, tree_leaves((args, kwargs))))
+        return func(*args, **(kwargs or {}))
+
+
+class PlainEncoder(PlainModule):
+    """Encoder q(z | x) of a declared pair as a Module of tensors.
+
+    It holds the guide, and what the guide reads of the model, such as codebooks.
+
+    Raises:
+        DeclarationError: the pair is hand-written, or its guide infers nothing (a GAN).
+
+    Example:
+        >>> from pvae.experiment.experiment import Experiment
+        >>> encoder = PlainEncoder(Experiment.load("hvae").build((1, 8, 8)))
+        >>> {name: list(mean.shape) for name, mean in encoder(torch.zeros(3, 1, 8, 8)).items()}
+        {'z2': [3, 8], 'z1': [3, 16]}
+    """
+
+    def __init__(self, pair: Pair) -> None:
+        super().__init__(pair, "encoder")
+        if pair.implicit:
+            raise DeclarationError("run.encoder: expected a guide that infers z; got that of a GAN, which infers none.")
+        self.guide = cast(Any, pair.guide)
+        model, sites = self.guide.link.model, self.guide.sites
+        self.summed = [site for site in model.sites if site.summed]
+        self.outputs = tuple(site.name for site in (*sites, *self.summed))
+        reads = {name for site in sites for name in site.guide_given}.union(self.covariates if self.summed else ())
+        self.inputs = {OBSERVED: (self.frame.x, 0)} | {n: v for n, v in self.covariates.items() if n in reads}
+        parts = {"decoder": model.decoder}
+        for kind in ("priors", "codebooks", "temperatures"):
+            parts |= {f"{kind}_{name}": part for name, part in getattr(model, kind).items()}
+        self.model = nn.ModuleDict(parts)
+        self.eval()
+        with Reads() as reading, torch.no_grad():
+            self.distribution(**self.example(1))
+        unread = [n for n, p in parts.items() if not reading.found & {id(t) for t in (*p.parameters(), *p.buffers())}]
+        for name in unread:
+            del self.model[name]
+
+    def distributions(self, given: Mapping[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Any]:
+        x, model = given[OBSERVED], self.guide.link.model
+        latents = self.guide.along(x, seen, self.centre)
+        found = {site.name: twin(fn) for site, fn in zip(self.guide.sites, latents, strict=False)}  # not the last mean
+        if self.summed:
+            if len(self.summed) > 1 or self.summed[0].space.grid:
+                raise DeclarationError("run.encoder: expected one code that the model sums out; got several.")
+            values = {name: self.centre(fn) for name, fn in found.items()}
+            values[self.outputs[-1]] = torch.arange(self.summed[0].space.states, device=x.device)[:, None]
+            seen |= {site.name: model.see(site, values[site.name], x) for site in model.sites}
+            scores = [model.prior(name, seen).log_prob(value) for name, value in values.items()]
+            found[self.outputs[-1]] = Categorical(logits=sum(scores, model.decoder(seen).log_prob(x)).T)
+        return found
+
+    def centre(self, fn: Any) -> Tensor:
+        if (found := running.centre(twin(fn))) is None:
+            raise DeclarationError(
+                f"run.encoder: expected posteriors with a known mean; got {type(unwrapped(fn)).__name__}. "
+                f"Sample: run.encoder.distribution(x).sample()."
+            )
+        return found
