@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Ints, Shape
-from pvae.distributions import Batched, Bijection, FreeCoordinates, near_identity
+from pvae.distributions import Batched, Bijection, Coordinates, near_identity
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site, Space, Values
 from pvae.models.priors.base import Prior
@@ -82,11 +82,13 @@ class RelaxedFlowModule(nn.Module):
 
     def __init__(self, flow: FlowModule, event: Shape) -> None:
         super().__init__()
-        self.flow, self.event = flow, event
+        self.flow = flow
+        free = bijections.ReshapeTransform((prod(event[:-1]) * (event[-1] - 1),), (*event[:-1], event[-1] - 1))
+        self.steps = [free, Coordinates()]
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return a distribution of the logarithms of relaxed one-hots, with batch shape `()`."""
-        return FreeCoordinates(self.flow(given), self.event)
+        return dist.TransformedDistribution(self.flow(given), self.steps, validate_args=False)
 
 
 class FlowPrior(Prior):

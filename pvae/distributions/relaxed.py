@@ -91,31 +91,6 @@ class Simplices(Batched):
         return constraints.independent(log_simplex, len(self.event_shape) - 1)
 
 
-class FreeCoordinates(Simplices):
-    """Distribution of relaxed codes `(..., *grid, K)`, given by a density of their coordinates `(..., P (K - 1))`.
-
-    Arguments:
-        base: distribution over the stick-breaking coordinates of all P positions, concatenated.
-        event: event shape of a value, `(*grid, K)`.
-    """
-
-    widened = ("base",)
-
-    def __init__(self, base: Any, event: Shape) -> None:
-        self.base = base
-        super().__init__(base.batch_shape, torch.Size(event), validate_args=False)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Return the log density of log c in the measure of `RelaxedCodes`, nats, `(...)`; exact."""
-        return self.base.log_prob(to_coordinates(value).flatten(value.dim() - len(self.event_shape)))
-
-    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
-        """Return samples of log c, `sample_shape + (..., *grid, K)`, without gradient."""
-        with torch.no_grad():
-            u = self.base.sample(torch.Size(sample_shape))
-        return from_coordinates(u.unflatten(-1, (*self.event_shape[:-1], self.event_shape[-1] - 1)))
-
-
 KL = Literal["relaxed", "categorical"]
 
 

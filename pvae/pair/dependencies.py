@@ -124,7 +124,12 @@ def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
         scores = _scores(guide, model, copies.base or base, layout)
         reads, unclear = _moves(scores, [*copies.copy] if copies.base else [], len(rows))
         if again := [*random, *(unclear if copies.base else latents)]:
-            _ask_again(pair, rows, base, {name: guide[name]["value"] for name in layout.shared}, again, reads)
+            given = {**base, **{name: guide[name]["value"] for name in layout.shared}}
+            sites, first = _conditioned(pair, rows, given, base)
+            for name in again:
+                _, other = _conditioned(pair, rows, {**given, name: moved(sites[name])}, base)
+                for key in (key for key in first if key[1] != name):
+                    (reads[key].discard if torch.equal(first[key], other[key]) else reads[key].add)(name)
     certain = frozenset(name for name in latents if name in guide and isinstance(unwrapped(guide[name]["fn"]), Certain))
     for name in layout.latents:
         if name not in nodes:  # in no row that was looked at: nothing is known
@@ -232,15 +237,6 @@ def _differ(first: Tensor, other: Tensor, relative: float) -> bool:
     """Return whether any score changes by more than `relative` times 1 + its size; infinite ones, by any change."""
     change = (other - first).double().abs()
     return not bool(((other == first) | (change <= relative * (1 + first.double().abs()))).all())
-
-
-def _ask_again(pair: Pair, x: Tensor, base: Drawn, shared: Drawn, names: Sequence[str], reads: Reads) -> None:
-    """Perturb the latents `names` one at a time in separate runs, and update `reads` by the densities that change."""
-    nodes, first = _conditioned(pair, x, {**base, **shared}, base)
-    for name in names:
-        _, other = _conditioned(pair, x, {**base, **shared, name: moved(nodes[name])}, base)
-        for key in (key for key in first if key[1] != name):
-            (reads[key].discard if torch.equal(first[key], other[key]) else reads[key].add)(name)
 
 
 def _conditioned(pair: Pair, x: Tensor, given: Drawn, values: Drawn) -> tuple[dict[str, Any], Scores]:
