@@ -93,8 +93,8 @@ class TextTable:
         """
         line, rest = self.header.count(b"\n") + 1, b""
         with opened_text(self.path, self.encoding) as file:
-            file.read(len(self.header))
-            while (block := file.read(TEXT_PIECE_BYTES)) or rest:
+            block = file.read(len(self.header) + TEXT_PIECE_BYTES)[len(self.header) :]
+            while block or rest:
                 text = (rest + (block or b"\n")).replace(b"\r\n", b"\n")  # a last line may lack its end
                 marks = np.frombuffer(text, np.uint8)
                 inside = _quoted(marks) if b'"' in text else np.zeros(1, bool)
@@ -108,7 +108,7 @@ class TextTable:
                 if size:
                     yield self._piece(text[:size], ends, line)
                     line = _line(text, size, line)
-                rest = text[size:]
+                rest, block = text[size:], file.read(TEXT_PIECE_BYTES)
 
     def _piece(self, text: bytes, ends: NDArray[np.int64], line: int) -> Piece:
         """Return a chunk of records that end at `ends`, after checking its text, its quotes and the number of cells."""
@@ -172,8 +172,10 @@ class TextTable:
 
 
 @contextmanager
-def opened_text(path: Path, encoding: str) -> Iterator[IO[bytes] | _Recoded]:
+def opened_text(path: Path, encoding: str) -> Iterator[IO[bytes] | codecs.StreamRecoder]:
     """Open a text file as a stream of UTF-8, decompressed if it is compressed with gzip, bzip2 or xz.
+
+    Text of another encoding is read by characters, without its byte order mark.
 
     Raises:
         DataError: the compressed content is damaged, or the text is not in the declared encoding.
@@ -182,30 +184,11 @@ def opened_text(path: Path, encoding: str) -> Iterator[IO[bytes] | _Recoded]:
         unpack = next((module for magic, module in PACKED.items() if plain.peek(6).startswith(magic)), None)
         file = cast("IO[bytes]", plain if unpack is None else unpack.open(plain))
         try:
-            yield file if codecs.lookup(encoding).name == "utf-8" else _Recoded(file, encoding)
+            yield file if codecs.lookup(encoding).name == "utf-8" else codecs.EncodedFile(file, "utf-8", encoding)
         except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
             raise DataError(f"{path}: expected a whole compressed file; got {error}.") from error
         except UnicodeError as error:
             raise DataError(f"{path}: expected text in {encoding}; got {error}.") from error
-
-
-class _Recoded:
-    """Stream of the text of another stream in UTF-8, without its byte order mark.
-
-    Arguments:
-        file: binary stream at its start.
-        encoding: encoding of its text.
-    """
-
-    def __init__(self, file: IO[bytes], encoding: str) -> None:
-        self.text, self.rest = codecs.getreader(encoding)(file), b""
-
-    def read(self, size: int) -> bytes:
-        """Return the next `size` bytes, or fewer at the end."""
-        while len(self.rest) < size and (more := self.text.read(size, size)):
-            self.rest += more.encode()
-        out, self.rest = self.rest[:size], self.rest[size:]
-        return out
 
 
 def _line(text: bytes, place: int, first: int) -> int:
