@@ -22,8 +22,7 @@ from pvae.experiment.rules import findings
 from pvae.graph.site import OBSERVED, Frame, Link, Site, topological
 from pvae.guides.graph import Encoder, GraphGuide, SharedEncoder
 from pvae.models.graph import Decoder, GraphModel
-from pvae.models.priors.base import Prior
-from pvae.models.priors.factorised import prior_of
+from pvae.models.priors.base import Prior, prior_of
 from pvae.nn.schedules import Constant, Scheduled
 from pvae.objectives.base import weigh_step
 from pvae.objectives.elbo import TraceELBO

@@ -13,8 +13,7 @@ from pvae.graph.site import Site, Space, Vocabulary, split
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.posteriors.normal import ExactPosterior, NormalPosterior
-from pvae.models.priors.base import Prior
-from pvae.models.priors.factorised import BernoulliPrior, CategoricalPrior, StandardNormal
+from pvae.models.priors.base import BernoulliPrior, CategoricalPrior, Prior, StandardNormal
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Adam, Constant, Optimizer, Schedule
 from pvae.objectives.base import Objective

@@ -15,8 +15,7 @@ from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.columns import support_of
 from pvae.models.likelihoods.standard import DeterminedLikelihood
-from pvae.models.priors.base import Prior
-from pvae.models.priors.factorised import CategoricalPrior, UniformPrior
+from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.network import TableNetwork
 from pvae.objectives.elbo import IWAE
 from pvae.objectives.em import EM

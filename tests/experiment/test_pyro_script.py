@@ -153,7 +153,7 @@ def test_the_script_runs_as_the_pair(name: str, monkeypatch: pytest.MonkeyPatch)
 PLUGIN = """
 from typing import Literal
 from pvae.models.priors.base import Prior
-from pvae.models.priors.factorised import StandardNormalModule
+from pvae.models.priors.base import StandardNormalModule
 
 class Following(Prior):
     kind: Literal["following"] = "following"
