@@ -83,8 +83,8 @@ class RelaxedFlowModule(nn.Module):
     def __init__(self, flow: FlowModule, event: Shape) -> None:
         super().__init__()
         self.flow = flow
-        free = bijections.ReshapeTransform((prod(event[:-1]) * (event[-1] - 1),), (*event[:-1], event[-1] - 1))
-        self.steps = [free, Coordinates()]
+        free = torch.Size((*event[:-1], event[-1] - 1))
+        self.steps = [bijections.ReshapeTransform(torch.Size([free.numel()]), free), Coordinates()]
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return a distribution of the logarithms of relaxed one-hots, with batch shape `()`."""
