@@ -1,7 +1,7 @@
 """Likelihood of tables: every column has its own distribution; columns of one family are scored together."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import pyro.distributions as dist
@@ -47,6 +47,8 @@ class Family(nn.Module):
     """Constraint on the values of a column, in families where it is the same for all columns (all but categorical)."""
     outputs: int
     """Number of parameters that the decoder outputs for these columns."""
+    learned: ClassVar[Mapping[str, float]] = {}
+    """Parameters that are learned, one for each column, by name, with their initial values."""
     stand_in: ClassVar[float] = 0.0
     """Placeholder for a missing value, in the support of every column; its log density is discarded."""
 
@@ -54,6 +56,8 @@ class Family(nn.Module):
         super().__init__()
         self.count = self.outputs = len(laws)
         self.floor, self.pick = floor, Pick(places)
+        for name, start in self.learned.items():
+            self.register_parameter(name, nn.Parameter(torch.full((len(laws),), start)))
 
     @abstractmethod
     def forward(self, h: Tensor) -> dist.TorchDistribution:
@@ -74,10 +78,8 @@ class NormalColumns(Family):
     """Normal columns: the decoder outputs the means; one standard deviation for each column is learned."""
 
     support = constraints.real
-
-    def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
-        super().__init__(laws, places, floor)
-        self.log_scale = nn.Parameter(torch.zeros(self.count))
+    learned = {"log_scale": 0.0}
+    log_scale: nn.Parameter
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         return dist.Normal(h, self.log_scale.exp().clamp(min=self.floor), validate_args=False)
@@ -89,9 +91,8 @@ class StudentTColumns(NormalColumns):
     The degrees of freedom are 1 + e^a, initially about 8.
     """
 
-    def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
-        super().__init__(laws, places, floor)
-        self.log_df = nn.Parameter(torch.full((self.count,), 2.0))
+    learned = {"log_scale": 0.0, "log_df": 2.0}
+    log_df: nn.Parameter
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         df, scale = 1 + self.log_df.clamp(max=-LOWEST_LOG_RATE).exp(), self.log_scale.exp().clamp(min=self.floor)
@@ -114,9 +115,8 @@ class PoissonColumns(Family):
 class NegativeBinomialColumns(PoissonColumns):
     """Negative binomial columns: the decoder outputs log-means; one dispersion for each column is learned."""
 
-    def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
-        super().__init__(laws, places, floor)
-        self.log_count = nn.Parameter(torch.ones(self.count))
+    learned = {"log_count": 1.0}
+    log_count: nn.Parameter
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         return dispersed(h, self.log_count, validate_args=False)

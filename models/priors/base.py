@@ -37,14 +37,6 @@ class Prior(Component):
         """Return the module from parents' features `name -> (..., *shape)` to a distribution of event `site.event`."""
 
 
-class MixtureWeights(nn.Module):
-    """Base of priors over mixture components whose weights have a closed-form M-step, for the objective `em`."""
-
-    def maximise(self, counts: Tensor) -> None:
-        """Set the weights, if learned, to the proportions of `counts` `(K,)`, the sums of responsibilities."""
-        raise NotImplementedError  # pragma: no cover - abstract
-
-
 class StandardNormalModule(nn.Module):
     """Module of the standard normal prior N(0, I), on the device of its buffers."""
 
@@ -87,7 +79,7 @@ class ConditionalNormal(Prior):
         return NormalHead(self.network.build(given, (2 * site.event[0],)), self.log_variance)
 
 
-class WeightsModule(MixtureWeights):
+class WeightsModule(nn.Module):
     """Independent codes over a grid, or bits, of learned or equal probabilities; relaxed codes if the latent is."""
 
     def __init__(self, site: Site, learned: bool, link: Link) -> None:
@@ -98,6 +90,10 @@ class WeightsModule(MixtureWeights):
 
     @torch.no_grad()
     def maximise(self, counts: Tensor) -> None:
+        """Set the weights, if learned, to the proportions of `counts` `(K,)`, the sums of responsibilities.
+
+        This is the M-step of the objective `em`.
+        """
         if isinstance(self.logits, nn.Parameter):
             self.logits.copy_((counts / counts.sum()).log())
 
@@ -113,6 +109,11 @@ class WeightsPrior(Prior):
 
     reads_parents: ClassVar[bool] = True
     ignores_parents: ClassVar[bool] = True
+    learned: ClassVar[bool] = True
+    """True if the probabilities are learned, False if they are equal."""
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return WeightsModule(site, self.learned, link)
 
 
 class CategoricalPrior(WeightsPrior):
@@ -121,18 +122,12 @@ class CategoricalPrior(WeightsPrior):
     kind: Literal["categorical"] = "categorical"
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
 
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return WeightsModule(site, learned=True, link=link)
-
 
 class BernoulliPrior(WeightsPrior):
     """Bernoulli prior with one learned probability for each bit; it ignores the parents of the latent."""
 
     kind: Literal["bernoulli"] = "bernoulli"
     values: ClassVar[tuple[Values, ...]] = ("binary",)
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return WeightsModule(site, learned=True, link=link)
 
 
 class UniformPrior(WeightsPrior):
@@ -144,9 +139,7 @@ class UniformPrior(WeightsPrior):
 
     kind: Literal["uniform"] = "uniform"
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return WeightsModule(site, learned=False, link=link)
+    learned: ClassVar[bool] = False
 
 
 class RelaxingModule(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions import FullRankNormals, Members, Mixture, Normals, lattice
+from pvae.distributions import FullRankNormals, Members, Mixture, Normals, lattice, unwrapped
 from pvae.errors import DeclarationError
 from pvae.graph.lifecycle import Begun, FirstRows, MadeOfData
 from pvae.graph.site import Link, Site
@@ -225,9 +225,7 @@ class ExemplarModule(DataMixtureModule):
 
 def posteriors_at(x: Tensor, name: str, link: Link) -> Members:
     """Return the guide's normal posteriors of a latent at data `(K, *event)` as components of a mixture."""
-    fn: Any = link.guide.posterior(name, x)
-    while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
-        fn = fn.base_dist
+    fn = unwrapped(link.guide.posterior(name, x))
     if isinstance(fn, torch.distributions.MultivariateNormal):
         return FullRankNormals(fn.loc, fn.scale_tril)
     if isinstance(fn, torch.distributions.Normal):

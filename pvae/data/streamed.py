@@ -71,17 +71,9 @@ class WindowOrder:
     """
 
     def __init__(
-        self,
-        rows: int,
-        block: int,
-        seed: int,
-        epoch: int,
-        expect: Expect = lambda _blocks: None,
-        batch: int = 1,
-        shards: group.Shards | None = None,
+        self, rows: int, block: int, seed: int, epoch: int, expect: Expect, batch: int, shards: group.Shards
     ) -> None:
-        self.rows, self.block, self.expect, self.batch = rows, block, expect, batch
-        self.shards = shards or group.Shards(1)
+        self.rows, self.block, self.expect, self.batch, self.shards = rows, block, expect, batch, shards
         self.seed = seeds.mix(seed, seeds.ORDER, epoch)
         self.order = seeds.permutation(-(-rows // block), self.seed, 0).numpy()
         sizes = np.minimum(block, rows - self.order * block)
@@ -204,7 +196,7 @@ class Blocks:
         """Return the random order of the rows in an epoch, as `Split.order` does; its slices are row numbers."""
         if self.scattered:
             return seeds.permutation(len(self), seed, epoch)
-        return WindowOrder(len(self), self.block, seed, epoch, self.expect, batch, shards)
+        return WindowOrder(len(self), self.block, seed, epoch, self.expect, batch, shards or group.Shards(1))
 
 
 @dataclass(frozen=True, eq=False)

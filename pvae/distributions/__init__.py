@@ -1,6 +1,6 @@
 """Distributions that Pyro lacks: codes, relaxed codes, deterministic values, batches of exponential families."""
 
-from pvae.distributions.base import Batched, Determined, Event, FactoredNormal, Rounded, UnitNormal, lattice
+from pvae.distributions.base import Batched, Determined, Event, FactoredNormal, Rounded, UnitNormal, lattice, unwrapped
 from pvae.distributions.bijections import Bijection, near_identity
 from pvae.distributions.codes import MAX_STATES, Certain, bits, code_grid
 from pvae.distributions.exact import ExactPoisson, ExactStudentT, doubled, has_gamma, log_density
@@ -13,5 +13,5 @@ __all__ = [
     "ExactStudentT", "FactoredNormal", "Coordinates", "FullRankNormals", "IMPOSSIBLE", "KL", "LogOneHot",
     "MAX_STATES", "Members", "Mixture", "Normals", "Product", "ROW_COST", "RelaxedCodes", "Rounded",
     "UnitNormal", "bits", "code_grid", "doubled", "has_gamma", "is_relaxed", "lattice",
-    "log_density", "near_identity", "product", "twin",
+    "log_density", "near_identity", "product", "twin", "unwrapped",
 ]  # fmt: skip

@@ -16,6 +16,13 @@ from pvae.util.types import Size
 HALF_LOG_2PI = math.log(math.sqrt(2 * math.pi))
 
 
+def unwrapped(fn: Any) -> Any:
+    """Return the base distribution inside `Independent` and `ExpandedDistribution` wrappers."""
+    while isinstance(fn, torch.distributions.Independent | dist.ExpandedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
 class Event(dist.Independent):
     """Distribution with declared event dimensions, as `to_event` returns: the same numbers in less time.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, register_kl
 
-from pvae.distributions.base import Batched, Event
+from pvae.distributions.base import Batched, Event, unwrapped
 from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.util.types import Size
 
@@ -76,8 +76,7 @@ class Conditional(Batched):
 
 def conditional_logits(p: Any, value: Tensor) -> Tensor:
     """Return log p(c_p | c_<p) of any distribution of codes at a value, `(..., *grid, K)`."""
-    while isinstance(p, torch.distributions.Independent | dist.ExpandedDistribution):
-        p = p.base_dist
+    p = unwrapped(p)
     return p.conditional_logits(value) if isinstance(p, Conditional) else p.logits
 
 

@@ -22,10 +22,8 @@ class DataPlate(pyro.plate):
         self.frames = (CondIndepStackFrame("data", -1, count, 0, count),)
 
 
-@lru_cache(maxsize=16)
-def data_plate(count: int) -> DataPlate:
-    """Return the Pyro plate over a batch of `count` rows, cached: making one costs as much as a layer."""
-    return DataPlate(count)
+data_plate = lru_cache(maxsize=16)(DataPlate)
+"""Plate over a batch of some number of rows, cached: making one costs as much as a layer."""
 
 
 def sample(name: str, fn: dist.TorchDistribution, *, obs: Tensor | None = None, infer: InferDict | None = None) -> Any:

@@ -15,7 +15,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.base import ClosedForm
-from pvae.models.priors.base import MixtureWeights
+from pvae.models.priors.base import WeightsModule
 from pvae.nn.network import TableModule
 from pvae.objectives.base import FITTED, Fitting, Objective, Parts, Stepper
 from pvae.objectives.elbo import minus_elbo
@@ -95,7 +95,7 @@ class MixtureParts:
 
     model: GraphModel
     site: Site
-    prior: MixtureWeights
+    prior: WeightsModule
     table: TableModule
     likelihood: ClosedForm
 
@@ -115,7 +115,7 @@ class MixtureParts:
         if isinstance(model, GraphModel) and len(model.sites) == 1 and model.sites[0].summed:
             site, decoder = model.sites[0], model.decoder
             prior, table, likelihood = model.priors[site.name], decoder.network, decoder.likelihood.closed_form()
-            if isinstance(prior, MixtureWeights) and isinstance(table, TableModule) and likelihood is not None:
+            if isinstance(prior, WeightsModule) and isinstance(table, TableModule) and likelihood is not None:
                 return cls(model, site, prior, table, likelihood)
         raise DeclarationError(
             "pair: expected a declared mixture for the objective em: one latent with codes and the posterior exact, "

@@ -19,8 +19,7 @@ from pvae.errors import DeclarationError
 from pvae.pair.enumeration import needs_elimination
 from pvae.pair.layout import Layout, Traces, is_point, plates_of, read_layout, samples
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
-from pvae.pair.reach import modules_within
-from pvae.pair.running import current_store, evaluating, run, trace_of, whole_plates
+from pvae.pair.running import current_store, evaluating, modules_within, run, trace_of, whole_plates
 from pvae.pair.structure import Structure, Unpacked, read_structure, read_unpacked, unpack
 
 if TYPE_CHECKING:

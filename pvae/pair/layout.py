@@ -5,15 +5,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
-from pyro.distributions import Delta, ExpandedDistribution, MaskedDistribution
+from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Independent
 
 from pvae.component import Shape
-from pvae.distributions import Certain, is_relaxed, twin
+from pvae.distributions import Certain, is_relaxed, twin, unwrapped
 from pvae.errors import DeclarationError
 
 RECORDS = frozenset({"_deterministic", "_embedded"})
@@ -189,13 +188,6 @@ def is_enumerable(node: Mapping[str, Any]) -> bool:
 def needs_score(fn: Any) -> bool:
     """Return whether a distribution needs a score-function gradient: it has no rsample and is not deterministic."""
     return not fn.has_rsample and not isinstance(unwrapped(fn), Certain)
-
-
-def unwrapped(fn: Any) -> Any:
-    """Return the base distribution inside `Independent` and `ExpandedDistribution` wrappers."""
-    while isinstance(fn, Independent | ExpandedDistribution):
-        fn = fn.base_dist
-    return fn
 
 
 def is_point(fn: Any) -> bool:

@@ -86,22 +86,26 @@ def test_fixed_draws_stay_and_have_the_mean_of_the_intensities(tmp_path: Path) -
     assert torch.allclose(first.mean(0), expected, atol=4 * 0.5 / len(first) ** 0.5)
 
 
+def order_of(rows: int, block: int, seed: int, epoch: int) -> WindowOrder:
+    return WindowOrder(rows, block, seed, epoch, lambda _blocks: None, 1, Shards(1))
+
+
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("rows", [1, 6, 7, 8, 20, 21, 22, 240, 241])
 def test_an_epoch_takes_every_row_once_in_an_order_of_seed_and_epoch(rows: int) -> None:
-    order = WindowOrder(rows, 7, 5, 2)
+    order = order_of(rows, 7, 5, 2)
     taken = torch.cat([order[start : start + 9] for start in range(0, rows, 9)])
     assert sorted(taken.tolist()) == list(range(rows))
-    again = WindowOrder(rows, 7, 5, 2)
+    again = order_of(rows, 7, 5, 2)
     assert torch.equal(again[rows // 2 : rows], taken[rows // 2 :]), "a resumed epoch goes on in the same order"
     if rows > 7:
-        assert not torch.equal(taken, WindowOrder(rows, 7, 5, 3)[0:rows])
-        assert not torch.equal(taken, WindowOrder(rows, 7, 6, 2)[0:rows])
+        assert not torch.equal(taken, order_of(rows, 7, 5, 3)[0:rows])
+        assert not torch.equal(taken, order_of(rows, 7, 6, 2)[0:rows])
 
 
 @pytest.mark.usefixtures("narrow")
 def test_a_batch_comes_from_the_blocks_of_its_window() -> None:
-    order = WindowOrder(700, 7, 0, 0)
+    order = order_of(700, 7, 0, 0)
     for start in range(0, 693, 21):
         assert len(set((order[start : start + 21] // 7).tolist())) == 3
 
@@ -134,7 +138,7 @@ def test_where_a_row_comes_is_even() -> None:
     rows, epochs = 90, 400
     places = torch.zeros(rows)
     for epoch in range(epochs):
-        places[WindowOrder(rows, 4, 1, epoch)[0:rows]] += torch.arange(rows, dtype=torch.float32)
+        places[order_of(rows, 4, 1, epoch)[0:rows]] += torch.arange(rows, dtype=torch.float32)
     deviation = rows / 12**0.5 / epochs**0.5
     assert float((places / epochs - (rows - 1) / 2).abs().max()) < 4.5 * deviation
 

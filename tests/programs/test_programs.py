@@ -25,7 +25,7 @@ from pvae.analysis.export.posterior import posterior
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.pages.report import report
 from pvae.errors import PvaeError
-from pvae.pair.reach import modules_within
+from pvae.pair.running import modules_within
 from pvae.training.fit import fit
 from tests.programs.cells import REASONS, WORKS, cell, refusal, written
 from tests.programs.program import Program
