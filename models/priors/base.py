@@ -109,11 +109,6 @@ class WeightsPrior(Prior):
 
     reads_parents: ClassVar[bool] = True
     ignores_parents: ClassVar[bool] = True
-    learned: ClassVar[bool] = True
-    """True if the probabilities are learned, False if they are equal."""
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return WeightsModule(site, self.learned, link)
 
 
 class CategoricalPrior(WeightsPrior):
@@ -122,12 +117,18 @@ class CategoricalPrior(WeightsPrior):
     kind: Literal["categorical"] = "categorical"
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
 
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return WeightsModule(site, learned=True, link=link)
+
 
 class BernoulliPrior(WeightsPrior):
     """Bernoulli prior with one learned probability for each bit; it ignores the parents of the latent."""
 
     kind: Literal["bernoulli"] = "bernoulli"
     values: ClassVar[tuple[Values, ...]] = ("binary",)
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return WeightsModule(site, learned=True, link=link)
 
 
 class UniformPrior(WeightsPrior):
@@ -139,7 +140,9 @@ class UniformPrior(WeightsPrior):
 
     kind: Literal["uniform"] = "uniform"
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
-    learned: ClassVar[bool] = False
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        return WeightsModule(site, learned=False, link=link)
 
 
 class RelaxingModule(nn.Module):
