@@ -12,7 +12,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pvae.component import Shape
-from pvae.distributions import Certain, is_relaxed, twin, unwrapped
+from pvae.distributions import Certain, is_relaxed, twin
+from pvae.distributions import unwrapped as unwrapped
 from pvae.errors import DeclarationError
 
 RECORDS = frozenset({"_deterministic", "_embedded"})
