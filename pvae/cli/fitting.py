@@ -149,17 +149,29 @@ def _require_no_alerts(shared: Shared, run: Run) -> None:
         raise typer.Exit(3)
 
 
-@command(["run_dir", "as_json"])
+@command(["run_dir", "data_dir", "pair", "data", "as_json"])
 def export(
     shared: Shared,
     run: str,
-    kind: Annotated[str, Argument(help="tensorboard or mlflow (MLFLOW_TRACKING_URI says where).")],
+    kind: Annotated[str, Argument(help="FILE.pt2, .onnx, .safetensors, .md (a card); or tensorboard, mlflow.")],
+    what: Annotated[str, Option("--what", help="decoder or encoder, of which a file holds one.")] = "decoder",
 ) -> None:
-    """Export a run's metrics, parameters, alerts and pictures to TensorBoard or MLflow."""
-    from pvae.runs.export.exporting import export as export_run
-    from pvae.runs.rundir import RunDirectory
+    """Export a run's decoder or encoder, its model card, or its metrics and pictures to TensorBoard or MLflow."""
+    if (path := Path(kind)).suffix:
+        from pvae.analysis.pages.card import card
+        from pvae.runs.export.modules import export_module
 
-    where = export_run(RunDirectory.open(run, shared.run_dir), kind)
+        opened = shared.open(run)
+        if path.suffix == ".md":
+            write_atomic(path, card(opened))
+        else:
+            export_module(opened, path, what)
+        where = str(path)
+    else:
+        from pvae.runs.export.exporting import export as export_run
+        from pvae.runs.rundir import RunDirectory
+
+        where = export_run(RunDirectory.open(run, shared.run_dir), kind)
     shared.answer({"kind": kind, "where": where}, where)
 
 

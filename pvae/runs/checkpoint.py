@@ -282,11 +282,12 @@ def wrong(where: Path, expected: str, found: object) -> CheckpointError:
     return CheckpointError(f"{where}: expected {expected}; got {found}.")
 
 
-def pack_tensors(group: str, entries: Mapping[str, Tensor]) -> bytes:
-    """Return named tensors as the bytes of a safetensors file; raises CheckpointError, which names the group."""
+def pack_tensors(group: str, entries: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> bytes:
+    """Return named tensors, and facts as metadata, as a safetensors file; raises CheckpointError, with the group."""
     seen: set[int] = set()
     try:
-        return safetensors.torch.save({_escaped(key): _detached(value, seen) for key, value in entries.items()})
+        found = {_escaped(key): _detached(value, seen) for key, value in entries.items()}
+        return safetensors.torch.save(found, facts)
     except (SafetensorError, ValueError, RuntimeError, NotImplementedError) as problem:
         raise CheckpointError(f"{group}: expected dense tensors that safetensors can hold; got: {problem}") from problem
 
