@@ -262,7 +262,7 @@ def study_work() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all processes of a job
     order = json.load(sys.stdin)
     end_with(order["supervisor"])
-    from pvae.runs.claim import Claim
+    from pvae.runs.find import Claim
 
     with Claim(Path(order["claim"]), "a case"):
         from pvae.studies.tasks import work

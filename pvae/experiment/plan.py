@@ -1,6 +1,5 @@
 """Tables of a declaration: latents and covariates; training and analysis, with their plan; dotted overrides."""
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
@@ -18,7 +17,7 @@ from pvae.nn.precision import Precision
 from pvae.nn.schedules import Adam, Constant, Optimizer, Schedule
 from pvae.objectives.base import Objective
 from pvae.objectives.elbo import TraceELBO
-from pvae.util import toml
+from pvae.util import digest, toml
 
 
 class Latent(Section):
@@ -223,7 +222,7 @@ class Plan(Section):
     def digest(self) -> str:
         """Return the SHA-256 digest (hex) of the declaration without name and description."""
         table = self.model_dump(mode="json", exclude={"name", "description"}, exclude_none=True)
-        return hashlib.sha256(json.dumps(table).encode()).hexdigest()
+        return digest(json.dumps(table).encode())
 
 
 def apply_overrides(

@@ -1,7 +1,5 @@
 """ELBOs as objectives: from samples, with KLs in closed form, importance-weighted (IWAE), and those of `pyro.infer`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -195,7 +193,7 @@ class PyroELBO(Objective):
     """Order of the divergence of `RenyiELBO`; 0 is the importance-weighted bound."""
 
     @classmethod
-    def of(cls, loss: Any) -> PyroELBO:
+    def of(cls, loss: Any) -> Self:
         """Return the objective of an ELBO object such as `pyro.infer.Trace_ELBO(num_particles=2)`.
 
         Raises:

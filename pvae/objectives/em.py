@@ -1,12 +1,10 @@
 """Expectation-maximisation of mixtures: exact responsibilities, closed-form maximisation; k-means is its hard limit."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +103,7 @@ class MixtureParts:
         return len(self.table.weight)
 
     @classmethod
-    def of(cls, pair: Pair) -> MixtureParts:
+    def of(cls, pair: Pair) -> Self:
         """Return the parts of a pair that is a declared mixture.
 
         Raises:

@@ -9,9 +9,10 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,14 +73,13 @@ def write(
     run: Mapping[str, Any] | None = None,
     keep: int = KEPT_CHECKPOINTS,
     spared: int = -1,
-    durable: bool = True,
 ) -> Path:
     """Write the checkpoint of ``step`` into ``folder`` atomically, then remove all but the ``keep`` newest checkpoints.
 
     The checkpoint of the step ``spared`` stays too. A checkpoint of the same step is replaced. ``run`` is the seal of
     its run. Raises StorageError if writing fails (existing checkpoints stay, no
     temporary files remain), CheckpointError if tensors or state could not be read back unchanged, and DeclarationError
-    for an invalid group name. ``durable=False`` omits the fsyncs. Returns the checkpoint's folder.
+    for an invalid group name. Returns the checkpoint's folder.
     """
     if wrong_groups := [group for group in tensors if slug(group) != group]:
         raise DeclarationError(f"Expected a safe file name for a group of tensors; got {wrong_groups[0]!r}.")
@@ -87,12 +87,14 @@ def write(
     temporary = files.temporary_for(path)
     if files.follows():
         return path
+    packed = {f"{group}.safetensors": partial(pack_tensors, group, entries) for group, entries in tensors.items()}
+    packed["state.json"] = partial(pack_state, state)
     advice = "Earlier checkpoints are untouched; make room and try again."
     with files.raising(StorageError, f"{path}: expected to be written", advice):
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            _stage(temporary, {"step": step, "run": dict(run or {})}, _contents(tensors, state), durable)
-            _place(temporary, path, durable)
+            _stage(temporary, {"step": step, "run": dict(run or {})}, packed)
+            _place(temporary, path)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         for old in [found for found in newest_first(folder) if found.name.startswith("step-")][keep:]:
@@ -101,26 +103,19 @@ def write(
     return path
 
 
-def _contents(tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of every file of a checkpoint, one at a time to save memory."""
-    for group, entries in tensors.items():
-        yield f"{group}.safetensors", pack_tensors(group, entries)
-    yield "state.json", pack_state(state)
-
-
-def _stage(temporary: Path, told: dict[str, Any], contents: Iterable[tuple[str, bytes]], durable: bool) -> None:
+def _stage(temporary: Path, told: dict[str, Any], packed: Mapping[str, Callable[[], bytes]]) -> None:
+    """Write every file of a checkpoint into a new folder, one at a time to save memory."""
     temporary.mkdir()
     table = {}
-    for name, content in contents:
-        files.write_new(temporary / name, content, durable=durable)
+    for name, pack in packed.items():
+        files.write_new(temporary / name, content := pack())
         table[name] = {"sha256": files.digest(content), "size": len(content)}
     manifest = files.sealed({"schema": SCHEMA_VERSION, **told, "files": table})
-    files.write_new(temporary / "manifest.json", files.pretty(manifest).encode(), durable=durable)
-    if durable:
-        files.sync_folder(temporary)
+    files.write_new(temporary / "manifest.json", files.pretty(manifest).encode())
+    files.sync_folder(temporary)
 
 
-def _place(temporary: Path, path: Path, durable: bool) -> None:
+def _place(temporary: Path, path: Path) -> None:
     """Rename the finished temporary folder to the checkpoint's name; an old checkpoint of the step is replaced.
 
     The old checkpoint is first renamed to a name that ``latest`` still reads, so that a crash loses nothing.
@@ -134,8 +129,7 @@ def _place(temporary: Path, path: Path, durable: bool) -> None:
         if os.path.lexists(replaced):
             os.rename(replaced, path)
         raise
-    if durable:
-        files.sync_folder(path.parent)
+    files.sync_folder(path.parent)
     files.remove(replaced, ignore_errors=True)
 
 

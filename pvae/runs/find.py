@@ -1,20 +1,26 @@
-"""Names and time stamps of runs, look-up of their folders, and detection of dead processes. Standard library only."""
+"""Names and time stamps of runs, look-up of their folders, detection of dead processes, and claims on exclusive work.
+
+Standard library only.
+"""
 
 import errno
+import fcntl
+import json
 import os
 import platform
 import re
 import stat
+import threading
 import unicodedata
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from time import time
-from typing import Any
+from typing import Any, Self
 
-from pvae.errors import DataError, DeclarationError, near
-from pvae.util.files import digest, read_object, temporary_for, walk
+from pvae.errors import BusyError, DataError, DeclarationError, OutputError, near
+from pvae.util import files
 
 RESERVED_SLUGS = frozenset(["latest", "con", "nul", "prn", "aux"])
 LONGEST_SLUG = 64
@@ -32,7 +38,7 @@ def slug(name: str) -> str:
     kept = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
     if kept and len(kept) <= LONGEST_SLUG and kept.lower() not in RESERVED_SLUGS:
         return kept
-    suffix = digest(name.encode("utf-8", "surrogatepass"))[:8]
+    suffix = files.digest(name.encode("utf-8", "surrogatepass"))[:8]
     return f"{kept[: LONGEST_SLUG - 9] or 'run'}-{suffix}"
 
 
@@ -44,13 +50,6 @@ def utc_now() -> str:
 def new_run_id() -> str:
     """Return a new run id: the current time in UTC and 8 random hexadecimal digits."""
     return f"{datetime.now(UTC):%Y%m%dT%H%M%SZ}-{os.urandom(4).hex()}"
-
-
-def age_seconds(moment: object) -> float | None:
-    """Return the seconds from an ISO 8601 time until now, or None if ``moment`` is not such a time."""
-    with suppress(ValueError, TypeError):
-        return (datetime.now(UTC) - datetime.fromisoformat(str(moment))).total_seconds()
-    return None
 
 
 def free_path(parent: Path) -> Path:
@@ -65,7 +64,7 @@ def begun(run: Path) -> tuple[float, str]:
     """Return a key that sorts runs as they were begun, whatever the clock said then: order in the manifest, and id."""
     manifest: dict[str, Any] = {}
     with suppress(DataError):
-        manifest = read_object(run, "manifest.json")
+        manifest = files.read_object(run, "manifest.json")
     if isinstance(order := manifest.get("order"), int):
         return order, run.name
     with suppress(ValueError, OverflowError, OSError):  # a run of an earlier version
@@ -192,7 +191,7 @@ def leftovers(folder: Path) -> Iterator[Path]:
     A checkpoint that was set aside and never replaced is none: the next start gives it its name back.
     """
     found: list[Path] = []
-    for entry in walk(folder):
+    for entry in files.walk(folder):
         path, place = Path(entry.path), entry.name.removeprefix(".old-").rpartition("-")[0]
         replaced = entry.name.startswith(".old-") and (path.parent / place).is_dir()
         if (replaced or entry.name.startswith(".tmp-")) and not any(map(path.is_relative_to, found)):
@@ -203,7 +202,7 @@ def leftovers(folder: Path) -> Iterator[Path]:
 def is_abandoned(path: Path) -> bool:
     """Return True if the process that a temporary file's name tells is dead, or the file is older than five minutes."""
     host, _, pid = path.name.removeprefix(".tmp-").rpartition("-")[0].partition("-")
-    if pid.isdecimal() and f".tmp-{host}-" == temporary_for(path).name[:14] and not is_alive(int(pid), None):
+    if pid.isdecimal() and f".tmp-{host}-" == files.temporary_for(path).name[:14] and not is_alive(int(pid), None):
         return True
     return path.lstat().st_mtime < time() - STALE_AFTER_SECONDS
 
@@ -212,5 +211,121 @@ def is_stale(status: Mapping[str, Any]) -> bool:
     """Return True if the process that fits a run is dead, or has written no heartbeat for too long on another host."""
     if (gone := is_gone(status)) is not None:
         return gone
-    age = age_seconds(status.get("heartbeat"))
-    return age is None or age > STALE_AFTER_SECONDS
+    with suppress(ValueError, TypeError):
+        age = datetime.now(UTC) - datetime.fromisoformat(str(status.get("heartbeat")))
+        return age.total_seconds() > STALE_AFTER_SECONDS
+    return True
+
+
+# ---------------------------------------------------------------------- claims
+
+
+NO_LINKS = frozenset([errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK, errno.ENOSYS])
+"""Errors of file systems without hard links."""
+BEAT_SECONDS = 20.0
+"""Seconds between two heartbeats of a claim, which are new times of change of its file."""
+
+
+class Claim:
+    """Claim of one process on exclusive work: a file with its pid, birth, host and boot, created as a hard link.
+
+    It ends with its process, also when that is killed. A process of another host cannot be looked at: its claim ends
+    when it is released, or five minutes after its last heartbeat; at once if it was the same job of Slurm before a
+    requeue.
+
+    Arguments:
+        path: file of the claim.
+        what: what is claimed, such as "a run", for the message of BusyError.
+    """
+
+    def __init__(self, path: Path, what: str) -> None:
+        self.path, self.what = path, what
+        self.own: dict[str, Any] = {}
+        """Content of the claim while this object holds it."""
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def holder(self, now: float | None = None) -> dict[str, Any]:
+        """Return the content of a claim that stands; {} if there is none, or its process has died on this host.
+
+        `now` is the time by the clock of the file system, which may be another machine's; by that of this host if None.
+        """
+        with suppress(DataError, OSError):
+            found = files.read_object(self.path.parent, self.path.name)
+            gone = is_gone(found) if isinstance(found.get("host"), str) else True
+            heard = (now or time()) - self.path.lstat().st_mtime
+            silent = found.get("beats") is True and heard > STALE_AFTER_SECONDS
+            return {} if gone or (gone is None and silent) else found
+        return {}
+
+    def _beat(self, token: str, ended: threading.Event) -> None:
+        while not ended.wait(BEAT_SECONDS):
+            with suppress(OSError):
+                if self.holder().get("token") == token:
+                    os.utime(self.path)
+
+    def acquire(self) -> None:
+        """Make the claim; raises BusyError, which names the holder, if it stands, and OutputError."""
+        if files.follows():
+            return
+        with files.raising(DataError, f"{self.path}: expected a plain file"):
+            files.require_plain_target(self.path)
+        own = {**this_process(), "since": utc_now(), "token": os.urandom(8).hex(), "beats": True}
+        temporary = files.temporary_for(self.path)
+        while not self.own:
+            with files.raising(OutputError, f"{self.path}: expected a file to claim"), _alone(self.path.parent):
+                there = os.path.lexists(self.path)
+                try:
+                    files.write_new(temporary, json.dumps(own).encode(), durable=False)
+                    if found := self.holder(temporary.lstat().st_mtime):
+                        raise busy(self.path.parent, self.what, found, f" If it is gone, remove {self.path}.")
+                    if there:
+                        self.path.unlink(missing_ok=True)
+                    os.link(temporary, self.path)
+                    self.own = own
+                except FileExistsError:  # another host was quicker
+                    continue
+                except OSError as problem:
+                    if problem.errno not in NO_LINKS:
+                        raise
+                    os.rename(temporary, self.path)
+                    self.own = own
+                finally:
+                    temporary.unlink(missing_ok=True)
+        self._ended = threading.Event()
+        threading.Thread(target=self._beat, args=(own["token"], self._ended), daemon=True).start()
+
+    def release(self) -> None:
+        """End the claim, if it is still this one."""
+        self._ended.set()
+        with suppress(OSError):
+            if self.own and self.holder().get("token", self.own["token"]) == self.own["token"]:
+                self.path.unlink()
+        self.own = {}
+
+
+def busy(folder: Path, what: str, holder: dict[str, Any], advice: str) -> BusyError:
+    """Return the error that names the process that holds `what`, with `advice` where it cannot be looked at."""
+    pid, host, since = (holder.get(key, "unknown") for key in ("pid", "host", "since"))
+    return BusyError(
+        f"{folder}: expected {what} that nobody holds; got one held by process {pid} on host {host} since {since}; "
+        f"wait for it or stop it.{advice if is_gone(holder) is None else ''}"
+    )
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Keep the other processes of this host out meanwhile, where the file system can: they remove dead claims, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

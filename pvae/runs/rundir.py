@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pvae.errors import DataError, Interrupted, OutputError, PvaeError, StorageError
 from pvae.runs import find
-from pvae.runs.claim import Claim, busy
-from pvae.runs.find import utc_now
+from pvae.runs.find import Claim, busy, utc_now
 from pvae.util import files, write_atomic
 
 if TYPE_CHECKING:

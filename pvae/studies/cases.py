@@ -234,7 +234,10 @@ def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[
         experiment = base.with_changes({"seed": seed})
         first = Case(setting.label, setting.parts, seed, FIRST, experiment, setting.differences)
         yield first
-        for stage, overrides in _stages(file.sweep, first):
+        named = {first.label, *first.parts}
+        stages: list[tuple[str, dict[str, Any]]] = [(SECOND, {})] if experiment.refit else []
+        stages += [(refit.label, refit.overrides) for refit in file.sweep.refits if not refit.of or named & {*refit.of}]
+        for stage, overrides in stages:
             try:
                 second = _second_stage(experiment, stage, overrides)
             except DeclarationError as error:
@@ -249,15 +252,6 @@ def overridden(raw: Mapping[str, Any], changes: Mapping[str, Any], name: str) ->
     values = [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in changes.items()]
     apply_overrides(table, values, Experiment)
     return Experiment.from_dict({**table, "name": name}, origin="\0")
-
-
-def _stages(sweep: Sweep, first: Case) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield name and overrides of the second stages of a case: that of its declaration (no overrides), then others."""
-    if first.experiment.refit is not None:
-        yield SECOND, {}
-    for refit in sweep.refits:
-        if not refit.of or {first.label, *first.parts} & set(refit.of):
-            yield refit.label, refit.overrides
 
 
 def _second_stage(first: Experiment, name: str, overrides: dict[str, Any]) -> Experiment:

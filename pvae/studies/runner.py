@@ -21,7 +21,7 @@ from typing import Any
 
 from pvae.component import IMPORTED
 from pvae.errors import DataError, DeclarationError, Interrupted, MissingExtraError, StorageError, near, require_extra
-from pvae.runs.claim import Claim, busy
+from pvae.runs.find import Claim, busy
 from pvae.signals import Answer
 from pvae.studies.sweep import Measure
 from pvae.studies.tasks import DONE, FINISHED, LOOK_SECONDS, Shelf, Task, claimed, own_folder

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from pvae.errors import DeclarationError, printable
@@ -303,9 +303,8 @@ class Board:
     def table(self, tasks: Sequence[Task]) -> Table:
         """Return a table of the running, waiting and failed tasks, with the number of finished ones in its title."""
         done = sum(task.state in DONE for task in tasks)
-        drawn = Table(title=Text(printable(f"{self.name}: {done} of {len(tasks)}")))
-        for column in ("case", "state", "epoch", "ELBO"):
-            drawn.add_column(column, justify="left" if column in ("case", "state") else "right")
+        numbers = (Column(name, justify="right") for name in ("epoch", "ELBO"))
+        drawn = Table("case", "state", *numbers, title=Text(printable(f"{self.name}: {done} of {len(tasks)}")))
         for task in tasks:
             if task.state in ("running", "held", "failed"):
                 status = task.status(self.root) if task.state == "running" else {}

@@ -3,8 +3,6 @@
 A batch that the processes of a fit share: the noise and rows of every shard, sums over them, and signals.
 """
 
-from __future__ import annotations
-
 import math
 import signal
 import sys
@@ -12,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import torch
 from pydantic import ConfigDict, Field, ValidationError
@@ -57,7 +55,7 @@ class State:
     stopped: bool = False
 
     @classmethod
-    def of(cls, saved: Checkpoint) -> State:
+    def of(cls, saved: Checkpoint) -> Self:
         """Return the state stored in a checkpoint, without its key `select`.
 
         Raises ValueError, which names the entry, if one is invalid.

@@ -3,10 +3,9 @@
 import os
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ class Removal:
     why: str
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(repr=False)
 class Cleaning:
     """Result of `clean`: the files and folders that it removed or would remove.
 
@@ -56,9 +55,9 @@ class Cleaning:
 
     root: Path
     applied: bool
-    removals: tuple[Removal, ...]
-    skipped: tuple[tuple[Path, str], ...]
-    failed: tuple[tuple[Path, str], ...]
+    removals: tuple[Removal, ...] = ()
+    skipped: tuple[tuple[Path, str], ...] = ()
+    failed: tuple[tuple[Path, str], ...] = ()
 
     @property
     def size(self) -> int:
@@ -97,6 +96,25 @@ class Cleaning:
 
     __repr__ = __str__
 
+    def _sweep(self, place: Path, lock: AbstractContextManager[object], doomed: Iterable[Doomed]) -> None:
+        """Collect (and remove) what `doomed` finds in a place, under its lock; a place in use is skipped."""
+        try:
+            with lock:
+                for path, why in list(doomed):
+                    self._take(path, why)
+        except (PvaeError, OSError) as problem:
+            held = "held by another process: " if isinstance(problem, Timeout) else ""
+            self.skipped += ((place, f"{held}{problem}"),)
+
+    def _take(self, path: Path, why: str) -> None:
+        try:
+            removal = Removal(path, _size(path), why)
+            if self.applied:
+                remove(path)
+            self.removals += (removal,)
+        except OSError as problem:
+            self.failed += ((path, str(problem.strerror or problem)),)
+
 
 def megabytes(size: int) -> str:
     """Return a number of bytes formatted in MiB or KiB."""
@@ -131,54 +149,26 @@ def clean(root: str | Path = "runs", *, apply: bool = False, failed: bool = Fals
         ((), ())
         >>> runs.cleanup()
     """
-    folder, broom, at_work = Path(root), _Broom(apply), False
+    folder, at_work = Path(root), False
+    found = Cleaning(folder, apply)
     for row in list_runs(folder):
         path, state = Path(row["path"]), row["state"]
         if state == "running" and is_run(path):
             at_work = True
-            broom.skipped.append((path, "at work"))
+            found.skipped += ((path, "at work"),)
         elif is_run(path):
-            broom.sweep(path, RunDirectory(path).held(), partial(_leftovers, path, state if failed else ""))
+            found._sweep(path, RunDirectory(path).held(), _leftovers(path, state if failed else ""))
     for name in folders(folder):
         for path in folders(name):
             if not is_run(path) and RUN_ID.fullmatch(path.name) and _is_void(path, failed):
                 held = RunDirectory(path).held() if (path / ".lock").exists() else nullcontext()
-                broom.sweep(path, held, partial(list[Doomed], [(path, "without a manifest")]))
-        broom.sweep(name, nullcontext(), partial(_abandoned, sorted(name.glob(".tmp-*"))))
+                found._sweep(path, held, [(path, "without a manifest")])
+        found._sweep(name, nullcontext(), _abandoned(sorted(name.glob(".tmp-*"))))
     if cache and at_work:
-        broom.skipped.append((cache_folder(), "a run at work may be reading from it"))
+        found.skipped += ((cache_folder(), "a run at work may be reading from it"),)
     for entry, lock in _cached() if cache and not at_work else ():
-        broom.sweep(entry, FileLock(lock, timeout=0), partial(list[Doomed], [(entry, "cache")]))
-    return Cleaning(folder, apply, tuple(broom.removals), tuple(broom.skipped), tuple(broom.failed))
-
-
-@dataclass
-class _Broom:
-    """Collector of files that can be removed; it removes them if `apply` is set."""
-
-    apply: bool
-    removals: list[Removal] = field(default_factory=list)
-    skipped: list[tuple[Path, str]] = field(default_factory=list)
-    failed: list[tuple[Path, str]] = field(default_factory=list)
-
-    def sweep(self, place: Path, lock: AbstractContextManager[object], doomed: Callable[[], Iterable[Doomed]]) -> None:
-        """Collect (and remove) what `doomed` finds in a place, under its lock; a place in use is skipped."""
-        try:
-            with lock:
-                for path, why in list(doomed()):
-                    self._take(path, why)
-        except (PvaeError, OSError) as problem:
-            held = "held by another process: " if isinstance(problem, Timeout) else ""
-            self.skipped.append((place, f"{held}{problem}"))
-
-    def _take(self, path: Path, why: str) -> None:
-        try:
-            removal = Removal(path, _size(path), why)
-            if self.apply:
-                remove(path)
-            self.removals.append(removal)
-        except OSError as problem:
-            self.failed.append((path, str(problem.strerror or problem)))
+        found._sweep(entry, FileLock(lock, timeout=0), [(entry, "cache")])
+    return found
 
 
 def _leftovers(run: Path, ended: str) -> Iterator[Doomed]:

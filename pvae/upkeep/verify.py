@@ -66,7 +66,7 @@ def verify(
     where = Path(data_dir) if data_dir else None
     opened = run if isinstance(run, Run) else Run(_directory(run, Path(root)), data_dir=where)
     look = _Inspection(opened)
-    checks = [check for name, ask in look.asked(data) for check in attempt(name, ask)]
+    checks = [check for name, ask in look.asked(data).items() for check in attempt(name, ask)]
     facts = {"run": str(opened.path), "loads": look.saved.path.name if look.saved else None}
     return Checks(f"run {opened.path}", tuple(checks), facts)
 
@@ -89,19 +89,15 @@ class _Inspection:
         self.status: Mapping[str, Any] = {}
         self.pair: Pair | None = None
 
-    def asked(self, data: bool) -> Iterator[tuple[str, Any]]:
-        """Yield the names of all checks of a run with their functions, in order; that of the data only if `data`."""
-        yield "manifest.json", self.manifest
-        yield "spec.toml", self.spec
-        yield "status.json", self.state
-        yield "metrics.jsonl", partial(self.lines, "metrics.jsonl")
-        yield "events.jsonl", partial(self.lines, "events.jsonl")
-        yield "pair", self.build
-        yield "checkpoints", self.checkpoints
-        yield "analysis", partial(_analyses, self.path / "analysis")
-        yield "files", self.strangers
-        if data:
-            yield "data", self.data
+    def asked(self, data: bool) -> dict[str, Any]:
+        """Return the functions of all checks of a run by name, in order; that of the data only if `data`."""
+        return {
+            "manifest.json": self.manifest, "spec.toml": self.spec, "status.json": self.state,
+            **{name: partial(self.lines, name) for name in ("metrics.jsonl", "events.jsonl")},
+            "pair": self.build, "checkpoints": self.checkpoints,
+            "analysis": partial(_analyses, self.path / "analysis"), "files": self.strangers,
+            **({"data": self.data} if data else {}),
+        }  # fmt: skip
 
     def manifest(self) -> Iterator[Check]:
         """Yield the check of manifest.json: name, id and start time are strings, and the data are described."""

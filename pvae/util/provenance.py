@@ -13,10 +13,16 @@ UNCOUNTED = frozenset(f"versions.{name}" for name in PACKAGES[4:])
 
 
 def provenance() -> dict[str, Any]:
-    """Return package versions, git commit, command line, host and platform, without the user's name; never fails."""
+    """Return package versions, git commit, command line, host and platform, without the user's name; never fails.
+
+    `git` has the commit of the working folder and True if files differ from it; it is None outside a git repository.
+    """
     home = os.path.expanduser("~")
     argv = [argument.replace(home, "~") if len(home) > 1 else argument for argument in sys.argv]
-    return {**surroundings(), "git": _git_state(), "argv": argv}
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain") if commit else None
+    git = {"commit": commit, "dirty": None if changes is None else bool(changes)} if commit else None
+    return {**surroundings(), "git": git, "argv": argv}
 
 
 def surroundings() -> dict[str, Any]:
@@ -31,13 +37,6 @@ def installed_version(package: str) -> str | None:
     from importlib.metadata import distributions
 
     return next((found.version for found in distributions(name=package)), None)
-
-
-def _git_state() -> dict[str, Any] | None:
-    """Return the git commit of the working folder and True if files differ from it; None outside a git repository."""
-    commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain") if commit else None
-    return {"commit": commit, "dirty": None if changes is None else bool(changes)} if commit else None
 
 
 def _git(*arguments: str) -> str | None:

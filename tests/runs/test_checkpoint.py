@@ -77,7 +77,7 @@ def test_every_dtype_comes_back_bit_for_bit(tmp_path: Path, dtype: torch.dtype) 
     raw = torch.randint(0, 2 if dtype == torch.bool else 256, (6 * size,), dtype=torch.uint8)
     tensor = raw.view(dtype).reshape(2, 3)
     entries = {"matrix": tensor, "scalar": tensor[1, 2], "none": tensor[:0], "turned": tensor.T}
-    found = checkpoint.read(checkpoint.write(tmp_path, 1, {"weights": entries}, {}, durable=False))
+    found = checkpoint.read(checkpoint.write(tmp_path, 1, {"weights": entries}, {}))
     for key, value in entries.items():
         assert_same(found.tensors["weights"][key], value)
 
@@ -94,7 +94,7 @@ def test_any_keys_shapes_and_floats_come_back(
     noise = torch.Generator().manual_seed(seed)
     tensors = {key: torch.randn(shape, generator=noise) for key, shape in entries.items()}
     state = {"numbers": numbers, "keys": list(entries)}
-    path = checkpoint.write(tmp_path_factory.mktemp("any"), 1, {"weights": tensors}, state, durable=False)
+    path = checkpoint.write(tmp_path_factory.mktemp("any"), 1, {"weights": tensors}, state)
     found = checkpoint.read(path)
     assert found.tensors["weights"].keys() == tensors.keys()
     for key, value in tensors.items():

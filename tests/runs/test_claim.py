@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from pvae.errors import BusyError
-from pvae.runs.claim import Claim
-from pvae.runs.find import birth_of, this_process
+from pvae.runs.find import Claim, birth_of, this_process
 
 ME = this_process()
 
@@ -114,7 +113,7 @@ def test_a_claim_stands_while_its_process_may_live(tmp_path: Path, other: dict[s
 
 def test_a_silent_claim_of_another_host_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """FAULTS 15 and 53: after five minutes without a heartbeat, by the file system's clock; a live one beats."""
-    monkeypatch.setattr("pvae.runs.claim.BEAT_SECONDS", 0.02)
+    monkeypatch.setattr("pvae.runs.find.BEAT_SECONDS", 0.02)
     path = tmp_path / ".lock"
     with Claim(path, "a run") as mine:
         old = path.stat().st_mtime - 400

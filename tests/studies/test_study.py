@@ -22,7 +22,7 @@ from pvae.analysis.pages.study import STUDY_FIGURES, csv, frame, kept
 from pvae.errors import DeclarationError, Interrupted, PvaeError
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
-from pvae.runs.claim import Claim
+from pvae.runs.find import Claim
 from pvae.runs.run import Run
 from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
@@ -453,7 +453,7 @@ def test_a_case_belongs_to_its_worker_until_that_is_dead(tmp_path, started):
     """FAULTS 16 and 48: not to the study that started it, which may be dead before."""
     one = runner(write(tmp_path, {}), tmp_path / "runs")
     path = one.tasks[0].claim(tmp_path / "runs").path
-    code = f"import pathlib, pvae.runs.claim as c; c.Claim(pathlib.Path({str(path)!r}), '').acquire(); input()"
+    code = f"import pathlib, pvae.runs.find as c; c.Claim(pathlib.Path({str(path)!r}), '').acquire(); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as worker:
         while not path.exists():
             time.sleep(0.02)

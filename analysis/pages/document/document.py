@@ -19,8 +19,7 @@ from rich.text import Text
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
 from pvae.analysis.pages.document.words import csv_of, html_cell, legible, rich_of
 from pvae.errors import DataError, OutputError
-from pvae.runs.claim import Claim
-from pvae.runs.find import is_abandoned, leftovers
+from pvae.runs.find import Claim, is_abandoned, leftovers
 from pvae.util.files import digest, make_folder, plain, pretty, raising, read_object, remove, write_together
 from pvae.util.progress import StageProgress, silent
 

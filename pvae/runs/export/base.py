@@ -1,6 +1,5 @@
 """Base class of exporters, which send every point of a run's metrics exactly once."""
 
-import hashlib
 import re
 import stat
 from abc import ABC, abstractmethod
@@ -13,7 +12,7 @@ from typing import Any, ClassVar
 from pvae import __version__
 from pvae.errors import DataError, printable
 from pvae.runs.rundir import RunDirectory
-from pvae.util import toml
+from pvae.util import digest, toml
 
 LONGEST_KEY, LONGEST_VALUE = 200, 500
 """Largest length (characters) of a key and of a value that every MLflow server accepts."""
@@ -43,8 +42,7 @@ def safe_key(name: str, separator: str) -> str:
     parts = [re.sub(r"[^A-Za-z0-9_.-]", "_", part).strip(".") or "_" for part in name.split("/")]
     if (key := separator.join(parts)).replace(separator, "/") == name and len(key) <= LONGEST_KEY:
         return key
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
-    return f"{key[: LONGEST_KEY - 9]}-{digest}"
+    return f"{key[: LONGEST_KEY - 9]}-{digest(name.encode('utf-8', 'surrogatepass'))[:8]}"
 
 
 class Exporter(ABC):
