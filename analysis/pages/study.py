@@ -16,9 +16,8 @@ from pvae.analysis.figures.estimate import cell
 from pvae.analysis.pages.document.words import text
 from pvae.analysis.samples.features import affordable
 from pvae.errors import CheckpointError, DataError
-from pvae.runs import checkpoint
+from pvae.runs import RunDirectory, checkpoint
 from pvae.runs.run import Run
-from pvae.runs.rundir import RunDirectory
 from pvae.studies.sweep import FIRST, Measure
 from pvae.util import seeds
 from pvae.util.files import digest, plain, pretty, read_inside, read_object, write_atomic

@@ -244,7 +244,11 @@ def apply_overrides(
             table[part] = inner if isinstance(inner, dict) else _new_table(raw, path[:depth], root, inner)
             table = table[part]
         table[path[-1]] = value
-        _forget_foreign_keys(raw, path, root)
+        if path[-1] in ("kind", "source", "type") and len(path) > 1:  # keys that the new kind does not have go
+            _, kind = table_at(raw, path[:-1], root)
+            if kind is not None and not kind.is_family():  # type: ignore[attr-defined]
+                for key in table.keys() - kind.model_fields.keys():
+                    del table[key]
 
 
 def _new_table(raw: dict[str, Any], path: Sequence[str], root: type[BaseModel], found: Any) -> dict[str, Any]:
@@ -259,13 +263,3 @@ def _new_table(raw: dict[str, Any], path: Sequence[str], root: type[BaseModel], 
     field = parent.model_fields.get(path[-1]) if parent else None
     default = field.default if field else None
     return {default.tag: getattr(default, default.tag)} if isinstance(default, Component) else {}
-
-
-def _forget_foreign_keys(raw: dict[str, Any], path: tuple[str, ...], root: type[BaseModel]) -> None:
-    """Remove from a table whose kind has been overridden the keys that the new kind does not have."""
-    if path[-1] not in ("kind", "source", "type") or len(path) == 1:
-        return
-    table, kind = table_at(raw, path[:-1], root)
-    if isinstance(table, dict) and kind is not None and not kind.is_family():  # type: ignore[attr-defined]
-        for key in [key for key in table if key not in kind.model_fields]:
-            del table[key]

@@ -19,6 +19,7 @@ from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.network import TableNetwork
 from pvae.objectives.elbo import IWAE
 from pvae.objectives.em import EM
+from pvae.pair import Dependencies
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment
@@ -195,14 +196,9 @@ def _unlike_sums(e: Experiment) -> Iterator[Finding]:
 
 def _not_mean_field(e: Experiment) -> Iterator[Finding]:
     """Yield latents whose KL would be taken in closed form although the guide infers their model parents from them."""
-    below: dict[str, set[str]] = {}
-    for site in e.guide_sites():
-        below[site.name] = {site.name}
-        for ancestor in below:
-            if ancestor in site.guide_given or any(p in below[ancestor] for p in site.guide_given):
-                below[ancestor].add(site.name)
-    for name, inferred in below.items():
-        latent = e.latents[name]
+    guide = Dependencies({site.name: frozenset(site.guide_given) for site in e.guide_sites()}, {})
+    for name in guide.guide:
+        latent, inferred = e.latents[name], guide.inferred_from(name)
         for parent in (parent for parent in latent.given if parent in inferred):
             has = f"the guide infers {parent} from {name} while the model has {name} given {parent}"
             why = f"{has}, so KL(q({name}) || p({name} | {parent})) has no closed form"

@@ -66,9 +66,9 @@ class Dependencies:
 
         E_q[log q - log p] of such a latent is not the expectation of a closed-form KL.
         """
-        return frozenset(name for name, read in self.model.items() if read & self._inferred_from(name))
+        return frozenset(name for name, read in self.model.items() if read & self.inferred_from(name))
 
-    def _inferred_from(self, name: str) -> set[str]:
+    def inferred_from(self, name: str) -> set[str]:
         """Return the latents whose posterior depends on latent `name`, directly or through other latents."""
         found = {name}
         while more := {z for z, read in self.guide.items() if z not in found and read & found}:

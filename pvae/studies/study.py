@@ -17,9 +17,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pvae.errors import DeclarationError, printable
-from pvae.runs.find import slug
+from pvae.runs import RunDirectory, find
 from pvae.runs.run import Run
-from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import AT_A_TIME, Machine, Runner, Slurm, submissions
 from pvae.studies.search import Searching
@@ -263,7 +262,7 @@ def placed(
         raise DeclarationError(f"--on: expected local or slurm; got {on!r}.")
     if slurm and on != "slurm":
         raise DeclarationError(f"--slurm: expected with --on slurm; got {' '.join(slurm)[:60]!r} alone.")
-    name = slug(declared.name)
+    name = find.slug(declared.name)
     if on == "slurm" or (on is None and submissions(root / CLAIMS / name)):
         return Slurm(root, name, jobs or AT_A_TIME, None if on is None else slurm)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

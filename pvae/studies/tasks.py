@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError
 from pvae.experiment.experiment import Experiment
-from pvae.runs import checkpoint
+from pvae.runs import RunDirectory, checkpoint
 from pvae.runs.find import Claim, begun, busy, folders, is_stale, slug
 from pvae.runs.run import Run
-from pvae.runs.rundir import RunDirectory
 from pvae.studies.cases import Case
 from pvae.studies.sweep import SECOND, Measure, Search
 from pvae.util import files

@@ -19,11 +19,9 @@ from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
 from pvae.objectives.base import ranked_by
 from pvae.pair.pair import Pair
-from pvae.runs import checkpoint, find
+from pvae.runs import RunDirectory, checkpoint, find, seal
 from pvae.runs.export.exporting import exporting
 from pvae.runs.run import Run
-from pvae.runs.rundir import RunDirectory
-from pvae.runs.seal import edits, recorded, seal, sealed
 from pvae.training import artefacts, loop
 from pvae.training.evaluation import evaluate
 from pvae.training.step import choose_engine, learned
@@ -136,8 +134,8 @@ def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) ->
     """
     row = evaluate(pair, data.validation.rows, plan.seed, len(data.train))
     files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
-    tensors, told = {"weights": dict(pair.state_dict()), "optimizer": {}}, seal(files, plan.to_toml())
-    where, run = files.path / "checkpoints", recorded(files, told, ended=True)
+    tensors, told = {"weights": dict(pair.state_dict()), "optimizer": {}}, seal.seal(files, plan.to_toml())
+    where, run = files.path / "checkpoints", seal.recorded(files, told, ended=True)
     checkpoint.write(where, 0, tensors, {"select": "weights"}, run=run)
     total = pair.structure.total
     ended = {"epoch": 0, "epochs": 0, "step": 0, "engine": "none", "seconds": 0.0, total: row[total]}
@@ -218,8 +216,8 @@ def differences(run: Run, plan: Plan, device: torch.device) -> list[str]:
     They are changes and edits of the declaration, edits of the manifest, and, unless a finished run stays as it is,
     another device, machine or versions.
     """
-    lines = [*changed_keys(own_plan(run), plan).values(), *edits(run.files)]
-    if not lines and not run.files.spec_is_own() and not sealed(run.files):
+    lines = [*changed_keys(own_plan(run), plan).values(), *seal.edits(run.files)]
+    if not lines and not run.files.spec_is_own() and not seal.sealed(run.files):
         lines = ["spec.toml, as it was written; got an edited one (its digest differs)."]
     if not lines and run.status.get("state") == "finished":
         return []
@@ -237,5 +235,5 @@ def changed_keys(old: Plan, new: Plan) -> dict[str, str]:
 
 def own_plan(run: Run) -> Plan:
     """Return the declaration that a run was fitted by, as its newest checkpoint repeats it, else that of its file."""
-    text = sealed(run.files).get("declaration")
+    text = seal.sealed(run.files).get("declaration")
     return run.plan if text is None else type(run.plan).from_toml(text, f"{run.path}, 'declaration' of a checkpoint")

@@ -15,9 +15,8 @@ from pvae import errors
 from pvae.errors import CheckpointError, DeviceError, NonFiniteError, Stopped, StorageError
 from pvae.objectives.base import Loss
 from pvae.pair import Pair, log_prob, samples
-from pvae.runs import checkpoint
+from pvae.runs import checkpoint, seal
 from pvae.runs.run import chosen, load_weights, require_same
-from pvae.runs.seal import recorded
 from pvae.training import step
 from pvae.training.trainer import State, Trainer, first_line
 from pvae.util.files import follows, write_atomic
@@ -67,7 +66,7 @@ def save(trainer: Trainer, *, last: bool = False) -> None:
     state = {k: v for k, v in asdict(trainer.state).items() if v != -math.inf} | {"select": select}
     folder, start = trainer.files.path / "checkpoints", trainer.state.epoch * trainer.per_epoch
     ended = trainer.state.stopped or trainer.state.epoch >= trainer.train.epochs
-    last, run = last or ended, recorded(trainer.files, trainer.sealed, ended)
+    last, run = last or ended, seal.recorded(trainer.files, trainer.sealed, ended)
     for wait in (*RETRY_SECONDS, None) if last else (None,):
         try:
             checkpoint.write(folder, trainer.state.step, tensors, state, run=run, spared=start)

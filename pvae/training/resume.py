@@ -15,10 +15,9 @@ from pvae.experiment.plan import Plan
 from pvae.objectives.base import ranked_by
 from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
-from pvae.runs import checkpoint, find
+from pvae.runs import RunDirectory, checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
 from pvae.runs.run import Run, attended, load_weights
-from pvae.runs.rundir import RunDirectory
 from pvae.training import launch as start
 from pvae.training import loop
 from pvae.training.recovery import newest, restore, save
@@ -159,29 +158,27 @@ def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool =
         return run
     stage = plan.second_stage()
     child = group.from_first(lambda: _stage_run(run, stage))
-    if child is None or _state(child) != "finished":
+    if child is None or child[1] != "finished":
         with run.files.held():  # the work belongs to one process, which looks again now that it is alone
             child = group.from_first(lambda: _stage_run(run, stage))
             if child is None:
                 return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
-            if _state(child) != "finished":
-                found = Run(RunDirectory(Path(child)), data=run.data)
+            if child[1] != "finished":
+                found = Run(RunDirectory(Path(child[0])), data=run.data)
                 return resume(found, device=device, progress=progress, allow_changes=allow_changes)
-    return Run(RunDirectory(Path(child)), data=run.data)
+    return Run(RunDirectory(Path(child[0])), data=run.data)
 
 
-def _state(path: str) -> object:
-    """Return the state of a run, as the first process reads it."""
-    return group.from_first(lambda: RunDirectory(Path(path)).status().get("state"))
-
-
-def _stage_run(run: Run, stage: Experiment) -> str | None:
-    """Return the folder of the newest second stage `stage` of `run` that reads, found beside it; else None."""
+def _stage_run(run: Run, stage: Experiment) -> tuple[str, object] | None:
+    """Return folder and state of the newest second stage `stage` of `run` that reads, found beside it; else None."""
     wanted = run.files.id, run.status.get("epoch")
     for child in (Run(RunDirectory(path), data=run.data) for path in find.beside(run.path)):
+        is_sound = False
         with suppress(DataError, DeclarationError, CheckpointError):
-            if child.files.parent == wanted and child.experiment.latents == stage.latents and child.checkpoint:
-                return str(child.path)
+            of_both = child.files.parent == wanted and child.experiment.latents == stage.latents
+            is_sound = of_both and bool(child.checkpoint)
+        if is_sound:
+            return str(child.path), child.status.get("state")
     return None
 
 

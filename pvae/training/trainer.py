@@ -24,9 +24,7 @@ from pvae.nn.precision import resolved
 from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.pair import Pair
-from pvae.runs.checkpoint import Checkpoint
-from pvae.runs.rundir import RunDirectory
-from pvae.runs.seal import seal
+from pvae.runs import RunDirectory, checkpoint, seal
 from pvae.training.step import Step, learned, make_capturable, restored, set_lr
 from pvae.util import group, seeds
 
@@ -55,7 +53,7 @@ class State:
     stopped: bool = False
 
     @classmethod
-    def of(cls, saved: Checkpoint) -> Self:
+    def of(cls, saved: checkpoint.Checkpoint) -> Self:
         """Return the state stored in a checkpoint, without its key `select`.
 
         Raises ValueError, which names the entry, if one is invalid.
@@ -92,7 +90,7 @@ class Trainer:
         self, plan: Plan, pair: Pair, data: Dataset, files: RunDirectory, device: torch.device, engine: str, show: bool
     ) -> None:
         self.plan, self.train, self.files, self.device = plan, plan.train, files, device
-        self.sealed = seal(files, plan.to_toml())
+        self.sealed = seal.seal(files, plan.to_toml())
         self.engine, self.show = engine, show
         self.data = data.to(device)
         self.pair = pair.to(device, plan.objective.dtype)

@@ -12,11 +12,9 @@ from typing import Any
 from pvae.errors import CheckpointError, DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from pvae.runs import checkpoint
+from pvae.runs import RunDirectory, checkpoint, seal, state_of
 from pvae.runs.find import is_stale, leftovers
 from pvae.runs.run import Run
-from pvae.runs.rundir import RunDirectory, state_of
-from pvae.runs.seal import edits
 from pvae.training.launch import changed_keys, own_plan
 from pvae.upkeep import weights
 from pvae.util.checks import Check, Checks, Level, attempt
@@ -108,7 +106,7 @@ class _Inspection:
             yield Check("manifest.json", "warning", "the fit was stopped before it said what its data are", "Fit anew.")
             return
         _ = self.run.shape
-        if lines := edits(self.run.files):
+        if lines := seal.edits(self.run.files):
             raise DataError(f"{self.path}: expected {' '.join(lines)} Put back what was edited.")
         told = "" if "spec" in found else "; not sealed (of an earlier version): edits of the run are not seen"
         yield Check("manifest.json", "ok", f"{found['name']}, started {found['started']}{told}")
