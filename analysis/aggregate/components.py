@@ -11,10 +11,7 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions import CertainCodes, Members, Product, product
-from pvae.pair import densities
-from pvae.pair.code_usage import Undrawn
-from pvae.pair.layout import samples
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, Undrawn, densities, samples
 from pvae.util import group
 
 TILE_ROWS, TILE_COLUMNS = 512, 2048

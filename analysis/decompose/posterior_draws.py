@@ -13,13 +13,10 @@ from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.codes import codes_kl
 from pvae.distributions import ROW_COST, CertainCodes, Codes, FullRankNormals, Members, Normals, log_density
 from pvae.errors import DataError
+from pvae.pair import ROWS_OF_A_BATCH, JointStates, Layout, Pair, eliminated, read_joint_states, samples, unwrapped
 from pvae.pair import densities as traces
 from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally
 from pvae.pair.densities import closed_kl, full_size, log_prob, presence, rows_first, sum_over
-from pvae.pair.enumeration import JointStates, eliminated, read_joint_states
-from pvae.pair.layout import Layout, samples, unwrapped
-from pvae.pair.pair import Pair
-from pvae.pair.structure import ROWS_OF_A_BATCH
 
 PARAMETER_BYTES = 2**29
 """Largest number of bytes of a latent's posterior parameters that are kept in memory for all rows; larger ones (full

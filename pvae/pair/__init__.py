@@ -3,7 +3,7 @@
 from pvae.pair.code_usage import SILENT, Tally, Undrawn, codebook_of, in_use, perplexity, revival, silence, tallies
 from pvae.pair.densities import Unweighed, certainty, full_size, is_masked, log_prob, members, rows_first, sum_over
 from pvae.pair.dependencies import Dependencies
-from pvae.pair.enumeration import JointStates, read_joint_states
+from pvae.pair.enumeration import JointStates, eliminated, read_joint_states
 from pvae.pair.layout import Layout, SiteShape, is_point, samples, site_shape, unwrapped
 from pvae.pair.pair import CHECKED_ROWS, Pair
 from pvae.pair.problems import ProgramError, require_bound
@@ -14,7 +14,7 @@ from pvae.pair.terms import Terms, terms_of
 __all__ = [
     "CHECKED_ROWS", "Dependencies", "JointStates", "Layout", "PARTICLES", "Pair", "PairData", "ProgramError",
     "ROWS_OF_A_BATCH", "SILENT", "SiteShape", "Tally", "Terms", "Undrawn", "Unweighed", "certainty", "codebook_of",
-    "evaluating", "full_size", "in_use", "is_code", "is_masked", "is_point", "log_prob", "members", "numbers_of",
-    "perplexity", "quiet", "read_joint_states", "require_bound", "revival", "rows_first", "samples", "silence",
-    "site_shape", "sum_over", "tallies", "terms_of", "unwrapped",
+    "eliminated", "evaluating", "full_size", "in_use", "is_code", "is_masked", "is_point", "log_prob", "members",
+    "numbers_of", "perplexity", "quiet", "read_joint_states", "require_bound", "revival", "rows_first", "samples",
+    "silence", "site_shape", "sum_over", "tallies", "terms_of", "unwrapped",
 ]  # fmt: skip

@@ -15,7 +15,6 @@ from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.pyro_script import parts
 from pvae.experiment.pyro_script.page import ELBOS, PAGE, SUMMED, TIME, WRITTEN, Script, literal, named, quoted, sampled
-from pvae.experiment.pyro_script.parts import Expression, NotPlainError, Part
 from pvae.graph.lifecycle import Begun, MadeOfData, Moving
 from pvae.graph.site import OBSERVED, Link, Site, embedded
 from pvae.guides.posteriors.codes import Estimated
@@ -39,7 +38,7 @@ def pyro_script(experiment: Experiment, x: Shape) -> str:
     pair = experiment.build(x)
     try:
         return PlainScript(experiment, pair).text()
-    except NotPlainError:
+    except parts.NotPlainError:
         return PairScript(experiment, pair).text()
 
 
@@ -51,7 +50,7 @@ class PlainScript(Script):
         found = {OBSERVED: "data.train.draw(index)"}
         for name, covariate in self.experiment.covariates.items():
             if covariate.words is not None:
-                raise NotPlainError
+                raise parts.NotPlainError
             found[name] = f"F.one_hot(data.train.y[index].long(), {covariate.codes}).float()"
         return found
 
@@ -62,7 +61,7 @@ class PlainScript(Script):
 
     def statements(self) -> dict[str, list[str]]:
         if self.pair.layout.scored or self.guider.reader is not None:
-            raise NotPlainError
+            raise parts.NotPlainError
         model: list[str] = []
         for site in self.experiment.sites():
             before, distribution = self.prior(site)
@@ -77,31 +76,31 @@ class PlainScript(Script):
 
     # ------------------------------------------------------------------ parts
 
-    def prior(self, site: Site) -> Expression:
+    def prior(self, site: Site) -> parts.Expression:
         """Return statements and expression of the prior p(site | parents)."""
         declared = self.experiment.latents[site.name].prior
         given = {above: self.seen(above) for above in site.given}
-        part = Part(self, f"prior_{site.name}", site, declared, self.modeller.priors[site.name], given)
+        part = parts.Part(self, f"prior_{site.name}", site, declared, self.modeller.priors[site.name], given)
         shapes = {**self.pair.frame.shapes, **{latent.name: latent.features for latent in self.experiment.sites()}}
         return self.written(part, parts.PRIORS, {above: shapes[above] for above in site.given}, part.name + "({})")
 
-    def posterior(self, site: Site, x: str) -> Expression:
+    def posterior(self, site: Site, x: str) -> parts.Expression:
         """Return statements and expression of the posterior q(site | x, ...), where `x` is an expression."""
         declared = self.experiment.latents[site.name].posterior
         shapes: Mapping[str, Shape] = {OBSERVED: self.pair.frame.x}
         lines, inputs = self.encoded(site, x) if declared.reads_features else ([], {OBSERVED: x})
         if declared.reads_features:
             shapes = self.guider.encoder.shapes[site.name]
-        part = Part(self, f"posterior_{site.name}", site, declared, self.guider.posteriors[site.name], inputs)
+        part = parts.Part(self, f"posterior_{site.name}", site, declared, self.guider.posteriors[site.name], inputs)
         before, distribution = self.written(part, parts.POSTERIORS, shapes, part.name + "({}, {{}})")
         return [*lines, *before], distribution
 
-    def written(self, part: Part, rules: parts.Rules, shapes: Mapping[str, Shape], call: str) -> Expression:
+    def written(self, part: parts.Part, rules: parts.Rules, shapes: Mapping[str, Shape], call: str) -> parts.Expression:
         """Return a prior or posterior as statements and expression: by its rule, else as a call of its pvae module."""
         if rule := rules.get((part.declared.kind, part.site.space.values)):
             return part.written(rule)
         if part.site.space.values == "relaxed":  # Pyro's value is a relaxed one-hot, that of pvae its logarithm
-            raise NotPlainError
+            raise parts.NotPlainError
         call_of = f"{self.construct(part.declared)}.build"
         code = f"{call_of}({self.instance(part.site)}, {literal(dict(shapes))}, {self.imported(Link)}())"
         self.build(part.name, code, part.module)
@@ -122,7 +121,7 @@ class PlainScript(Script):
             own = module.networks[site.name]
             call = self.network(f"encoder_{site.name}", encoder.network, own, given, features)
             return [], {"features": call}
-        raise NotPlainError
+        raise parts.NotPlainError
 
     def likelihood(self) -> str:
         """Return the expression of the likelihood p(x | z)."""
@@ -163,7 +162,7 @@ class PlainScript(Script):
             NotPlainError: the module needs other components of the pair, or the training data.
         """
         if any(isinstance(part, MadeOfData) or isinstance(vars(part).get("link"), Link) for part in module.modules()):
-            raise NotPlainError
+            raise parts.NotPlainError
         self.parts[name] = code
 
     # ------------------------------------------------------------------ latents
@@ -180,7 +179,7 @@ class PlainScript(Script):
         if (latent := self.experiment.latents.get(name)) is None or latent.codes is None:
             return name
         if latent.embedding is not None or latent.sampled.values == "index" and latent.grid:
-            raise NotPlainError
+            raise parts.NotPlainError
         if latent.sampled.values == "index":
             return f"F.one_hot({name}, {latent.codes}).float()"
         return f"{name}.movedim(-1, {-1 - len(latent.grid)})" if latent.grid else name
