@@ -20,15 +20,6 @@ from pvae.pair.pair import Pair
 
 ELBOS = {"trace_elbo": "Trace_ELBO", "trace_mean_field_elbo": "TraceMeanField_ELBO"}
 """Kinds of the objectives that `pyro.infer.SVI` can minimise, and Pyro's loss classes for them."""
-IMPORTS = {
-    "math": "import math\n",
-    "pyro": "import pyro",
-    "dist": "import pyro.distributions as dist",
-    "T": "import pyro.distributions.transforms as T",
-    "torch": "import torch",
-    "F": "import torch.nn.functional as F",
-}
-"""Names of modules that a generated script may use, each with its import statement."""
 LEFT_OUT = ("clip_norm", "average", "alternate", "patience", "shards")
 """Settings of training that the plain SVI loop of a generated script ignores."""
 TIME = "(epoch + i / STEPS)"
@@ -40,6 +31,8 @@ PAGE = Environment(
     loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
     trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
 )  # fmt: skip
+RULES: Any = PAGE.get_template("parts.py.j2").module
+"""Tables of the template `parts.py.j2`: rules of priors, posteriors and schedules, and statements of imports."""
 
 
 class Script(ABC):
@@ -107,7 +100,7 @@ class Script(ABC):
 
     def import_lines(self, body: str) -> Iterator[str]:
         """Yield the imports: those of Pyro and torch, then those of pvae and of plugins."""
-        yield from (line for name, line in IMPORTS.items() if re.search(rf"\b{name}\.", body))
+        yield from (line for name, line in RULES.imports.items() if re.search(rf"\b{name}\.", body))
         lines = {home: f"from {home} import {', '.join(sorted(names))}" for home, names in sorted(self.imports.items())}
         theirs = [home for home in lines if home.split(".")[0] in ("pyro", "torch")]
         yield from (lines.pop(home) for home in theirs)
@@ -137,18 +130,10 @@ class Script(ABC):
 
     def at(self, schedule: Schedule, epoch: str) -> str:
         """Return the Python expression of a schedule's value at a time in epochs, which is itself an expression."""
-        declared: Any = schedule
         span = getattr(schedule, "epochs", None)
         share = f"min({epoch} / {'EPOCHS' if span is None else f'{span:g}'}, 1)"
-        match declared.kind:
-            case "constant":
-                return f"{declared.value:g}"
-            case "linear":
-                return between(declared.start, declared.end, share)
-            case "cosine":
-                return between(declared.end, declared.start, f"(1 + math.cos(math.pi * {share})) / 2")
-            case "exponential":
-                return f"{declared.start:g} * {declared.end / declared.start!r} ** {share}"
+        if rule := RULES.schedules.get(schedule.kind):
+            return str(rule(schedule, share))
         return f"{self.construct(schedule)}.at({epoch}, EPOCHS)"
 
     def imported(self, kind: Callable[..., Any]) -> str:
@@ -198,8 +183,3 @@ def literal(value: Any) -> str:
 def named(expressions: Mapping[str, str]) -> str:
     """Return the source text of a dictionary, given the expressions of its values."""
     return f"{{{', '.join(f'{quoted(name)}: {value}' for name, value in expressions.items())}}}"
-
-
-def between(start: float, end: float, share: str) -> str:
-    """Return the expression of `start + (end - start) * share`, where `share` is an expression."""
-    return share if (start, end) == (0, 1) else f"{start:g} + {end - start!r} * {share}"

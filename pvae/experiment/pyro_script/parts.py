@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
 
 from pvae.distributions.bijections import near_identity
-from pvae.experiment.pyro_script.page import PAGE, named
+from pvae.experiment.pyro_script.page import named
 from pvae.graph.site import Site
 from pvae.nn.conv import ConvModule
 from pvae.nn.network import MLP, Dense, Gated, NetworkModule
@@ -65,36 +65,15 @@ class Part:
         """Refuse to write this prior or posterior out."""
         raise NotPlainError
 
-    def written(self, rule: str) -> Expression:
-        """Return the prior or posterior as the rule of this name in the template `parts.py.j2` writes it."""
-        text = getattr(PAGE.get_template("parts.py.j2").module, rule)(self)
-        *lines, distribution = filter(None, text.splitlines())
+    def written(self, rule: Callable[[Part], str]) -> Expression:
+        """Return the prior or posterior as a rule of the template `parts.py.j2` writes it."""
+        *lines, distribution = filter(None, rule(self).splitlines())
         return lines, distribution
 
     def relaxed(self, logits: str) -> str:
         """Return the expression of Pyro's `RelaxedOneHotCategorical` with the given logits."""
         event = f".to_event({len(self.site.space.grid)})" if self.site.space.grid else ""
         return f"dist.RelaxedOneHotCategorical({self.script.temperature(self.site.name)}, logits={logits}){event}"
-
-
-Rules = dict[tuple[str, str], str]
-PRIORS: Rules = {
-    ("standard_normal", "real"): "standard_normal",
-    ("conditional_normal", "real"): "normal",
-    ("mixture", "real"): "mixture",
-    ("vamp", "real"): "vamp",
-    **{(kind, values): "weights_of_codes" for kind in ("categorical", "uniform") for values in ("index", "relaxed")},
-    **{(kind, "real"): "flow" for kind in ("realnvp", "spline_coupling", "maf", "iaf")},
-}
-"""Rules of `parts.py.j2` that write a prior in plain Pyro, by kind of prior and value space of the latent; a script
-builds any other prior from its pvae class."""
-POSTERIORS: Rules = {
-    ("normal", "real"): "normal",
-    ("delta", "real"): "point",
-    ("categorical", "index"): "inferred_codes",
-    ("relaxed_onehot", "relaxed"): "inferred_codes",
-}
-"""Rules of `parts.py.j2` that write a posterior in plain Pyro, by kind of posterior and value space of the latent."""
 
 
 # ---------------------------------------------------------------------- networks

@@ -14,7 +14,19 @@ from pvae.distributions.relaxed import categorical_kl
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.pyro_script import parts
-from pvae.experiment.pyro_script.page import ELBOS, PAGE, SUMMED, TIME, WRITTEN, Script, literal, named, quoted, sampled
+from pvae.experiment.pyro_script.page import (
+    ELBOS,
+    PAGE,
+    RULES,
+    SUMMED,
+    TIME,
+    WRITTEN,
+    Script,
+    literal,
+    named,
+    quoted,
+    sampled,
+)
 from pvae.graph.lifecycle import Begun, MadeOfData, Moving
 from pvae.graph.site import OBSERVED, Link, Site, embedded
 from pvae.guides.posteriors.codes import Estimated
@@ -82,7 +94,7 @@ class PlainScript(Script):
         given = {above: self.seen(above) for above in site.given}
         part = parts.Part(self, f"prior_{site.name}", site, declared, self.modeller.priors[site.name], given)
         shapes = {**self.pair.frame.shapes, **{latent.name: latent.features for latent in self.experiment.sites()}}
-        return self.written(part, parts.PRIORS, {above: shapes[above] for above in site.given}, part.name + "({})")
+        return self.written(part, RULES.priors, {above: shapes[above] for above in site.given}, part.name + "({})")
 
     def posterior(self, site: Site, x: str) -> parts.Expression:
         """Return statements and expression of the posterior q(site | x, ...), where `x` is an expression."""
@@ -92,10 +104,12 @@ class PlainScript(Script):
         if declared.reads_features:
             shapes = self.guider.encoder.shapes[site.name]
         part = parts.Part(self, f"posterior_{site.name}", site, declared, self.guider.posteriors[site.name], inputs)
-        before, distribution = self.written(part, parts.POSTERIORS, shapes, part.name + "({}, {{}})")
+        before, distribution = self.written(part, RULES.posteriors, shapes, part.name + "({}, {{}})")
         return [*lines, *before], distribution
 
-    def written(self, part: parts.Part, rules: parts.Rules, shapes: Mapping[str, Shape], call: str) -> parts.Expression:
+    def written(
+        self, part: parts.Part, rules: Mapping[Any, Any], shapes: Mapping[str, Shape], call: str
+    ) -> parts.Expression:
         """Return a prior or posterior as statements and expression: by its rule, else as a call of its pvae module."""
         if rule := rules.get((part.declared.kind, part.site.space.values)):
             return part.written(rule)
