@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import threading
+import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,26 +29,8 @@ if TYPE_CHECKING:
 RUN_STATES = ("running", "finished", "interrupted", "failed")
 ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
 """Kinds of events that are shown to the user as alerts."""
-_TEXTS, _DIGEST = r'\[("([^"\\]|\\.)*"(, )?)*\]', '"[0-9a-f]{64}"'
-MANIFEST: dict[str, tuple[str, str]] = {
-    **dict.fromkeys(("data", "metrics"), ("a table", r"\{.*\}")),
-    **dict.fromkeys(("git", "parent"), ("a table, or null,", r"null|\{.*\}")),
-    **dict.fromkeys(("name", "id", "started", "figure", "origin", "host", "platform", "declaration"), ("text", '".*"')),
-    **dict.fromkeys(("parent.run", "data.source"), ("text", '".*"')),
-    **dict.fromkeys(("imports", "exports", "argv"), ("a list of texts", _TEXTS)),
-    **dict.fromkeys(("seed", "order", "schema", "step", "metrics.bytes"), ("a whole number", r"\d{1,18}")),
-    **dict.fromkeys(("data.fingerprint", "spec", "metrics.sha256"), ("a SHA-256 digest", _DIGEST)),
-    **dict.fromkeys(("declared", "ended"), ("true or false", "true|false")),
-    "trainable": ("a list of texts, or null,", f"null|{_TEXTS}"),
-    "device": ("cpu or cuda", r'"(cpu|cuda(:\d{1,3})?)"'),
-    "engine": ("eager, compiled or captured", '"(eager|compiled|captured)"'),
-    "precision": ("float32 or bfloat16", r'"(float32|bfloat16)( .*)?"'),
-    "threads": ("a whole number above 0", r"[1-9]\d{0,6}"),
-    "versions": ("a table of texts", r'\{("[^"]*": "[^"]*"(, )?)*\}'),
-    "parent.epoch": ("a whole number, or null,", r"null|\d{1,18}"),
-    "data.shape": ("the shape of a datum", r"\[([1-9]\d{0,6}(, |(?=\])))*\]"),
-}
-"""Each known entry of a manifest, or of a seal, in words, with a pattern of its JSON; every entry may be missing."""
+MANIFEST: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("manifest.toml").read_text())
+"""Each known entry of a manifest, or of a seal, in words, with a pattern of its JSON; see the file."""
 KEPT_KEYS = frozenset(["name", "id", "started", "order"])
 """Entries of a manifest that never change."""
 
