@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXTRA_MODULES = {
-    "parquet": "pyarrow", "tensorboard": "tensorboardX", "mlflow": "mlflow", "cluster": "submitit", "search": "optuna",
+    "parquet": "pyarrow", "cells": "anndata", "onnx": "onnx", "tensorboard": "tensorboardX", "mlflow": "mlflow",
+    "cluster": "submitit", "search": "optuna",
 }  # fmt: skip
 """Importable module of each optional extra of pvae."""
 KNOWN_VARIABLES = ("PVAE_RUN_DIR", "PVAE_DATA_DIR", "PVAE_OFFLINE")
