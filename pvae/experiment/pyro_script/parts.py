@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from pvae.distributions.bijections import near_identity
-from pvae.experiment.pyro_script.page import named
 from pvae.graph.site import Site
 from pvae.nn.conv import ConvModule
 from pvae.nn.network import MLP, Dense, Gated, NetworkModule
@@ -49,11 +48,6 @@ class Part:
         """Return the expression that applies the network of the prior or posterior to its inputs."""
         built = self.module.network
         return self.script.network(self.name, self.declared.network or MLP(hidden=()), built, self.inputs, built.output)
-
-    def parameters(self, **made: str) -> dict[str, str]:
-        """Add learned tensors to the script, each with the expression of its first value; return their names."""
-        self.script.parts[self.name] = f"nn.ParameterDict({named(made)})"
-        return {key: f'{self.name}["{key}"]' for key in made}
 
     def steps(self, transform: str, count: int) -> str:
         """Add the bijections of a flow to the script, `count` of Pyro's transform; return what they are called."""

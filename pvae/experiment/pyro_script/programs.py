@@ -143,18 +143,10 @@ class PlainScript(Script):
         module, x = self.modeller.decoder, self.pair.frame.x
         given = {name: self.seen(name) for name in self.experiment.decoder_given()}
         h = self.network("decoder", self.experiment.decoder.network, module.network, given, module.network.output)
-        match declared.kind, getattr(declared, "scale", ""):
-            case "bernoulli", _:
-                law = f"dist.Bernoulli(logits={h})"
-            case "normal", "fixed":
-                law = f"dist.Normal({h}, {declared.value:g})"
-            case "normal", "shared":
-                self.parts["likelihood"] = f'nn.ParameterDict({{"log_scale": torch.tensor({declared.value:g}).log()}})'
-                law = f'dist.Normal({h}, likelihood["log_scale"].exp().clamp(min={declared.floor:g}))'
-            case _:
-                self.build("likelihood", f"{self.construct(declared)}.build({literal(x)})", module.likelihood)
-                return f"likelihood({h})"
-        return f"{law}.to_event({len(x)})"
+        if rule := RULES.likelihoods.get((declared.kind, getattr(declared, "scale", ""))):
+            return f"{rule(h, declared, self)}.to_event({len(x)})"
+        self.build("likelihood", f"{self.construct(declared)}.build({literal(x)})", module.likelihood)
+        return f"likelihood({h})"
 
     def network(
         self, name: str, declared: Network, module: NetworkModule, given: Mapping[str, str], output: Shape | None
@@ -168,6 +160,11 @@ class PlainScript(Script):
             return f"{name}({next(iter(given.values()))})"
         self.build(name, f"{self.construct(declared)}.build({literal(module.inputs)}, {literal(output)})", module)
         return f"{name}({named(given)})"
+
+    def parameters(self, part: str, /, **made: str) -> dict[str, str]:
+        """Add learned tensors to the script, each with the expression of its first value; return their names."""
+        self.parts[part] = f"nn.ParameterDict({named(made)})"
+        return {key: f'{part}["{key}"]' for key in made}
 
     def build(self, name: str, code: str, module: nn.Module) -> None:
         """Add a pvae module to the script, given the expression that constructs it.
