@@ -1,25 +1,14 @@
 """Exceptions that pvae raises deliberately, each with the exit code that the command line returns for it."""
 
+import tomllib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
+from pathlib import Path
 
-EXIT_CODES: Mapping[int, str] = {
-    0: "done",
-    1: "training or analysis failed, or a bug",
-    2: "wrong usage or declaration",
-    3: "finished, with alerts, under --strict",
-    65: "bad data or checkpoint",
-    69: "a package is missing",
-    71: "device absent, lost or out of memory",
-    73: "a file or folder cannot be created",
-    74: "reading or writing failed half way",
-    75: "another process holds the run",
-    130: "SIGINT",
-    141: "nobody reads the output any more (SIGPIPE)",
-    143: "SIGTERM; a fit says which checkpoint stands",
-}
+_MEANINGS = tomllib.loads(Path(__file__).with_name("exit_codes.toml").read_text())
+EXIT_CODES: Mapping[int, str] = {int(code): meaning for code, meaning in _MEANINGS.items()}
 """Exit codes of the command line and their meanings."""
 
 
