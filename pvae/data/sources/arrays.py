@@ -17,8 +17,10 @@ from typing import IO, Any, Literal, cast
 
 import numpy as np
 
-from pvae.data.rows import Rows, decoded, files, joined
+from pvae.data.rows import files
+from pvae.data.rows.cache import decoded
 from pvae.data.rows.files import AnyArray, ArrayLayout, FileArray
+from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, near, printable
 from pvae.util.types import Array

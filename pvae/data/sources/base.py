@@ -13,8 +13,10 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from pvae.component import Component, Ints, Section, Table
-from pvae.data.rows import Binarize, Column, Rows, Scale, joined
+from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray
+from pvae.data.rows.prepare import Binarize, Scale
+from pvae.data.rows.rows import Rows, joined
 from pvae.util.types import Array
 
 Range = Annotated[tuple[int, int], Field(strict=False)]

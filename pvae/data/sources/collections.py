@@ -17,8 +17,9 @@ from typing import Literal
 import numpy as np
 from pydantic import TypeAdapter
 
-from pvae.data.rows import Rows, cache_folder, locked
+from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.files import user_folder
+from pvae.data.rows.rows import Rows
 from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
 from pvae.errors import DataError

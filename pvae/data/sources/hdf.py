@@ -17,8 +17,10 @@ import h5py
 import numpy as np
 from scipy import sparse
 
-from pvae.data.rows import Rows, Writer, decoded, files, joined
+from pvae.data.rows import files
+from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.files import AnyArray, ArrayLayout, Index, SparseRows, Stored
+from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.arrays import NamedArrays, unpacked
 from pvae.data.sources.base import FileData
 from pvae.data.sources.python import LARGEST_GAP, column_labels

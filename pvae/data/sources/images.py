@@ -14,8 +14,10 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
-from pvae.data.rows import Rows, Scale, Writer, decoded, natural
+from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.files import candidate, held, require_room, version_of
+from pvae.data.rows.prepare import Scale
+from pvae.data.rows.rows import Rows, natural
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, printable
 from pvae.util.files import digest, pretty

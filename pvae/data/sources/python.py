@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pvae.data.rows import Rows, Scale, cache_folder, created, in_order, joined, room
+from pvae.data.rows.cache import cache_folder, created, room
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
+from pvae.data.rows.prepare import Scale
+from pvae.data.rows.rows import Rows, in_order, joined
 from pvae.data.sources.base import Data, Seed
 from pvae.errors import DataError, near
 from pvae.util.types import Array

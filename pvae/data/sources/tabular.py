@@ -8,8 +8,11 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pvae.component import Names
-from pvae.data.rows import Column, Rows, Scale, Writer, decoded, in_order, joined
+from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.columns import Column
 from pvae.data.rows.files import held, located, version_of
+from pvae.data.rows.prepare import Scale
+from pvae.data.rows.rows import Rows, in_order, joined
 from pvae.data.sources.base import Data, FileData, Seed
 from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces

@@ -15,8 +15,9 @@ from numpy.random import Generator
 from numpy.typing import NDArray
 from pydantic import Field
 
-from pvae.data.rows import Floats, Rows, Scale
 from pvae.data.rows.files import require_room
+from pvae.data.rows.prepare import Floats, Scale
+from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data, Seed
 
 Draws = tuple[Floats, NDArray[np.int64]]

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pvae.data.rows import Column, ContinuousColumn, Floats
+from pvae.data.rows.columns import Column, ContinuousColumn
+from pvae.data.rows.prepare import Floats
 from pvae.errors import DataError, near
 
 if TYPE_CHECKING:

@@ -13,8 +13,10 @@ import numpy as np
 from scipy.stats import skew
 
 from pvae.component import from_table
-from pvae.data.rows import TRUTH, Column, Floats, Part, natural, tenths
+from pvae.data.rows.columns import TRUTH, Column
 from pvae.data.rows.files import located
+from pvae.data.rows.prepare import Floats
+from pvae.data.rows.rows import Part, natural, tenths
 from pvae.data.tables.cells import NA, SPELLINGS, Spelling, date_forms, listed, moments, numbers_of, shown, word_of
 from pvae.data.tables.readers import TextTable, opened_parquet, opened_text
 from pvae.errors import DataError, near
