@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from pvae.errors import DataError
 from pvae.pair import Pair, PairData
 from pvae.util.progress import Progress, silent
 
+SETTINGS = "{0.chains} chains, {0.temperatures} temperatures"
 STATES_PER_CHUNK = 4000
 """Largest number of chains times rows annealed at once: each keeps the autograd graph of one log density."""
 
@@ -83,9 +84,10 @@ class Bracket(_Annealing):
 
     heading = "bidirectional Monte Carlo on simulated data, nats per datum (n = {0.n})"
 
-    upper: Estimate
+    lower: Annotated[Estimate, f"lower bound on log p(x): annealed from the {{0.start}}, {SETTINGS}"]
+    upper: Annotated[Estimate, f"upper bound on log p(x): annealed back from exact posterior samples, {SETTINGS}"]
     """Upper bound in expectation, from annealing back from exact posterior samples."""
-    width: Estimate
+    width: Annotated[Estimate, "upper - lower: on average at least the bias of the lower bound"]
     """Width of the bracket, upper - lower: in expectation at least the bias of the lower bound."""
     x: Tensor
     """Simulated data, `(n, *event)`."""
@@ -93,12 +95,6 @@ class Bracket(_Annealing):
     """Lower bound of every datum, nats, `(n,)`, float64 on the CPU."""
     upper_per_datum: Tensor
     """Upper bound of every datum, nats, `(n,)`."""
-
-    def rows(self) -> Iterator[Row]:
-        how = f"{self.chains} chains, {self.temperatures} temperatures"
-        yield "lower", self.lower, f"lower bound on log p(x): annealed from the {self.start}, {how}"
-        yield "upper", self.upper, f"upper bound on log p(x): annealed back from exact posterior samples, {how}"
-        yield "width", self.width, "upper - lower: on average at least the bias of the lower bound"
 
     @property
     def remarks(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from rich.table import Table
 from rich.text import Text
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, merged, scaled, text
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact, merged, scaled, text
 from pvae.analysis.population.interval import ON_NEW_DATA, Population
 
 SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
@@ -23,9 +23,9 @@ class Dimensions:
     marginal_kl: tuple[float, ...] | None
     """Marginal KL(q_agg(z_d) || p(z_d)) of every coordinate; None where the prior depends on other latents or does not
     factorise."""
-    total_correlation: Estimate
+    total_correlation: Annotated[Estimate, "of marginal_kl: coordinates that depend"]
     """Total correlation of the coordinates, KL(q_agg(z) || prod_d q_agg(z_d))."""
-    coordinate_kl: Estimate | None
+    coordinate_kl: Annotated[Estimate | None, "of marginal_kl: sum over coordinates, one by one"]
     """Sum of the coordinates' marginal KLs, sum_d KL(q_agg(z_d) || p(z_d)); the marginal KL of the latent is this sum
     plus the total correlation."""
     error: float
@@ -37,13 +37,13 @@ class Dimensions:
 class LatentSurgery:
     """KL of one latent and its decomposition, nats per datum."""
 
-    kl: Estimate
+    kl: Annotated[Estimate, "the level {name} alone"]
     """Mean KL of posterior to prior, E_q[log q(z | .) - log p(z | .)], each given the latents that it depends on."""
     kl_exact: Estimate | None
     """Mean of the closed-form KL(q || p) over the data; None where torch has no closed form."""
-    mutual_information: Estimate | None
+    mutual_information: Annotated[Estimate | None, "I_q[x, {name}]"]
     """Mutual information I_q[x, z] of the data and this latent; None where q(z | .) depends on other latents."""
-    marginal_kl: Estimate | None
+    marginal_kl: Annotated[Estimate | None, "KL(q_agg({name}) || p({name}))"]
     """Marginal KL(q_agg(z) || p(z)) of this latent; None where its posterior or its prior depends on other latents."""
     kl_per_dimension: tuple[float, ...] | None
     """Mean closed-form KL of every coordinate; None unless posterior and prior are normal."""
@@ -181,13 +181,9 @@ class Surgery(Figures):
         """Yield the table rows of one latent; its KL, information and marginal KL only if there are several latents."""
         prefix = f"{name}." if len(self.latents) > 1 else ""
         if prefix:
-            yield f"{prefix}kl", latent.kl, f"the level {name} alone"
-            yield f"{prefix}mutual_information", latent.mutual_information, f"I_q[x, {name}]"
-            yield f"{prefix}marginal_kl", latent.marginal_kl, f"KL(q_agg({name}) || p({name}))"
+            yield from annotated(latent, prefix, name=name)
         if latent.dimensions is not None:
-            d = latent.dimensions
-            yield f"{prefix}total_correlation", d.total_correlation, "of marginal_kl: coordinates that depend"
-            yield f"{prefix}coordinate_kl", d.coordinate_kl, "of marginal_kl: sum over coordinates, one by one"
+            yield from annotated(latent.dimensions, prefix)
         if latent.pooled_perplexity is not None:
             meaning = f"codes in use, weighed: at most {latent.states}; a number, not nats"
             yield f"{prefix}perplexity", exact(latent.pooled_perplexity), meaning

@@ -210,11 +210,19 @@ def cell(value: object) -> object:
     return f"'{value}"
 
 
+def annotated(result: Any, prefix: str = "", **more: Any) -> Iterator[Row]:
+    """Yield the annotated fields of a dataclass as rows of a table; `more` are further fields of their formats."""
+    for field, hint in get_type_hints(type(result), include_extras=True).items():
+        if meant := getattr(hint, "__metadata__", ()):
+            name, meaning = (words.format(result, **more) for words in (field, *meant)[-2:])
+            yield prefix + name, getattr(result, field), meaning
+
+
 class Figures:
     """Base class of results that consist of named estimates, shown as text, table, data frame, HTML and JSON.
 
     A field `Annotated[Estimate, meaning]` is a row of the table, whose meaning is a format of the result; its name is
-    that of the field, or comes before the meaning.
+    that of the field, or another format before the meaning.
     """
 
     heading: ClassVar[str]
@@ -231,9 +239,7 @@ class Figures:
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the table (term, estimate or None, meaning) in reading order: the annotated fields."""
-        for field, hint in get_type_hints(type(self), include_extras=True).items():
-            if meant := getattr(hint, "__metadata__", ()):
-                yield (*meant[:-1], field)[0], getattr(self, field), meant[-1].format(self)
+        yield from annotated(self)
 
     @property
     def remarks(self) -> tuple[str, ...]:

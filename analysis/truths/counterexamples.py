@@ -9,7 +9,7 @@ import pandas
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact_mean
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact_mean
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK, fidelity
 from pvae.analysis.samples.quality import two_sample
 from pvae.analysis.truths.linear import probabilistic_pca
@@ -129,13 +129,17 @@ class Example:
     name: str
     train_log_p: Estimate
     """Mean log p(x) of training data, nats; exact."""
-    test_log_p: Estimate
+    test_log_p: Annotated[Estimate, "{0.name}: test log p", "nats; of training data {0.train_log_p.value:.2f}"]
     """Mean log p(x) of held-out data, nats; exact."""
-    accuracy: Estimate
+    accuracy: Annotated[
+        Estimate,
+        "{0.name}: classifier accuracy",
+        "classifier accuracy between its samples and data; 1/2 for good samples",
+    ]
     """Classifier two-sample test accuracy between samples of the model and held-out data; an estimate."""
-    precision: Estimate
+    precision: Annotated[Estimate, "{0.name}: precision", "proportion of samples that look like data"]
     """Proportion of samples inside a k-nearest-neighbour ball around a held-out datum, see `fidelity`; an estimate."""
-    coverage: Estimate
+    coverage: Annotated[Estimate, "{0.name}: coverage", "proportion of data with samples near"]
     """Proportion of held-out data whose k-nearest-neighbour ball contains a sample, see `fidelity`; an estimate."""
 
 
@@ -163,12 +167,8 @@ class CounterExamples(Figures):
     """Number of elements of a datum."""
 
     def rows(self) -> Iterator[Row]:
-        for e in self.examples:
-            yield f"{e.name}: test log p", e.test_log_p, f"nats; of training data {e.train_log_p.value:.2f}"
-            meaning = "classifier accuracy between its samples and data; 1/2 for good samples"
-            yield f"{e.name}: classifier accuracy", e.accuracy, meaning
-            yield f"{e.name}: precision", e.precision, "proportion of samples that look like data"
-            yield f"{e.name}: coverage", e.coverage, "proportion of data with samples near"
+        for example in self.examples:
+            yield from annotated(example)
         yield from super().rows()
 
     def models(self) -> pandas.DataFrame:
