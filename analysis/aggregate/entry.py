@@ -10,6 +10,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from pvae.analysis.figures.estimate import text
 from pvae.distributions.relaxed import Discretised
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair, Unweighed, require_bound, samples
@@ -34,10 +35,7 @@ def accept(pair: Pair, x: Any, *, guide: bool = True) -> Tensor:
         hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
         raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
     if pair.implicit:
-        raise DataError(
-            "pair: expected a model that scores data; got a generator without a likelihood, where nothing is inferred: "
-            "it has no ELBO, no evidence and no codes. Compare its samples with data: pvae two-sample."
-        )
+        raise DataError(text("refused.no_likelihood"))
     rows = pair.accept(x)
     if guide:
         require_bound(pair.structure.guide_only)
@@ -85,10 +83,7 @@ def require_likelihood(pair: Pair, caller: str) -> None:
         DataError: z determines x; the message names the observed sites.
     """
     if found := pair.structure.determined:
-        raise DataError(
-            f"{caller}: expected a density p(x | z); got {', '.join(found)} determined by the latents. Its log p(x) is "
-            f"known through the guide: use evidence."
-        )
+        raise DataError(text("refused.determined", caller=caller, names=found))
 
 
 @contextmanager
@@ -120,11 +115,7 @@ def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, 
         seen = samples(pair.model_trace(x, values))
         if all(torch.equal(seen[name]["value"].to(v.dtype).reshape(v.shape), v) for name, v in found.items()):
             return x, values
-    shapes = ", ".join(f"{name} {list(value.shape)}" for name, value in found.items())
-    raise DataError(
-        f"{caller}: expected each argument of the model to be observed as it is, whole at one site, so that simulated "
-        f"data can take its place; got sites {shapes} of rows {list(like.shape)}."
-    )
+    raise DataError(text("refused.parts_observed", caller=caller, found=found, like=list(like.shape)))
 
 
 def _placed(pair: Pair, like: Tensor, found: dict[str, Tensor]) -> Tensor | None:

@@ -10,7 +10,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, sam
 from pvae.analysis.bounds.accumulate import accumulate_weights
 from pvae.analysis.bounds.weights import Evidence, PriorEvidence, log_weights, one_by_one, side_by_side
 from pvae.analysis.decompose.codes import log_evidence
-from pvae.analysis.figures.estimate import exact_mean, scaled
+from pvae.analysis.figures.estimate import exact_mean, scaled, text
 from pvae.errors import DataError
 from pvae.pair import PARTICLES, Pair, PairData, Terms, full_size, is_point, log_prob, sum_over
 from pvae.pair.layout import samples as sample_sites
@@ -181,10 +181,7 @@ def _require_fixed_points(pair: Pair, x: Tensor) -> None:
     one, other = (sample_sites(pair.guide_trace(pair.structure.few(x))) for _ in range(2))
     points = [name for name in pair.layout.shared if name in pair.structure.points]
     if moving := [name for name in points if not torch.equal(one[name]["value"], other[name]["value"])]:
-        raise DataError(
-            f"evidence: expected one value of a global latent that the guide sets to a point; got values of "
-            f"{', '.join(moving)} that depend on other latents. Give them a density in the guide."
-        )
+        raise DataError(text("refused.moving_points", names=moving))
 
 
 def _require_bound(pair: Pair) -> bool:
@@ -195,10 +192,7 @@ def _require_bound(pair: Pair) -> bool:
     """
     points = [name for name in pair.layout.latents if name in pair.structure.points]
     if points and not pair.structure.determined:
-        raise DataError(
-            f"evidence: expected posterior densities; got a point for {', '.join(points)}, as in an autoencoder: its "
-            f"log p(x, z) bounds nothing. Use prior_evidence or ais, which do without the guide."
-        )
+        raise DataError(text("refused.points", names=points))
     return len(points) == len(pair.layout.latents)
 
 
@@ -222,8 +216,5 @@ def _points(pair: Pair, x: Tensor, caller: str) -> dict[str, Tensor]:
         return {}
     nodes = sample_sites(pair.guide_trace(pair.structure.few(x)))
     if spread := [name for name in pair.layout.shared if not is_point(nodes[name]["fn"])]:
-        raise DataError(
-            f"{caller}: expected latents of single data only, or global ones that the guide sets to points; "
-            f"got global {', '.join(spread)}. Sample them from Delta in the guide, or use surgery."
-        )
+        raise DataError(text("refused.global_densities", caller=caller, names=spread))
     return {name: nodes[name]["value"] for name in pair.layout.shared}

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.figures.estimate import text
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
@@ -153,11 +154,7 @@ def require_alike(first: Run, other: Run) -> None:
     differing = [key for key in one if key in two and one[key] != two[key]]
     if not set(differing) & set(DECISIVE):
         return
-    told = "; ".join(f"{key} {one[key]} and {two[key]}" for key in differing)
-    raise DataError(
-        f"Expected runs on the same data, prepared alike, whose figures compare; got {first.name} "
-        f"({first.path}) and {other.name} ({other.path}), which differ: {told}. Put them on planes of their own."
-    )
+    raise DataError(text("refused.other_data", first=first, other=other, one=one, two=two, keys=differing))
 
 
 def _conditions(run: Run) -> dict[str, str]:

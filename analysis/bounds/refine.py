@@ -10,6 +10,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import MultivariateNormal, Normal
 
+from pvae.analysis.figures.estimate import text
 from pvae.errors import DataError
 from pvae.pair import Pair, samples
 
@@ -39,10 +40,7 @@ def rebuild(site: str, fn: Any, edit: Edit) -> Any:
         if not isinstance(whole, dist.ExpandedDistribution):
             return rebuild(site, whole, edit)
         fn = whole.base_dist
-    raise DataError(
-        f"gap: expected a guide whose {site} is built on a normal; got {type(fn).__name__}. Use ais, or "
-        "evidence where the posterior has a density."
-    )
+    raise DataError(text("refused.no_normal", site=site, kind=type(fn).__name__))
 
 
 class Pathwise(dist.TorchDistribution):

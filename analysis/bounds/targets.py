@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from pvae.analysis.aggregate.entry import require_counts, require_room
+from pvae.analysis.figures.estimate import text
 from pvae.errors import DataError
 from pvae.pair import PARTICLES, Layout, Pair, SiteShape, log_prob, samples, site_shape, sum_over, unwrapped
 
@@ -43,9 +44,7 @@ class AnnealingPlan:
         if names := ", ".join(pair.layout.shared):
             raise DataError(f"{self.caller}: expected latents of single data only; got global {names}.")
         if names := ", ".join(pair.layout.enumerated):
-            raise DataError(
-                f"{self.caller}: expected continuous latents; got {names}, which the model sums out. Use evidence."
-            )
+            raise DataError(text("refused.summed_out", caller=self.caller, names=names))
 
 
 # ---------------------------------------------------------------------- the annealed densities
@@ -222,10 +221,7 @@ def _coordinate(plan: AnnealingPlan, name: str, node: Any, again: Any, layout: L
     transform = _to_support(plan, name, node)
     other = _to_support(plan, name, again)(transform.inv(node["value"]))
     if other.shape != node["value"].shape or not _close(other, node["value"]):
-        raise DataError(
-            f"{plan.caller}: expected a support of {name} that reads no other latent; got one that moves with them. "
-            f"Write it as a map of a latent of fixed support."
-        )
+        raise DataError(text("refused.moving_support", caller=plan.caller, name=name))
     value = site_shape(node, layout)
     free = tuple(transform.inv(node["value"]).shape)
     axis = len(value.left)
@@ -240,25 +236,16 @@ def _to_support(plan: AnnealingPlan, name: str, node: Any) -> Transform:
         return biject_to(support)
     except NotImplementedError:
         kind = type(unwrapped(node["fn"])).__name__
-        raise DataError(
-            f"{plan.caller}: expected a continuous {name} whose support torch maps to the reals; got {kind}. "
-            f"Use evidence."
-        ) from None
+        raise DataError(text("refused.no_reals", caller=plan.caller, name=name, kind=kind)) from None
 
 
 def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, Any]) -> None:
     """Refuse a guide whose density is not over the latents and supports of the model."""
     if set(guide) != set(model):
-        raise DataError(
-            f"{plan.caller}: expected a guide of the model's latents {', '.join(sorted(model))}; got "
-            f"{', '.join(sorted(guide)) or 'none'}. Pass start='prior'."
-        )
+        raise DataError(text("refused.other_latents", caller=plan.caller, model=sorted(model), guide=sorted(guide)))
     for name, node in guide.items():
         if not (_allows(node["fn"], model[name]["value"]) and _allows(model[name]["fn"], node["value"])):
-            raise DataError(
-                f"{plan.caller}: expected the guide's {name} on the model's support {model[name]['fn'].support}; got "
-                f"{node['fn'].support}. Pass start='prior'."
-            )
+            raise DataError(text("refused.other_support", caller=plan.caller, name=name, model=model[name], guide=node))
 
 
 def _allows(fn: Any, value: Tensor) -> bool:

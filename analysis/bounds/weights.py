@@ -123,10 +123,7 @@ def pareto_k(log_weights: Tensor, samples: int, resolution: Tensor | float = 0.0
     if (tail := tail_length(samples)) < SMALLEST_TAIL:
         return log_weights.new_full(log_weights.shape[1:], math.nan, dtype=torch.float64)
     if len(log_weights) <= tail:
-        raise DataError(
-            f"pareto_k: expected the {tail + 1} largest of {samples} log weights; got {len(log_weights)}. "
-            f"Keep tail_length(samples) + 1 of them."
-        )
+        raise DataError(text("refused.few_weights", tail=tail, samples=samples, count=len(log_weights)))
     top = log_weights.double().topk(tail + 1, 0).values
     relative = top - top[0]
     cutoff = relative[-1].clamp(min=LOG_TINIEST)

@@ -11,6 +11,7 @@ from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
 from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.codes import codes_kl
+from pvae.analysis.figures.estimate import text
 from pvae.distributions import ROW_COST, CertainCodes, Codes, FullRankNormals, Members, Normals, log_density
 from pvae.errors import DataError
 from pvae.pair import ROWS_OF_A_BATCH, JointStates, Layout, Pair, eliminated, read_joint_states, samples, unwrapped
@@ -229,10 +230,7 @@ def _eliminated(
     """
     total, names = eliminated(model_trace, layout, 0)
     if read := [name for name in layout.latents if name in names]:
-        raise DataError(
-            f"surgery: expected priors that no enumerated site enters; got that of {', '.join(read)}, which is summed "
-            f"out with {', '.join(layout.enumerated)}. Use evidence, whose ELBO is that of the sum."
-        )
+        raise DataError(text("refused.enumerated_prior", names=read, enumerated=layout.enumerated))
     model = samples(model_trace)
     outside = _observed(model, layout, size, names)
     latents = {name: _latent(guide[name], model.get(name), layout, n) for name in layout.latents if name in guide}

@@ -9,7 +9,7 @@ import pandas
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact_mean
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact_mean, text
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK, fidelity
 from pvae.analysis.samples.quality import two_sample
 from pvae.analysis.truths.linear import probabilistic_pca
@@ -218,10 +218,7 @@ def counterexamples(
     if data.binarize != "none":
         raise DataError(f"counterexamples: expected real numbers; got data.binarize = {data.binarize!r}. Use 'none'.")
     if min(len(train), len(test)) < 100 or train.shape[1] <= components:
-        raise DataError(
-            f"counterexamples: expected at least 100 rows of train and test, of more than {components} elements; got "
-            f"{len(train)} and {len(test)}, of {train.shape[1]}."
-        )
+        raise DataError(text("refused.few_rows", train=train, test=test, components=components))
     ppca = FactorNormal(train, components)
     spread = high - low
     diluted = Diluted(ppca, Box(low - spread, high + spread, train.shape[1]), KEPT_WEIGHT)
