@@ -11,7 +11,6 @@ from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.analysis.figures.estimate import text, texts
-from pvae.errors import DataError
 from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair import SILENT, Pair, Tally, codebook_of, in_use, perplexity, revival, silence
 
@@ -103,7 +102,7 @@ class Collapse:
 
 def activity(d: LatentDraw) -> Tensor | None:
     """Return the variance over the data of the posterior mean, `(D,)`; None for other than normals, and for one row."""
-    return None if d.loc is None or len(d.loc) < 2 else d.loc.var(0)
+    return None if d.normal is None or len(d.normal.loc) < 2 else d.normal.loc.var(0)
 
 
 def active_units(d: LatentDraw) -> int | None:
@@ -142,8 +141,6 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
         >>> collapse(pair, torch.zeros(4, 1, 8, 8)).latents["z"].active
         0
     """
-    if not len(x):
-        raise DataError("collapse: expected at least one row; got none.")
     x = accept(pair, x)
     with quiet(pair, x, seed):
         drawn = draw(pair, x)

@@ -76,11 +76,6 @@ class LatentDraw:
         return self.tally.positions * ROW_COST
 
     @property
-    def loc(self) -> Tensor | None:
-        """Means of a normal posterior, `(n, D)`; None for other posteriors."""
-        return None if self.normal is None else self.normal.loc
-
-    @property
     def normal_prior(self) -> Normals | None:
         """Means and standard deviations of a diagonal normal prior; None for other priors."""
         return self.p if isinstance(self.p, Normals) else None
@@ -140,7 +135,8 @@ def _observed(nodes: Sites, layout: Layout, size: int, known: Collection[str] = 
 
 def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> LatentDraw:
     value = rows_first(q["value"], q, layout, n).double()
-    posterior, prior = _members(q, layout, n), _prior(p, layout, n)
+    posterior = _double(traces.members(q, layout, n))
+    prior = None if p is None else _double(traces.shared_codes(p, layout) or traces.members(p, layout, n))
     log_p = torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout)
     certain = isinstance(posterior, CertainCodes)
     normal = Normals(posterior.loc, posterior.scale) if isinstance(posterior, FullRankNormals) else posterior
@@ -166,15 +162,9 @@ def _absent(numel: int, like: Tensor) -> LatentDraw:
     return LatentDraw(zero[:, None].expand(-1, numel), zero, zero, None, None, None, zero, present=nowhere)
 
 
-def _members(node: Any, layout: Layout, n: int) -> Members | None:
-    found = None if node is None else traces.members(node, layout, n)
+def _double(found: Any) -> Any:
+    """Return a tensor or members of an exponential family as float64; None stays None."""
     return None if found is None else found.double()
-
-
-def _prior(node: Any, layout: Layout, n: int) -> Members | None:
-    """Return the priors of n rows as members of an exponential family; one member if a prior of codes is shared."""
-    found = None if node is None else traces.shared_codes(node, layout)
-    return _members(node, layout, n) if found is None else found.double()
 
 
 def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> Tensor:
@@ -187,8 +177,7 @@ def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, la
     """Return the closed-form KL(q || p) of every row, nats, float64; None where torch has no closed form."""
     if isinstance(posterior, Codes) and isinstance(prior, Codes):
         return codes_kl(posterior, prior)
-    value = closed_kl(q, p, layout, 0, 1)
-    return None if value is None else value.double()
+    return _double(closed_kl(q, p, layout, 0, 1))
 
 
 def _log_ratio(q: Any, p: Any) -> float:

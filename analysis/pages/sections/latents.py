@@ -73,7 +73,7 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
     if name not in exam.prior:
         return
     latent, normal = exam.drawn.latents[name], None
-    p, means = latent.normal_prior, latent.value if latent.loc is None else latent.loc
+    p, means = latent.normal_prior, latent.value if latent.normal is None else latent.normal.loc
     if p is not None and bool((p.loc == p.loc[:1]).all()) and bool((p.scale == p.scale[:1]).all()):
         normal = (array(p.loc[0]), array(p.scale[0]))
     seen = clouds.Cloud(name, array(means), array(latent.value), array(exam.prior[name]), normal)
