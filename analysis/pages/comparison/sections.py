@@ -30,7 +30,7 @@ COLUMN_RUNS = 6
 
 
 @section("overview", "compared.overview")
-def _overview(found: Comparison) -> Iterator[Part]:
+def overview(found: Comparison) -> Iterator[Part]:
     """Yield the metrics of each run, their means over groups of runs, and the verdict."""
     all_of = _by_key(list(found.figures.values()))
     known = {term: values for term, values in all_of.items() if any(value is not None for value in values)}
@@ -105,13 +105,15 @@ def _on_new_data(found: Comparison) -> Iterator[str | Sentence]:
 
 
 @section("training", "compared.training")
-def _training(found: Comparison) -> Iterator[Part]:
+def training(found: Comparison) -> Iterator[Part]:
+    """Yield the validation ELBO of the runs over epochs."""
     if rows := {name: exam.metrics for name, exam in found.scored.items() if exam.metrics}:
         yield picture("compared.training", comparisons.overlaid(list(rows), list(rows.values())), count=len(rows))
 
 
 @section("plane", "compared.plane", where=lambda found: len(found.scored) > 1)
-def _plane(found: Comparison) -> Iterator[Part]:
+def rate_and_distortion(found: Comparison) -> Iterator[Part]:
+    """Yield the runs in the rate-distortion plane, and their table."""
     plane = rate_distortion_of(found.split, {name: exam.held for name, exam in found.scored.items()})
     yield picture("compared.rate_distortion", plane.figure())
     keys = ("rate", "distortion", "elbo")
@@ -121,7 +123,8 @@ def _plane(found: Comparison) -> Iterator[Part]:
 
 
 @section("paired", "compared.paired", where=lambda found: len(found.scored) > 1)
-def _pairs(found: Comparison) -> Iterator[Part]:
+def paired_differences(found: Comparison) -> Iterator[Part]:
+    """Yield the differences of each run to the reference, datum by datum."""
     reference, exam = next(iter(found.scored.items()))
     others = found.against(reference)
     gains = {name: d.log_p or d.elbo for name, d in others.items()}
@@ -134,7 +137,8 @@ def _pairs(found: Comparison) -> Iterator[Part]:
 
 
 @section("surgery", "compared.surgery", where=lambda found: found.scored)
-def _surgeries(found: Comparison) -> Iterator[Part]:
+def surgery(found: Comparison) -> Iterator[Part]:
+    """Yield the terms of the ELBO surgery of each run."""
     held = {name: exam.held for name, exam in found.scored.items()}
     rows = merged(held)
     if len(held) > COLUMN_RUNS:
@@ -146,7 +150,7 @@ def _surgeries(found: Comparison) -> Iterator[Part]:
 
 
 @section("together", "compared.together")
-def _together(found: Comparison) -> Iterator[Part]:
+def correlations(found: Comparison) -> Iterator[Part]:
     """Yield rank correlations of the marginal KL with likelihood and sample quality; nothing for too few runs."""
     rows = {name: row for name, row in found.figures.items() if isinstance(row.get("marginal_kl"), Estimate)}
     if len(rows) < CORRELATED_RUNS:
@@ -176,7 +180,8 @@ def _together(found: Comparison) -> Iterator[Part]:
 
 
 @section("samples", "compared.samples")
-def _samples(found: Comparison) -> Iterator[Part]:
+def samples(found: Comparison) -> Iterator[Part]:
+    """Yield samples of each run, and their quality."""
     first = found.first
     drawn = {name: exam.sampled.x[:STRIP] for name, exam in found.exams.items() if exam.sampled is not None}
     shown = is_image(first.shape) and bool(drawn)
@@ -193,7 +198,7 @@ def _samples(found: Comparison) -> Iterator[Part]:
 
 
 @section("declarations", "compared.declarations", is_appendix=True)
-def _declared(found: Comparison) -> Iterator[Part]:
+def declarations(found: Comparison) -> Iterator[Part]:
     """Yield the settings that differ between the runs, and the software environment of each run."""
     runs = [exam.run for exam in found.exams.values()]
     declared = _by_key([flat(run.plan.model_dump(mode="json")) for run in runs])
@@ -209,14 +214,9 @@ def _declared(found: Comparison) -> Iterator[Part]:
     yield {"declarations": settings}
 
 
+MADE = (
+    overview, training, rate_and_distortion, paired_differences, surgery, correlations, samples, declarations
+)  # fmt: skip
 COMPARISON_SECTIONS: Mapping[str, Callable[[Comparison], PageSection | None]] = {
-    "overview": _overview,
-    "training": _training,
-    "rate and distortion": _plane,
-    "paired differences": _pairs,
-    "surgery": _surgeries,
-    "correlations": _together,
-    "samples": _samples,
-    "declarations": _declared,
+    f.__name__.replace("_", " "): f for f in MADE
 }
-"""Functions that compute the sections of a comparison page, by name of the stage, in reading order."""

@@ -6,22 +6,9 @@ from pvae.analysis.pages.document.blocks import PageSection
 from pvae.analysis.pages.sections import fit, latents, run, samples
 from pvae.analysis.pages.sections.examination import Examination
 
-SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {
-    "training": run.training,
-    "fit": fit.fit,
-    "surgery": fit.anatomy,
-    "latents": latents.latents,
-    "codes": latents.codes,
-    "guide": fit.guide,
-    "calibration": fit.calibration,
-    "samples": samples.samples,
-    "reconstructions": samples.reconstructions,
-    "traversals": samples.traversals,
-    "interpolations": samples.interpolations,
-    "sample quality": samples.quality,
-    "probe": latents.probe,
-    "declaration": run.declaration,
-    "environment": run.environment,
-    "left out": run.left_out,
-}
-"""Functions that compute the sections of a report, by name of the stage, in reading order."""
+MADE = (
+    run.training, fit.fit, fit.surgery, latents.latents, latents.codes, fit.guide, fit.calibration, samples.samples,
+    samples.reconstructions, samples.traversals, samples.interpolations, samples.sample_quality, latents.probe,
+    run.declaration, run.environment, run.left_out,
+)  # fmt: skip
+SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {f.__name__.replace("_", " "): f for f in MADE}

@@ -184,7 +184,7 @@ LISTED_LABELS = 50
 
 
 @section("surgery", scored=True)
-def anatomy(exam: Examination) -> Iterator[Part]:
+def surgery(exam: Examination) -> Iterator[Part]:
     """Yield waterfall chart and table of the ELBO surgery; nothing for a model without a likelihood."""
     s, gaps = exam.held, bars.inference_steps(exam.held, exam.evidence)
     panels = bars.waterfall_steps(s, gaps)

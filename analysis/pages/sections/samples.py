@@ -18,7 +18,8 @@ from pvae.analysis.samples.copying import Copying, copying
 from pvae.analysis.samples.encode import reconstruct
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.fidelity import Fidelity
-from pvae.analysis.samples.quality import SampleQuality, sample_quality
+from pvae.analysis.samples.quality import SampleQuality
+from pvae.analysis.samples.quality import sample_quality as quality_of
 from pvae.analysis.samples.running import decoded_mean
 from pvae.analysis.samples.sample import Samples
 from pvae.analysis.samples.traversal import Traversal, interpolate, traverse
@@ -99,7 +100,7 @@ FOLDED_LABELS = 10
 
 
 @section("quality")
-def quality(exam: Examination) -> Iterator[Part]:
+def sample_quality(exam: Examination) -> Iterator[Part]:
     """Yield the quality of samples; nothing if the model cannot be sampled."""
     kinds = {"draws": exam.draws}
     if exam.sampled is not None and exam.sampled.is_mean and not exam.binary:
@@ -130,7 +131,7 @@ def measure(exam: Examination, kind: str, drawn: Samples | None) -> SampleQualit
         return None
     given = exam.run, exam.split, len(drawn.x), exam.seed
     what, part = f"sample quality of {kind}", "sample quality"
-    return exam.attempt(what, sample_quality, *given, space=exam.space, fake=drawn, part=part)
+    return exam.attempt(what, quality_of, *given, space=exam.space, fake=drawn, part=part)
 
 
 def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
