@@ -119,12 +119,10 @@ def _richer(exam: Examination) -> list[str]:
 def _on_overfitting(exam: Examination, difference: float) -> Sentence:
     errors = [exam.surgeries[split].total.data_error for split in ("train", exam.split)]
     error = math.hypot(*(math.nan if e is None or not math.isfinite(e) else e for e in errors))
-    over_rows = text("fit.over_rows", error=error) if math.isfinite(error) else ""
-    overfits = math.isfinite(error) and difference > max(OVERFITTING_NATS, 2 * error)
-    same = abs(difference) < SHOWN_NATS
-    entry = "fit.agree" if same else "fit.lower" if difference < 0 else "fit.higher"
-    said = text(entry, gap=difference, split=exam.split, over_rows=over_rows, overfits=overfits)
-    return Sentence(said, overfits)
+    known, same = math.isfinite(error), abs(difference) < SHOWN_NATS
+    overfits = known and difference > max(OVERFITTING_NATS, 2 * error)
+    over = text("fit.over", gap=difference, split=exam.split, error=error, known=known, same=same, overfits=overfits)
+    return Sentence(over, overfits)
 
 
 # ---------------------------------------------------------------------- guide

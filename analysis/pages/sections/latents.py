@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
-from pvae.analysis.decompose.collapse import CodeUse, Collapse
+from pvae.analysis.decompose.collapse import CodeUse
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence
 from pvae.analysis.pages.document.words import picture, section, table, text, tile
 from pvae.analysis.pages.plots import bars, clouds
@@ -41,13 +41,15 @@ def latents(exam: Examination) -> Iterator[Part]:
         figures.append((name, use.dim, use.active, z.kl, z.kl_exact, z.mutual_information, z.marginal_kl, total))
     yield table("latents", figures, split=exam.split)
     real = [name for name, latent in exam.collapse.latents.items() if latent.codes is None]
+    coded = [name for name in exam.collapse.latents if name not in real]
     for name in real:
         yield from _units(exam, name)
         yield from _against_prior(exam, name)
     yield from _curves(exam, real)
     yield from (Sentence(said, True) for said in exam.collapse.alerts)
     if not exam.collapse.alerts:
-        yield _all_in_use(exam.collapse)
+        units = [z.dim for z in exam.collapse.latents.values() if z.active is not None]
+        yield text("latents.in_use", coded=coded, units=units, count=exam.collapse.n)
     found = exam.attempt("holes", holes, exam)
     yield {"collapse": exam.collapse.to_dict(), "holes": None if found is None else vars(found)}
     if found is not None:
@@ -98,15 +100,6 @@ def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
     thresholds = [f"> {threshold:g}" for threshold, _ in next(iter(use.values())).curve[::4]]
     rows = tuple((name, latent.dim, *(count for _, count in latent.curve[::4])) for name, latent in use.items())
     yield table("latents.active_units", rows, *thresholds, usual=SILENT.variance)
-
-
-def _all_in_use(c: Collapse) -> str:
-    known = [latent for latent in c.latents.values() if latent.active is not None]
-    if (coded := [name for name, latent in c.latents.items() if latent.codes is not None]) and not known:
-        return text("latents.codes_in_use", names=coded)
-    if c.n < 2:
-        return text("latents.one_row")
-    return text("latents.all_active", units=sum(z.dim for z in known)) if known else text("latents.unknown")
 
 
 # ---------------------------------------------------------------------- holes of the prior
@@ -161,10 +154,8 @@ def holes(exam: Examination) -> Holes:
 
 def on_holes(found: Holes) -> Sentence:
     """Return the sentence on prior samples in holes; an alert if their proportion exceeds `MANY_HOLES`."""
-    if found.share <= found.expected:
-        return Sentence(text("latents.no_holes", holes=found, quantile=HOLE))
     many = found.share > MANY_HOLES
-    return Sentence(text("latents.holes", holes=found, many=many), many)
+    return Sentence(text("latents.holes", holes=found, quantile=HOLE, many=many), many)
 
 
 # ---------------------------------------------------------------------- codes

@@ -149,9 +149,7 @@ def _on_fidelity(exam: Examination, f: Fidelity) -> Iterator[Part]:
         there = [name for name in f.shares if f.data_shares[name].value > 0]
         least = min(there, key=lambda name: f.shares[name].value)
         yield text("quality.confidence", ratio=f.confidence.value / f.data_confidence.value)
-        found, of_data = f.shares[least], f.data_shares[least]
-        entry = "quality.rarest" if found.value > 0 else "quality.never"
-        yield text(entry, label=least, sampled=found, of_data=of_data)
+        yield text("quality.rarest", label=least, sampled=f.shares[least], of_data=f.data_shares[least])
 
 
 # ---------------------------------------------------------------------- decoded codes
