@@ -1,11 +1,9 @@
 """Aggregated posterior q_agg(z) = 1/n sum_i q(z | x_i): density, leave-one-out, bounds from a subset, samples."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
@@ -90,7 +88,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         components: int | None = None,
         seed: int = 0,
         memory: int = MEMORY,
-    ) -> AggregatedPosterior:
+    ) -> Self:
         """Return the aggregated posterior of a guide over a data set.
 
         Arguments:

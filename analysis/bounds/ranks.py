@@ -1,10 +1,9 @@
 """Uniformity of ranks: a test of every coordinate, the width and shift that its ranks show, and a verdict in words."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +49,7 @@ class RankTest:
         share = sum(count * min(1.0, max(0.0, edge - rank)) for rank, count in enumerate(self.counts)) / n
         return Estimate(share, math.sqrt(max(share * (1 - share), 1 / n) / n))
 
-    def of_distances(self, width: Estimate) -> RankTest:
+    def of_distances(self, width: Estimate) -> Self:
         """Return the test of ranks that are high for true values far off: "too narrow", or "too wide"; no shift."""
         beyond = self.within(0.5).value < 0.5 or self.within(0.9).value < 0.9
         verdict = FINE if self.verdict == FINE else "too narrow" if beyond else "too wide"

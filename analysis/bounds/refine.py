@@ -15,11 +15,9 @@ from pvae.errors import DataError
 from pvae.pair import Pair, samples
 
 AnyNormal = Normal | MultivariateNormal
-Edit = Callable[[Any], dist.TorchDistribution]
-"""Function that replaces a normal distribution by another one."""
 
 
-def rebuild(site: str, fn: Any, edit: Edit) -> Any:
+def rebuild(site: str, fn: Any, edit: Callable[[Any], dist.TorchDistribution]) -> Any:
     """Return the distribution `fn` of a site with its innermost normal replaced by `edit` of it.
 
     Raises:

@@ -4,8 +4,8 @@ And of rows that have other latents or, in a model written by hand, other priors
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,6 @@ from pvae.analysis.population.interval import Population
 from pvae.pair import Layout, Pair, samples
 from pvae.util import seeds
 
-POOLED_FIGURES = (
-    "reconstruction", "kl", "kl_exact", "mutual_information", "marginal_kl", "leave_one_out", "train_gain", "elbo",
-    "log_joint", "log_n", "relaxed_elbo",
-)  # fmt: skip
-POPULATION_FIGURES = ("gain", "gain_upper", "information", "information_upper")
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
 """Bounds that exist only in groups where q_agg is computed from a random subset of the rows, and the term that replaces
 each of them in the other groups."""
@@ -34,7 +29,6 @@ GROUPS_AT_MOST = 100
 NOTHING = exact(0.0)
 ABSENT = LatentSurgery(NOTHING, NOTHING, NOTHING, NOTHING, None, None)
 """Surgery of a latent in a group of rows that lack it."""
-LEVEL_FIGURES = ("kl", "kl_exact", "mutual_information", "marginal_kl")
 SAME = 1e-4
 """Largest difference between rows, relative to 1 + size, of the log prior density of one value."""
 
@@ -138,7 +132,7 @@ def _pooled(
     told = dict.fromkeys(note for s in found for note in s.notes)
     classes = {label: c for s in found for label, c in s.classes.items()}
     distinct = sum(len(s.classes) for s in found) == len(classes)
-    figures = {name: _mean([getattr(s, name) for s in found], sizes) for name in POOLED_FIGURES}
+    figures = _means(found, sizes, but=(*BOUNDS, "global_kl", "label_information"))
     for bound, main in BOUNDS.items():
         if any(getattr(s, bound) for s in found):
             figures[bound] = _mean([getattr(s, bound) or getattr(s, main) for s in found], sizes)
@@ -159,10 +153,16 @@ def _population(found: Sequence[Population | None], sizes: Sequence[int]) -> Pop
     known = [part for part in found if part is not None]
     if len(known) < len(found):
         return None
-    figures = {name: _mean([getattr(part, name) for part in known], sizes) for name in POPULATION_FIGURES}
+    figures = _means(known, sizes, but=("midpoint",))
     notes = tuple(dict.fromkeys(note for part in known for note in part.notes))
     prior = f"a prior for each of {len(known)} groups of rows with the same latents"
     return Population(n=sum(sizes), **figures, prior=prior, notes=notes)
+
+
+def _means(parts: Sequence[Any], sizes: Sequence[int], but: Collection[str] = ()) -> dict[str, Any]:
+    """Return the weighted means of all fields of results that are estimates, but for some."""
+    names = [field.name for field in fields(parts[0]) if "Estimate" in str(field.type) and field.name not in but]
+    return {name: _mean([getattr(part, name) for part in parts], sizes) for name in names}
 
 
 def _mean(parts: Sequence[Estimate | None], sizes: Sequence[int]) -> Any:
@@ -187,7 +187,7 @@ def _mean(parts: Sequence[Estimate | None], sizes: Sequence[int]) -> Any:
 
 
 def _level(parts: Sequence[LatentSurgery], sizes: Sequence[int]) -> LatentSurgery:
-    figures = {name: _mean([getattr(part, name) for part in parts], sizes) for name in LEVEL_FIGURES}
+    figures = _means(parts, sizes)
     columns = [part.kl_per_dimension for part in parts if part.kl_per_dimension is not None]
     per_dimension = None
     if len(columns) == len(parts):

@@ -1,10 +1,8 @@
 """Priors of discrete codes made of other rows: discounted counts, products of positions, latent classes, and p."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -41,6 +39,19 @@ class Grid(NamedTuple):
     """Number of coordinates of a flat value: P of indices, P K of one-hots or their logarithms."""
 
 
+class Counted(NamedTuple):
+    """Counts of the codes of m rows among other rows."""
+
+    total: Tensor
+    """Number of rows counted, `(m,)`."""
+    times: Tensor
+    """Number of rows with the same joint code, `(m,)`."""
+    distinct: Tensor
+    """Number of distinct joint codes, `(m,)`."""
+    by_position: Tensor
+    """Number of rows with the same code at every position, `(m, P)`."""
+
+
 class CodeTable(NamedTuple):
     """Joint codes of n rows, counted: by joint code, and by position."""
 
@@ -61,7 +72,7 @@ class CodeTable(NamedTuple):
     kept, 1 for the row's own codes."""
 
     @classmethod
-    def of(cls, rows: NewRows, grids: Sequence[Grid]) -> CodeTable:
+    def of(cls, rows: NewRows, grids: Sequence[Grid]) -> Self:
         """Return the table of the codes of some rows."""
         value = rows.value
         index, sizes = [], []
@@ -112,19 +123,6 @@ class CodeTable(NamedTuple):
         table.add_(smoothing * shares[:, None]).log_()
         tile = torch.nn.functional.embedding_bag(self.flat[at], table, mode="sum")
         return tile.masked_fill_(at[:, None] == self.centres[of], NOTHING)
-
-
-class Counted(NamedTuple):
-    """Counts of the codes of m rows among other rows."""
-
-    total: Tensor
-    """Number of rows counted, `(m,)`."""
-    times: Tensor
-    """Number of rows with the same joint code, `(m,)`."""
-    distinct: Tensor
-    """Number of distinct joint codes, `(m,)`."""
-    by_position: Tensor
-    """Number of rows with the same code at every position, `(m, P)`."""
 
 
 def terms(bases: Tensor, found: Counted) -> Tensor:
@@ -184,7 +182,7 @@ class CodeMixture(NamedTuple):
     shares: Tensor
 
     @classmethod
-    def chosen(cls, table: CodeTable, of: Tensor, *, classes: bool = True) -> CodeMixture:
+    def chosen(cls, table: CodeTable, of: Tensor, *, classes: bool = True) -> Self:
         """Return the mixture chosen on the rows `of`, `(n,)` booleans: each is scored by others of them."""
         rows = of.nonzero()[:, 0]
         rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(1)).to(rows.device)]
@@ -192,10 +190,8 @@ class CodeMixture(NamedTuple):
         found, shares = table.counted(tried, of), table.shares(rest)
         kernel = {smoothing: _kernel(table, tried, of, smoothing, shares) for smoothing in SMOOTHINGS}
         smoothing = max(kernel, key=lambda each: float(kernel[each].mean()))
-        bases = [table.log_p[tried], table.product(tried, found), kernel[smoothing]]
         best = _classes(table, rest, tried) if classes else None
-        bases += [best.joint(table.flat[tried]).logsumexp(1)] if best is not None else []
-        given = terms(torch.stack(bases, 1), found)
+        given = terms(_bases(table, tried, found, kernel[smoothing], best), found)
         towards_p = torch.zeros_like(given[0])
         towards_p[0] = TOWARDS_P
         return cls(table, mixture_weights(given, towards_p), best, smoothing, shares)
@@ -213,9 +209,7 @@ class CodeMixture(NamedTuple):
         table, found, near = self.table, self.table.counted(at, of), of[self.table.centres]
         top, e = relative(table.kernels(at, near, self.smoothing, self.shares))
         total, centres = e.sum(1), table.centres[near]
-        bases = [table.log_p[at], table.product(at, found), top + total.double().log() - _others(at, centres)]
-        bases += [self.classes.joint(table.flat[at]).logsumexp(1)] if self.classes is not None else []
-        base = torch.stack(bases, 1)
+        base = _bases(table, at, found, top + total.double().log() - _others(at, centres), self.classes)
         log_r = self._log_r(base, found)
         fresh, by_base = self._responsibility(base, found, log_r)
         fewer = found.times - 1
@@ -300,6 +294,13 @@ def _classes(table: CodeTable, fitted: Tensor, held: Tensor) -> LatentClasses | 
             break
         best, value = found, score
     return best if best is not None and len(best.log_weights) > 1 else None
+
+
+def _bases(table: CodeTable, at: Tensor, found: Counted, kernel: Tensor, classes: LatentClasses | None) -> Tensor:
+    """Return the log densities of the rows `at` under p, a product of positions, kernels and latent classes."""
+    known = [table.log_p[at], table.product(at, found), kernel]
+    known += [] if classes is None else [classes.joint(table.flat[at]).logsumexp(1)]
+    return torch.stack(known, 1)
 
 
 def _kernel(table: CodeTable, at: Tensor, of: Tensor, smoothing: float, shares: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
 """Interval for what a better prior can win on new data, and for the information of the codes about new data."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -131,7 +129,7 @@ class PairsBound(NamedTuple):
     largest: float
 
     @classmethod
-    def of(cls, critic: PairCritic, own: Tensor, sums: Tensor) -> PairsBound:
+    def of(cls, critic: PairCritic, own: Tensor, sums: Tensor) -> Self:
         """Return the bound from log q(z_i | x_i), `(n,)`, and the sums over all pairs."""
         n, t = len(own), critic(own - critic.apart)
         alike = t.exp()

@@ -1,7 +1,5 @@
 """Priors of real latents made of other rows: kernels, a normal, a mixture of normals and a flow, mixed with p."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from copy import deepcopy
