@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import pvae
-from pvae.analysis.pages.sections.run import environment_of
+from pvae.analysis.pages.sections.fit import environment_of
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.nn import precision

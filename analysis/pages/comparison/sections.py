@@ -15,8 +15,7 @@ from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Se
 from pvae.analysis.pages.document.words import Value, alert, picture, section, table, text
 from pvae.analysis.pages.plots import comparisons, pictures
 from pvae.analysis.pages.plots.base import array, plain
-from pvae.analysis.pages.sections.fit import OVERFITTING_NATS, SHOWN_NATS
-from pvae.analysis.pages.sections.run import environment_of
+from pvae.analysis.pages.sections.fit import OVERFITTING_NATS, SHOWN_NATS, environment_of
 from pvae.analysis.pages.sections.samples import whole
 from pvae.analysis.samples.features import is_image
 from pvae.util.toml import flat

@@ -3,12 +3,12 @@
 from collections.abc import Callable, Mapping
 
 from pvae.analysis.pages.document.blocks import PageSection
-from pvae.analysis.pages.sections import fit, latents, run, samples
+from pvae.analysis.pages.sections import fit, latents, samples
 from pvae.analysis.pages.sections.examination import Examination
 
 MADE = (
-    run.training, fit.fit, fit.surgery, latents.latents, latents.codes, fit.guide, fit.calibration, samples.samples,
+    fit.training, fit.fit, fit.surgery, latents.latents, latents.codes, fit.guide, fit.calibration, samples.samples,
     samples.reconstructions, samples.traversals, samples.interpolations, samples.sample_quality, latents.probe,
-    run.declaration, run.environment, run.left_out,
+    fit.declaration, fit.environment, fit.left_out,
 )  # fmt: skip
 SECTIONS: Mapping[str, Callable[[Examination], PageSection | None]] = {f.__name__.replace("_", " "): f for f in MADE}

@@ -11,8 +11,7 @@ from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import CodeUse
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence
 from pvae.analysis.pages.document.words import picture, section, table, text, tile
-from pvae.analysis.pages.plots import bars, clouds
-from pvae.analysis.pages.plots.base import array
+from pvae.analysis.pages.plots import bars, base, clouds
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.probe import RAW
@@ -77,8 +76,8 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
     latent, normal = exam.drawn.latents[name], None
     p, means = latent.normal_prior, latent.value if latent.normal is None else latent.normal.loc
     if p is not None and bool((p.loc == p.loc[:1]).all()) and bool((p.scale == p.scale[:1]).all()):
-        normal = (array(p.loc[0]), array(p.scale[0]))
-    seen = clouds.Cloud(name, array(means), array(latent.value), array(exam.prior[name]), normal)
+        normal = (base.array(p.loc[0]), base.array(p.scale[0]))
+    seen = clouds.Cloud(name, base.array(means), base.array(latent.value), base.array(exam.prior[name]), normal)
     labels = None if exam.labels is None else exam.labels.numpy()
     if not clouds.groups(labels):
         labels = None
@@ -197,10 +196,10 @@ def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
     if len(use.grid) != 2 or use.states < 3 or not is_image(exam.shape):
         return
     rows = np.linspace(0, len(exam.x) - 1, min(MAPPED_DATA, len(exam.x))).astype(int)
-    values = array(exam.drawn.latents[name].value)[rows]
+    values = base.array(exam.drawn.latents[name].value)[rows]
     if values.shape[1] != use.grid[0] * use.grid[1]:
         return
-    data = array(exam.part.observed(exam.x[rows.tolist()]))
+    data = base.array(exam.part.observed(exam.x[rows.tolist()]))
     maps = values.reshape(len(rows), *use.grid).astype(np.int64)
     made = bars.code_maps(name, data, maps, use.states, *exam.scale_of_grey)
     yield picture("codes.code_maps", made, of=name, count=len(rows), split=exam.split)

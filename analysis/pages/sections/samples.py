@@ -11,8 +11,7 @@ from pvae.analysis.export.sites import as_value
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence
 from pvae.analysis.pages.document.words import alert, picture, section, table, text, tile
-from pvae.analysis.pages.plots import pictures
-from pvae.analysis.pages.plots.base import array
+from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.copying import Copying, copying
 from pvae.analysis.samples.encode import reconstruct
@@ -36,8 +35,8 @@ def samples(exam: Examination) -> Iterator[Part]:
     """Yield samples and their nearest training rows; nothing if the model cannot be sampled."""
     if (drawn := exam.sampled) is None:
         return
-    data = array(exam.data.train.observed(exam.rows["train"].x[:1000]))
-    x = array(drawn.x[:ON_SHEET]).reshape(-1, *exam.shape)
+    data = base.array(exam.data.train.observed(exam.rows["train"].x[:1000]))
+    x = base.array(drawn.x[:ON_SHEET]).reshape(-1, *exam.shape)
     yield picture("samples", pictures.samples(x, data, *exam.scale_of_grey), count=len(x), means=drawn.is_mean)
     known = {}
     for kind, some in (("means", drawn), ("draws", exam.draws)):
@@ -52,7 +51,7 @@ def samples(exam: Examination) -> Iterator[Part]:
     if is_image(exam.shape):
         train = exam.data.train
         nearest = train.observed(train.rows[first.nearest[:BESIDE_NEIGHBOURS].to(exam.x.device)])
-        pairs = np.stack([x[:BESIDE_NEIGHBOURS], array(nearest)[: len(x)]])
+        pairs = np.stack([x[:BESIDE_NEIGHBOURS], base.array(nearest)[: len(x)]])
         made = pictures.gallery(pairs, *exam.scale_of_grey, row_names=("sample", "nearest"))
         yield picture("samples.nearest", made, count=len(pairs[0]))
     yield _table(known)
@@ -182,7 +181,7 @@ def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
     exam.require_whole_rows()
     pair, drawn, layout, found = exam.pair, exam.drawn, exam.pair.layout, []
     with quiet(pair, exam.x, exam.seed):
-        for title, picked in pictures.best_to_worst(array(drawn.reconstruction), REBUILT_DATA).items():
+        for title, picked in pictures.best_to_worst(base.array(drawn.reconstruction), REBUILT_DATA).items():
             rows = torch.from_numpy(picked).to(exam.x.device)
             chosen = exam.x[rows]
             if layout.enumerated:  # the score sums over codes c: decode a sample of p(c | x, z)
@@ -192,8 +191,8 @@ def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
                 values: dict[str, Any] = {name: nodes[name]["value"] for name in (*layout.latents, *layout.shared)}
                 values |= {name: as_value(z.value[rows], nodes[name], layout) for name, z in drawn.latents.items()}
                 means = decoded_mean(pair.model_trace(chosen, values).nodes, layout, len(rows))
-            data, scores = array(pair.frame.split(chosen)[0]), array(drawn.reconstruction[rows])
-            found.append(pictures.Rebuilt(title, data, array(means).reshape(data.shape), scores))
+            data, scores = base.array(pair.frame.split(chosen)[0]), base.array(drawn.reconstruction[rows])
+            found.append(pictures.Rebuilt(title, data, base.array(means).reshape(data.shape), scores))
     return found
 
 
@@ -211,9 +210,9 @@ def _traversal(exam: Examination, found: Traversal) -> Part:
     """Return the traversal of a latent: for images a row per coordinate, for points in the plane its path."""
     if is_image(exam.shape):
         names, steps, below = pictures.moved(found)
-        made = pictures.gallery(array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps)
+        made = pictures.gallery(base.array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps)
         return picture("traversals.traversal", made, of=found.latent, count=len(names), order=found.order, below=below)
-    paths = pictures.traversed(found, array(exam.part.observed(exam.x[:1000])))
+    paths = pictures.traversed(found, base.array(exam.part.observed(exam.x[:1000])))
     assert paths is not None  # noqa: S101 - points in the plane are shown
     return picture("traversals.paths.traversal", paths, of=found.latent, count=len(found.dims))
 
@@ -226,7 +225,7 @@ def interpolations(exam: Examination) -> Iterator[Part]:
     )
     if not found:
         return
-    made = pictures.gallery(np.stack([array(path.x) for path in found]), *exam.scale_of_grey)
+    made = pictures.gallery(np.stack([base.array(path.x) for path in found]), *exam.scale_of_grey)
     yield picture("interpolations", made, count=len(found), split=exam.split)
     paths = [path.log_prior.tolist() for path in found if path.log_prior is not None]
     if len(paths) == len(found):
