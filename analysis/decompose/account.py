@@ -241,12 +241,6 @@ class Account:
         latents = self.first.latents.values()
         return all(z.certain for z in latents) and self.guide_roots.issuperset(self.names) and self.first.points
 
-    @property
-    def nothing_drawn(self) -> bool:
-        """True if all latents are summed over or determined by x: the reconstruction term is then exact as well."""
-        summed = not self.pair.layout.latents and self.guide_roots.issuperset(self.names)
-        return (summed and self.first.points) or self.certain
-
     def kl_terms(self) -> Tensor:
         """Return the KL of all latents per row, nats: `(n,)` if it is exact (discrete latents), else `(samples, n)`."""
         joint = self.joint_codes(self.names)

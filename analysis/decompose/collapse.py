@@ -149,7 +149,8 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     return Collapse(len(x), latents, tuple(alerts))
 
 
-def _code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None) -> CodeUse:
+def code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None = None) -> CodeUse:
+    """Return the use of the codes of a discrete latent, from the sums over its posteriors, and its codebook if any."""
     looked_up, pooled = isinstance(book, NearestCodebook), not found.bits
     return CodeUse(
         states=found.states,
@@ -169,7 +170,7 @@ def _code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None) 
 
 def _read(name: str, d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:
     if d.tally is not None:
-        return LatentCollapse(d.tally.positions, None, None, None, None, (), _code_use(name, d.tally, book))
+        return LatentCollapse(d.tally.positions, None, None, None, None, (), code_use(name, d.tally, book))
     variance, each, dim, prior = activity(d), d.coordinate_kl, d.value.shape[1], d.normal_prior
     kl = None if each is None else tuple(each.mean(0).tolist())
     total = None if d.point else float((d.log_q - d.log_p if d.kl is None else d.kl).mean())

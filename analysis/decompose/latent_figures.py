@@ -9,11 +9,11 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.components import row_hash
 from pvae.analysis.decompose.account import Account, LevelTerms, Scored
-from pvae.analysis.decompose.collapse import active_units
+from pvae.analysis.decompose.collapse import active_units, code_use
 from pvae.analysis.decompose.result import Dimensions, LatentSurgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws
 from pvae.distributions.exponential_codes import Codes
-from pvae.pair.code_usage import Tally, entropy_of, perplexity
+from pvae.pair.code_usage import Tally, entropy_of
 
 
 def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Any]:
@@ -103,8 +103,8 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
     if len(level.closed) == len(level.log_q):
         alone = first and name in account.model_roots
         kl_exact = exact_mean(level.closed[0]) if alone else account.over(torch.stack(level.closed))
-    counted = latent.tally if first else None
-    pooled = None if counted is None or counted.bits else counted
+    use = code_use(name, latent.tally) if first and latent.tally is not None else None
+    codes = ("perplexity", "states", "pooled_perplexity", "used")
     return LatentSurgery(
         kl=group["kl"],
         kl_exact=kl_exact,
@@ -113,10 +113,7 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
         kl_per_dimension=tuple(torch.stack(columns).mean(0).tolist()) if (columns := level.kl_per_dimension) else None,
         active_units=active_units(latent),
         dimensions=_dimensions(account, name, group["mutual_information"]),
-        perplexity=None if counted is None else tuple(perplexity(counted.share).tolist()),
-        states=None if counted is None else counted.states,
-        pooled_perplexity=None if pooled is None else float(perplexity(pooled.pooled)),
-        used=None if pooled is None else int(pooled.used.sum()),
+        **{figure: getattr(use, figure, None) for figure in codes},
     )
 
 

@@ -60,8 +60,10 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
 
 
 def _mean(account: Account, terms: Tensor) -> Estimate:
-    """Return the mean of terms `(samples, n)`; exact where nothing is drawn."""
-    return exact_mean(terms[0]) if account.nothing_drawn else account.over(terms)
+    """Return the mean of terms `(samples, n)`; exact where all latents are summed over or determined by x."""
+    summed = not account.pair.layout.latents and account.guide_roots.issuperset(account.names)
+    exactly = account.certain or (summed and account.first.points)
+    return exact_mean(terms[0]) if exactly else account.over(terms)
 
 
 def _elbo(account: Account, reconstruction: Estimate, kl: Estimate) -> Estimate:
