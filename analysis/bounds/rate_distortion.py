@@ -144,15 +144,11 @@ def named(runs: Sequence[Run]) -> list[str]:
     ]
 
 
-DECISIVE = ("fingerprint", "data.binarize", "covariates")
-"""Properties of the data that two runs must share to be compared; the fingerprint covers the values of all splits."""
-
-
 def require_alike(first: Run, other: Run) -> None:
     """Refuse to compare two runs on different data, binarisation or covariates; the DataError lists the differences."""
     one, two = _conditions(first), _conditions(other)
     differing = [key for key in one if key in two and one[key] != two[key]]
-    if not set(differing) & set(DECISIVE):
+    if not {"fingerprint", "data.binarize", "covariates"}.intersection(differing):  # all splits
         return
     raise DataError(text("refused.other_data", first=first, other=other, one=one, two=two, keys=differing))
 

@@ -24,7 +24,6 @@ Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
 CONSERVATIVE = "conservative"
 HUGE = 1e150
 """Size from which a value counts as infinite."""
-ONE_GLOBAL = "one draw of the global latents, whose noise is not in it"
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def over_whole_draws(terms: Tensor, kind: Kind = "estimate") -> Estimate:
     """Return the mean of terms `(samples, n)`, with the error between samples, as rows share noise within a sample."""
     found = over_draws(terms, kind)
     if len(terms) == 1:
-        return replace(found, note=ONE_GLOBAL)
+        return replace(found, note="one draw of the global latents, whose noise is not in it")
     return replace(found, standard_error=float(terms.mean(1).std() / math.sqrt(len(terms))))
 
 

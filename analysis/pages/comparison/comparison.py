@@ -24,13 +24,6 @@ from pvae.runs.run import Run
 
 PAIRED_SAMPLES = 8
 """Posterior samples per datum for paired differences of ELBOs; fewer if there are many data."""
-TRAIN_ROWS = 10_000
-"""Largest number of training rows of an ELBO surgery, the same as of test rows.
-
-The mutual information of both splits then has the same upper limit log n.
-"""
-PAIRED_EVIDENCE_ROWS = 250
-"""Largest number of rows for importance sampling; paired differences need fewer rows than the bound of one run."""
 STRIP = 10
 """Number of samples of each run that the page shows."""
 
@@ -132,7 +125,9 @@ class Comparison:
             if not any(getattr(one.plan, "covariates", None) for one in (runs[0], run)):
                 run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
         self.split, self.groups = split, groups
-        settings = {"samples": 2, "train_rows": TRAIN_ROWS, "most_evidence_rows": PAIRED_EVIDENCE_ROWS, **settings}
+        # As many rows of train as of test: the mutual information of both has the same limit log n. Paired differences
+        # need fewer rows for importance sampling than the bound of one run.
+        settings = {"samples": 2, "train_rows": 10_000, "most_evidence_rows": 250, **settings}
         self.exams = {name: Examination(run, split, **settings) for name, run in zip(names, runs, strict=True)}
         self.quality: dict[str, SampleQuality] = {}
         """Sample quality by run, all in the feature space of the first run; runs without it are absent."""

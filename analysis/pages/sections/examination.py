@@ -32,7 +32,6 @@ SURGERY_ROWS = {"train": 60_000, "held": 10_000}
 """Largest numbers of rows of an ELBO surgery: of the training split, and of the other split that is reported."""
 SURGERY_DRAWS = 20_000
 """Largest number of posterior samples of an ELBO surgery over all data; each datum has at least one."""
-EVIDENCE_ROWS = 500
 SMALL_ROWS, SMALL_ELEMENTS = 4096, 1 << 18
 """Largest numbers of rows of a split, and of their elements, that are analysed with one thread."""
 MODEL_SAMPLES = 5000
@@ -93,7 +92,7 @@ class Examination:
     """Largest number of training rows of an ELBO surgery."""
     population: Asked = "rows"
     """Source of the interval on new data, as in `surgery`."""
-    most_evidence_rows: int = EVIDENCE_ROWS
+    most_evidence_rows: int = 500
     """Largest number of rows for importance sampling."""
     missing: dict[str, str] = field(default_factory=dict, init=False)
     """Reasons of the analyses that could not be computed, by name of the analysis."""
