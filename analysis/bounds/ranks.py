@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri, owens_t
 from scipy.stats import chi2
 
@@ -56,7 +55,7 @@ class RankTest:
         return replace(self, verdict=verdict, width=width, shift=Estimate(0.0))
 
 
-def rank_tests(ranks: NDArray[np.int64], samples: int, names: Sequence[str]) -> tuple[RankTest, ...]:
+def rank_tests(ranks: Array, samples: int, names: Sequence[str]) -> tuple[RankTest, ...]:
     r"""Test whether ranks are uniform on 0 .. L, independently over the rows, for several coordinates together.
 
     The test of one coordinate is Neyman's smooth test: with polynomials h_1, ..., h_4 that are orthonormal under the
@@ -104,7 +103,7 @@ def _verdict(width: Estimate, shift: Estimate) -> str:
 # ---------------------------------------------------------------------- width and shift
 
 
-def _moments(counts: NDArray[np.int64], samples: int) -> tuple[list[Estimate], list[Estimate]]:
+def _moments(counts: Array, samples: int) -> tuple[list[Estimate], list[Estimate]]:
     """Return width and shift of every coordinate, from the first two moments of its ranks, with delta-method errors.
 
     With m = P(z' < z) and a = P(z', z'' < z), of which r / L and r (r - 1) / (L (L - 1)) are unbiased estimates.

@@ -82,13 +82,8 @@ class Collapse:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the use of every latent and the alerts as plain numbers and strings for JSON."""
-        return {
-            "n": self.n,
-            "active_above": SILENT.variance,
-            "silent": asdict(SILENT),
-            "latents": {name: asdict(latent) for name, latent in self.latents.items()},
-            "alerts": list(self.alerts),
-        }
+        limits = {"n": self.n, "active_above": SILENT.variance, "silent": asdict(SILENT)}
+        return {**limits, **asdict(self), "alerts": list(self.alerts)}
 
     def __str__(self) -> str:
         head = f"active units (variance of the posterior mean over {self.n} rows > {SILENT.variance})"

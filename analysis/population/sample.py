@@ -77,6 +77,9 @@ class HonestScores(NamedTuple):
     """The prior r in words, as in "won by {words}"."""
 
 
+SCORES = ("log_r", "influence", "apart")
+
+
 class HonestPrior(ABC):
     """Abstract way to make a prior r(z) from rows, and to score rows that it was not chosen with.
 
@@ -140,12 +143,9 @@ class RootPrior(HonestPrior):
         pieces = zip(self.priors, rows.parts, known, strict=True)
         found = [prior.scored(part, fold, other) for prior, part, other in pieces]
         rest = rows.log_p - torch.stack([part.log_p for part in rows.parts]).sum(0)
-        return HonestScores(
-            rest + torch.stack([scores.log_r for scores in found]).sum(0),
-            torch.stack([scores.influence for scores in found]).sum(0),
-            rest + torch.stack([scores.apart for scores in found]).sum(0),
-            f"a new prior of the latents without parents: {'; '.join(scores.words for scores in found)}",
-        )
+        log_r, influence, apart = (torch.stack([getattr(s, name) for s in found]).sum(0) for name in SCORES)
+        words = f"a new prior of the latents without parents: {'; '.join(scores.words for scores in found)}"
+        return HonestScores(rest + log_r, influence, rest + apart, words)
 
 
 class GroupPrior(HonestPrior):
@@ -179,9 +179,7 @@ class MixedPrior(HonestPrior):
 
     def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
         found = [prior.scored(rows, fold, train) for prior in self.priors]
-        log_r, apart, influence = (
-            torch.stack([getattr(s, name) for s in found], -1) for name in ("log_r", "apart", "influence")
-        )
+        log_r, influence, apart = (torch.stack([getattr(s, name) for s in found], -1) for name in SCORES)
         log_w = torch.zeros_like(log_r)
         for k in range(FOLDS if train is None else 0):
             log_w[fold == k] = _weights(apart[fold == (k + 1) % FOLDS])

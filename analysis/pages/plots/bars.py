@@ -9,7 +9,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 from scipy.stats import binom
 
 from pvae.analysis.bounds.calibration import Calibration
@@ -30,7 +29,7 @@ BARS, HISTOGRAMS = 10, 5
 def _bars(
     axes: Axes,
     heights: Array,
-    active: NDArray[np.bool_],
+    active: Array,
     bottom: float = 0.0,
     among: tuple[str, str] = ("active", "inactive"),
 ) -> None:

@@ -16,7 +16,6 @@ from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.decompose.surgery_figures import Asked
-from pvae.analysis.figures.estimate import text
 from pvae.analysis.pages.document.document import Stages
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
 from pvae.analysis.samples.quality import space_of
@@ -178,7 +177,10 @@ class Examination:
     def require_whole_rows(self) -> None:
         """Raise DataError unless the model observes whole rows of data."""
         if not self.whole_rows:
-            raise DataError(text("refused.parts_of_rows", shape=list(self.shape)))
+            raise DataError(
+                f"expected a model that observes whole rows of data, {list(self.shape)}, for samples and "
+                f"reconstructions beside data; got one whose first observed site is a part of a row."
+            )
 
     # ------------------------------------------------------------------ figures
 
