@@ -24,11 +24,6 @@ class Information:
     left_out: Information | None = None
     """The same terms with one of the random groups of components after another left out, `(groups, m)` each."""
 
-    @property
-    def bias(self) -> float:
-        """Upper bound, in expectation, of the error of I_q from leaving out components; 0 if none is left out."""
-        return float((self.upper - self.lower).mean())
-
     def plus(self, other: Information) -> Information:
         """Return the sums of the terms of two samples."""
         names = ("lower", "upper", "leave_one_out")

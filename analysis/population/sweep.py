@@ -101,8 +101,7 @@ class PairCritic(NamedTuple):
     @property
     def pairs(self) -> int:
         """Number of pairs of a sample and another row."""
-        own = sum(size * (size - 1) for size in self.sizes)
-        return own + sum(size * self.sizes[k - 1] for k, size in enumerate(self.sizes) if len(self.sizes) > 1)
+        return sum((a.stop - a.start) * (b.stop - b.start - (a == b)) for a, b in self.blocks())
 
     def blocks(self) -> Iterator[tuple[slice, slice]]:
         """Yield blocks of samples and rows that are paired."""
