@@ -58,11 +58,11 @@ def density(pair: pvae.Pair, x: Tensor) -> tuple[float, float]:
     with quiet(pair, x, 0):
         z = draw(pair, x).latents["z"]
     assert z.q is not None
-    assert z.loc is not None
+    assert z.normal is not None
     mixture = AggregatedPosterior(z.q)
     start = time.perf_counter()
     mixture.log_prob(z.value)
-    return time.perf_counter() - start, product_alone(z.value, z.loc)
+    return time.perf_counter() - start, product_alone(z.value, z.normal.loc)
 
 
 def grid(pair: pvae.Pair, x: Tensor) -> str:
