@@ -1,13 +1,13 @@
 """Common parts of sampling, encoding and decoding: results that can be saved, runs of a pair over rows in chunks."""
 
-import io
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
@@ -17,13 +17,17 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
 from pvae.analysis.aggregate.entry import accept, quiet, same_globals
+from pvae.analysis.export.rows import Origin, write
 from pvae.analysis.export.sites import numpy_of, rows_of, safe_names
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
 from pvae.errors import DataError, DeclarationError, near
 from pvae.pair import Layout, Pair, unwrapped
 from pvae.runs.run import Run
-from pvae.util import Progress, silent, write_atomic
+from pvae.util import Progress, silent
+
+if TYPE_CHECKING:
+    import pandas
 
 T = TypeVar("T")
 
@@ -47,6 +51,9 @@ def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -
 class Generated:
     """Base class of results that consist of named tensors on the CPU and can be saved."""
 
+    origin: Origin = field(default=Origin(), kw_only=True)  # noqa: RUF009
+    """Number, id, split and label of every row, where the result is one of rows of data."""
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the result under the keys that `save` writes: `<field>`, in a dict `<field>/<name>`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -57,15 +64,22 @@ class Generated:
         """Return the tensors of the result as NumPy arrays, under the same keys."""
         return {key: numpy_of(t) for key, t in self.tensors().items()}
 
-    def save(self, path: str | Path, **more: Tensor) -> Path:
-        """Write the tensors to an `.npz` file atomically, for `numpy.load(path, allow_pickle=False)`; return its path.
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a result that has one entry a row as a data frame, indexed by the ids of the rows, else their numbers.
 
-        The keys are those of `arrays` and of `more`. Site names are reduced to ASCII letters, digits and `_`.
+        A latent `z` has columns `z0`, `z1`, ...; rows of a table have its columns, in its units and words.
         """
-        buffer = io.BytesIO()
-        arrays: dict[str, Any] = {**self.arrays(), **{key: numpy_of(t) for key, t in more.items()}}
-        np.savez(buffer, **arrays)
-        write_atomic(Path(path), buffer.getvalue())
+        found = self.origin.frame(self.tensors())
+        return found.set_index(found.columns[0]) if self.origin.columns else found.rename_axis("row")
+
+    def save(self, path: str | Path) -> Path:
+        """Write the result to a file atomically, and return its path.
+
+        An `.npz`, for `numpy.load(path, allow_pickle=False)`, has the keys of `arrays`, and `row`, `id`, `split` and
+        `label` where they are known. A result that has one entry a row is also written as `.csv`, `.parquet` or
+        `.h5ad`, see `pvae.analysis.export.rows.write`.
+        """
+        write(Path(path), [self.tensors()], self.origin)
         return Path(path)
 
     def __repr__(self) -> str:
@@ -188,19 +202,19 @@ def by_chunks(make: Callable[[int, int], T], n: int, numbers: int, on_progress: 
         stop = min(start + size, n)
         parts.append(make(start, stop))
         on_progress(stop, n)
-    joined: T = _joined(parts)
-    return joined
+    together: T = joined(parts)
+    return together
 
 
-def _joined(parts: Sequence[Any]) -> Any:
+def joined(parts: Sequence[Any]) -> Any:
     """Return results of successive chunks as one: tensors concatenated along the rows, in dicts and dataclasses too."""
     first = parts[0]
     if isinstance(first, Tensor):
         return torch.cat([*parts])
     if isinstance(first, dict):
-        return {name: _joined([part[name] for part in parts]) for name in first}
+        return {name: joined([part[name] for part in parts]) for name in first}
     if is_dataclass(first) and not isinstance(first, type):
-        return replace(first, **{f.name: _joined([getattr(part, f.name) for part in parts]) for f in fields(first)})
+        return replace(first, **{f.name: joined([getattr(part, f.name) for part in parts]) for f in fields(first)})
     return first
 
 

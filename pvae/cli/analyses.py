@@ -17,19 +17,17 @@ if TYPE_CHECKING:
     from pvae.runs.run import Run
 
 
-@command(ON_RUN_AND_DEVICE)
+@command(("rows", *ON_RUN_AND_DEVICE))
 def surgery(
     shared: Shared,
     run: str,
     split: Annotated[str, Option("--split", help="train, validation, test; both: train and test.")] = "test",
     samples: int = 1,
-    rows: int | None = None,
     components: Annotated[
         int | None, Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
     ] = None,
     by_class: Annotated[bool, Option("--by-class", help="Also one row for each label.")] = False,
     population: bool = False,
-    seed: int = 0,
 ) -> None:
     """Decompose the ELBO: reconstruction, mutual information, marginal KL; what a better prior wins on new data."""
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
@@ -37,6 +35,7 @@ def surgery(
     opened = shared.open(run, shared.device)
     names = ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
+    rows, seed = shared.rows, shared.seed
     train = rows_of(opened, "train", rows, seed)[1] if population and split not in ("train", "both") else None
     with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
@@ -61,7 +60,7 @@ METHODS = {"iwae": "evidence", "prior": "prior_evidence", "ais": "ais", "bracket
 """Function of `pvae.analysis` for each method of `pvae evidence`."""
 
 
-@command(ON_RUN_AND_DEVICE)
+@command(("split", "rows", *ON_RUN_AND_DEVICE))
 def evidence(
     shared: Shared,
     run: str,
@@ -73,43 +72,39 @@ def evidence(
             "ways on simulated data.",
         ),
     ] = "iwae",
-    split: str = "test",
     samples: Annotated[int, Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
     temperatures: Annotated[int, Option("--temperatures", min=1, help="Temperatures of ais and bracket.")] = 200,
     chains: Annotated[int, Option("--chains", min=1, help="Chains per datum of ais and bracket.")] = 16,
-    rows: int | None = None,
-    seed: int = 0,
 ) -> None:
     """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
     if method not in METHODS:
         raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
 
     def bound(opened: Run, **bar: Any) -> Any:
-        _, x, _ = rows_of(opened, split, rows, seed)
+        _, x, _ = rows_of(opened, shared.split, shared.rows, shared.seed)
         asked = {"temperatures": temperatures, "chains": chains}
         if method in ("iwae", "prior"):
             asked = {"samples": samples}
-        asked |= {"rows": min(rows or 100, len(x))} if method == "bracket" else {}
-        return getattr(pvae.analysis, METHODS[method])(opened.pair, x, seed=seed, **asked, **bar)
+        asked |= {"rows": min(shared.rows or 100, len(x))} if method == "bracket" else {}
+        return getattr(pvae.analysis, METHODS[method])(opened.pair, x, seed=shared.seed, **asked, **bar)
 
-    shared.measure(run, method, bound, split=split, method=method)
+    shared.measure(run, method, bound, split=shared.split, method=method)
 
 
-@command(ON_RUN_AND_DEVICE)
+@command(("split", *ON_RUN_AND_DEVICE))
 def gap(
     shared: Shared,
     run: str,
-    split: str = "test",
     steps: Annotated[int, Option("--steps", min=1, help="Refinement steps of q for every datum.")] = 300,
     rows: int = 200,
-    seed: int = 0,
 ) -> None:
     """Split log p(x) - ELBO into the gap of the variational family and the gap of the encoder."""
 
     def gaps(opened: Run, **bar: Any) -> Any:
-        return pvae.analysis.gap(opened.pair, rows_of(opened, split, rows, seed)[1], steps=steps, seed=seed, **bar)
+        _, x, _ = rows_of(opened, shared.split, rows, shared.seed)
+        return pvae.analysis.gap(opened.pair, x, steps=steps, seed=shared.seed, **bar)
 
-    shared.measure(run, "gap", gaps, split=split)
+    shared.measure(run, "gap", gaps, split=shared.split)
 
 
 @command(ON_RUN_AND_DEVICE)
@@ -124,67 +119,61 @@ def calibration(
     split: Annotated[
         str, Option("--split", help="Rows whose covariates are used: train, validation, test; none: no data.")
     ] = "train",
-    seed: int = 0,
 ) -> None:
     """Test on data that the model makes whether q(z | x) is its posterior, or too narrow, too wide, shifted."""
 
     def calibrated(opened: Run, **bar: Any) -> Any:
-        x = None if split == "none" else rows_of(opened, split, rows, seed)[1]
-        return pvae.analysis.calibration(opened.pair, rows, draws, importance=importance, x=x, seed=seed, **bar)
+        x = None if split == "none" else rows_of(opened, split, rows, shared.seed)[1]
+        return pvae.analysis.calibration(opened.pair, rows, draws, importance=importance, x=x, seed=shared.seed, **bar)
 
     shared.measure(run, "calibration", calibrated, split=split)
 
 
-@command(ON_RUN_AND_DEVICE, name="two-sample")
+@command(("split", "rows", *ON_RUN_AND_DEVICE), name="two-sample")
 def two_sample(
     shared: Shared,
     run: str,
-    split: str = "test",
-    rows: int | None = None,
     mean: bool = False,
     neighbours: Annotated[
         int, Option("-k", min=1, help="Neighbour whose distance is the radius of the balls of precision.")
     ] = 5,
-    seed: int = 0,
 ) -> None:
     """Compare samples with data: classifier two-sample test accuracy, precision and coverage."""
     from pvae.analysis.samples.quality import QUALITY_STAGES, sample_quality
 
-    quality = partial(sample_quality, split=split, rows=rows, seed=seed, mean=mean, k=neighbours)
+    quality = partial(sample_quality, split=shared.split, rows=shared.rows, seed=shared.seed, mean=mean, k=neighbours)
     shared.measure(run, "two-sample", quality, len(QUALITY_STAGES))
 
 
-@command(ON_FITTED)
-def copying(
-    shared: Shared, run: str, split: str = "test", rows: int | None = None, mean: bool = False, seed: int = 0
-) -> None:
+@command(("split", "rows", *ON_FITTED))
+def copying(shared: Shared, run: str, mean: bool = False) -> None:
     """Test whether samples copy training rows: are they nearer to them than held-out data are?"""
-    copied = partial(pvae.analysis.copying, split=split, rows=rows, seed=seed, mean=mean)
-    shared.measure(run, "copying", copied, split=split)
+    copied = partial(pvae.analysis.copying, split=shared.split, rows=shared.rows, seed=shared.seed, mean=mean)
+    shared.measure(run, "copying", copied, split=shared.split)
 
 
-@command(ON_FITTED)
-def probe(shared: Shared, run: str, split: str = "test", rows: int | None = None, seed: int = 0) -> None:
+@command(("split", "rows", *ON_FITTED))
+def probe(shared: Shared, run: str) -> None:
     """Predict the labels from the latents, and from the data, with the same simple classifiers."""
-    shared.measure(run, "probe", partial(pvae.analysis.probe, split=split, rows=rows, seed=seed))
+    probed = partial(pvae.analysis.probe, split=shared.split, rows=shared.rows, seed=shared.seed)
+    shared.measure(run, "probe", probed)
 
 
-@command(ON_FITTED)
-def critic(shared: Shared, run: str, split: str = "train", rows: int | None = None, seed: int = 0) -> None:
+@command(("rows", *ON_FITTED))
+def critic(shared: Shared, run: str, split: str = "train") -> None:
     """Estimate KL(q_agg || p) from samples alone, also for an autoencoder, whose posterior has no density."""
 
     def estimate(opened: Run, **bar: Any) -> Any:
-        return pvae.analysis.critic(opened, rows_of(opened, split, rows, seed)[1], seed, **bar)
+        return pvae.analysis.critic(opened, rows_of(opened, split, shared.rows, shared.seed)[1], shared.seed, **bar)
 
     shared.measure(run, "critic", estimate, split=split)
 
 
-@command(["data_dir", "as_json"])
+@command(["seed", "data_dir", "as_json"])
 def counterexamples(
     shared: Shared,
     data: Annotated[str, Option("--data", help="digits, fashion_mnist, mnist.")] = "digits",
     out: Annotated[Path | None, Option("--out", help="Also write a CSV: its path without suffix.")] = None,
-    seed: int = 0,
 ) -> None:
     """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
     from pvae.util.files import write_atomic
@@ -194,7 +183,7 @@ def counterexamples(
         raise DeclarationError(f"--data: expected one of {', '.join(known)}; got {data!r}.")
     with shared.bar("counterexamples") as bar:
         loaded = pvae.data.load(pvae.data.Data.parse(data), data_dir=shared.data_dir)
-        found = pvae.analysis.counterexamples(loaded, seed, on_progress=bar.report)
+        found = pvae.analysis.counterexamples(loaded, shared.seed, on_progress=bar.report)
     if out is not None:
         write_atomic(beside(out, ".csv"), found.models().round(4).to_csv())
     shared.answer(found.to_dict(), found)
@@ -212,40 +201,35 @@ def selfcheck(shared: Shared, device: str = "auto", seed: int = 0) -> None:
         raise typer.Exit(1)
 
 
-@command(ON_RUN_AND_DEVICE)
+@command(("split", "rows", *ON_RUN_AND_DEVICE))
 def posterior(
     shared: Shared,
     run: str,
-    split: str = "test",
     draws: Annotated[int, Option("--draws", min=1, help="Samples of the guide per datum.")] = 100,
-    rows: int | None = None,
-    seed: int = 0,
     out: Annotated[Path | None, Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")] = None,
 ) -> None:
     """Export samples of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
     opened = shared.open(run, shared.device)
-    found = shared.watched("posterior", opened.posterior, split, draws, rows, seed, total=draws)
-    path = found.save(out or opened.files.analysis / f"posterior-{split}.nc")
+    found = shared.watched("posterior", opened.posterior, shared.split, draws, shared.rows, shared.seed, total=draws)
+    path = found.save(out or opened.files.analysis / f"posterior-{shared.split}.nc")
     summary = found.summary()
-    data = {"run": str(opened.path), "split": split, "file": str(path), "summary": summary.to_dict("index")}
+    data = {"run": str(opened.path), "split": shared.split, "file": str(path), "summary": summary.to_dict("index")}
     shared.answer(data, summary.to_string(float_format="{:.3f}".format, max_rows=40), f"posterior: {path}")
 
 
 # ---------------------------------------------------------------------- HTML pages
 
 
-@command(ON_FITTED)
+@command(("split", *ON_FITTED))
 def report(
     shared: Shared,
     run: str,
-    split: str = "test",
     evidence_samples: int = 500,
     gap_steps: Annotated[
         int, Option("--gap-steps", min=0, help="Refinement steps of q for the gaps; 0: no gaps.")
     ] = 200,
     figures: bool = False,
     population: bool = False,
-    seed: int = 0,
 ) -> None:
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
     from pvae.analysis.pages.document.document import claimed
@@ -255,7 +239,7 @@ def report(
 
     opened = shared.open_as_it_is(run) if is_pair_file(run) else shared.open(run)
     exam = Examination(
-        opened, split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=seed,
+        opened, shared.split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=shared.seed,
         population="full" if population else "rows",
     )  # fmt: skip
     with claimed(opened.files.report):
@@ -264,15 +248,13 @@ def report(
     shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found, f"report: {path}")
 
 
-@command(ON_FITTED)
+@command(("split", *ON_FITTED))
 def compare(
     shared: Shared,
     runs: Annotated[list[str], Argument(help="Two or more runs; differences are to the first.", metavar="RUN...")],
-    split: str = "test",
     evidence_samples: int = 500,
     out: Annotated[Path, Option("--out", help="The folder to write.")] = Path("comparison"),
     figures: bool = False,
-    seed: int = 0,
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.pages.comparison.comparison import Comparison
@@ -280,7 +262,7 @@ def compare(
     from pvae.analysis.pages.report import examine_runs
 
     opened = [shared.open(run) for run in runs]
-    comparison = Comparison(opened, split=split, evidence_samples=evidence_samples, seed=seed)
+    comparison = Comparison(opened, split=shared.split, evidence_samples=evidence_samples, seed=shared.seed)
     with claimed(out):
         found = shared.watched("compare", examine_runs, comparison, " and ".join(comparison.exams), "")
         path = found.write(out, figures=figures)

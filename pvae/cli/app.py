@@ -66,7 +66,7 @@ OPTIONS: dict[str, Any] = {
 }
 """Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
-ON_FITTED = ("run_dir", "data_dir", "pair", "data", "as_json")
+ON_FITTED = ("seed", "run_dir", "data_dir", "pair", "data", "as_json")
 ON_RUN_AND_DEVICE = ("device", *ON_FITTED)
 SHARED_OUT = frozenset(["fit", "resume", "refit", "surgery", "evidence", "gap", "posterior", "report", "compare"])
 """Commands whose work the processes that torchrun started share out."""
@@ -80,6 +80,10 @@ class Shared:
     `--help` lists these options in this order, after those of the command itself.
     """
 
+    split: str = "test"
+    rows: int | None = None
+    seed: int = 0
+    out: Path | None = None
     device: str = "cpu"
     export: list[str] | None = None
     run_dir: Path = Path("runs")

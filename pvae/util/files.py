@@ -106,6 +106,26 @@ def write_together(contents: Mapping[Path, str | bytes], *, durable: bool = True
                 temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def replaced(path: Path) -> Iterator[Path]:
+    """Context that yields a new file beside ``path``, to be filled part by part; at the end it replaces ``path``.
+
+    Raises as `write_atomic`; an error or an interruption leaves what stood there, and no other file.
+    """
+    temporary = temporary_for(path)
+    try:
+        with raising(OutputError, f"{path}: expected to be written", "What stood there is unchanged."):
+            require_plain_target(path)
+            write_new(temporary, b"", durable=False)
+            yield temporary
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def follows() -> bool:
     """Return True in the processes that torchrun started beside the first, to which they leave all writing."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"

@@ -146,10 +146,10 @@ def test_what_is_saved_loads_without_pickle(tmp_path, moons):
         "traverse": (traverse(moons, x[0], steps=4), {"x": (2, 4, 2), "values": (2, 4), "dims": (2,)}),
     }
     for name, (found, shapes) in results.items():
-        path = found.save(tmp_path / f"{name}.npz", row=torch.arange(3))
+        path = found.save(tmp_path / f"{name}.npz")
         with np.load(path, allow_pickle=False) as file:
             loaded = dict(file)
-        assert {key: a.shape for key, a in loaded.items()} == {**shapes, "row": (3,)}
+        assert {key: a.shape for key, a in loaded.items()} == shapes
         for key, t in found.tensors().items():
             np.testing.assert_array_equal(loaded[key], t.numpy())
     assert [path.suffix for path in tmp_path.iterdir()] == [".npz"] * 5  # nothing temporary stays

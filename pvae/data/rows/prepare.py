@@ -170,12 +170,17 @@ class ColumnTransforms:
         """Return rows of x `(n, D)` as a data frame in the table's units, with codes rounded to the nearest level."""
         import pandas
 
+        values = self.values(x)
+        made = {name: _worded(values[:, i], column) for i, (name, column) in enumerate(self.columns.items())}
+        return pandas.DataFrame(made)
+
+    def values(self, x: Any) -> Floats:
+        """Return rows of x `(..., D)` in the table's units, `(..., D)`, a level as its number."""
         values = np.asarray(x, np.float64) * self.divisor + self.shift
         for name, places in self.warps.items():
             with np.errstate(over="ignore"):
-                values[:, places] = UNWARPS[name](values[:, places])
-        made = {name: _worded(values[:, i], column) for i, (name, column) in enumerate(self.columns.items())}
-        return pandas.DataFrame(made)
+                values[..., places] = UNWARPS[name](values[..., places])
+        return values
 
 
 def _worded(values: Floats, column: Column) -> Any:

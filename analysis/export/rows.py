@@ -1,0 +1,242 @@
+"""Rows that leave pvae: named tensors beside the number, id, split and label of every row; data frames and files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from itertools import count
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pvae.analysis.export.sites import numpy_of
+from pvae.data.rows.prepare import ColumnTransforms
+from pvae.errors import DeclarationError, require_extra
+from pvae.util import follows
+from pvae.util.files import replaced
+from pvae.util.types import Array
+
+if TYPE_CHECKING:
+    import pandas
+
+Part = Mapping[str, Tensor]
+"""Results of consecutive rows: tensors `(m, ...)` by key."""
+LIKE_DATA = frozenset(["x", "lower", "upper", "draws"])
+"""Keys of tensors that are rows of data, `(m, [draws,] *shape)`; those of a table leave in its units and words."""
+OF_TRANSFORMED = frozenset(["mean", "std"])
+"""Keys of tensors that are moments of transformed values, which a table shows in no units of its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """Origin of rows: the columns that stand before their results in a data frame or file.
+
+    Arguments:
+        columns: those known of `id`, `row` (number in the source), `split` and `label` (its word), `(n,)` each.
+        table: units and words of the table that the rows are of; None for other data.
+    """
+
+    columns: Mapping[str, Array] = field(default_factory=dict)
+    table: ColumnTransforms | None = None
+
+    def frame(self, part: Part, start: int = 0) -> pandas.DataFrame:
+        """Return consecutive results as a data frame with a column for every number of a row.
+
+        The columns of a latent `z` are `z0`, `z1`, ...; of a further tensor of it, such as `scale/z`, `scale_z0`, ...
+        A table's columns have their own names, units and words.
+
+        Arguments:
+            part: tensors `(m, ...)` of the rows.
+            start: position of the first of them among the rows of this origin.
+
+        Raises:
+            DeclarationError: the tensors have other numbers of rows, or none.
+        """
+        import pandas
+
+        if len({t.shape[:1] for t in part.values()}) != 1:
+            shapes = ", ".join(f"{key} {list(t.shape)}" for key, t in part.items())
+            raise DeclarationError(f"Expected a result with one entry a row; got {shapes or 'none'}. Save it as .npz.")
+        size, table, part = len(next(iter(part.values()))), self.table, dict(part)
+        if table and "draws" in part:
+            part |= {f"draw {k}": t for k, t in enumerate(part.pop("draws").unbind(1))}
+        if table:
+            part = {key: t for key, t in part.items() if key not in OF_TRANSFORMED}
+        own = {key: values[start : start + size] for key, values in self.columns.items()}
+        words = [key for key in part if key in LIKE_DATA or key.startswith("draw ")] if table else []
+        worded = {key: table.to_frame(part[key]) for key in words} if table else {}
+        flat = {key: pandas.DataFrame(numpy_of(t).reshape(size, -1)) for key, t in part.items() if key not in worded}
+        found = pandas.concat([pandas.DataFrame(own), *({**worded, **flat}[key] for key in part)], axis=1)
+        tails = {key: tuple(t.shape[1:]) for key, t in part.items()}
+        tries = ([*(key + "_" * i for key in own), *self._names(tails, "_" * i)] for i in count())
+        found.columns = pandas.Index(next(names for names in tries if len({*names}) == len(names)))
+        return found
+
+    def _names(self, tails: Mapping[str, tuple[int, ...]], gap: str) -> Iterator[str]:
+        """Yield a name for every number of a row, in order, given the shape of a row of each tensor."""
+        for key, tail in tails.items():
+            stem = _stem(key)
+            joint = gap or ("_" if stem[-1:].isdigit() else "")
+            if self.table and tail == (len(self.table.columns),) and "/" not in key:  # a number for each column
+                yield from (column if key == "x" else f"{key} {column}" for column in self.table.columns)
+            else:
+                yield from (stem + joint + "_".join(map(str, at)) if at else stem for at in np.ndindex(*tail))
+
+    def frames(self, parts: Iterable[Part]) -> Iterator[pandas.DataFrame]:
+        """Yield the data frame of each of consecutive parts."""
+        start = 0
+        for part in parts:
+            yield self.frame(part, start)
+            start += len(next(iter(part.values())))
+
+
+def _stem(key: str) -> str:
+    return key.removeprefix("latents/").replace("/", "_")
+
+
+# ---------------------------------------------------------------------- files
+
+
+def write(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None = None) -> None:
+    """Write rows part by part to a file in the format of its ending, which replaces what stood there at the end.
+
+    CSV and Parquet are written as `Origin.frame` shows them, npz as the arrays that `parts` consist of. In h5ad the
+    latents are `.obsm["X_pvae"]`, rows of data layers `pvae_<key>`, single numbers columns `pvae_<key>` of `.obs`. Of a
+    table, the moments of transformed values (`mean`, `std`) are in npz alone, where all values are transformed ones.
+
+    Arguments:
+        path: the file; .csv, .parquet, .npz or .h5ad.
+        parts: results of consecutive rows; processes that torchrun started beside the first only go through them.
+        origin: where all the rows come from.
+        like: .h5ad file that the rows were read from; its `X`, `.obs` and all else is kept.
+
+    Raises:
+        DeclarationError: no format has that ending; MissingExtraError: its package is not installed.
+        OutputError: no file can be created there; StorageError: the disk is full. What stood there is unchanged.
+    """
+    if path.suffix not in WRITERS:
+        raise DeclarationError(f"{path}: expected a file that ends in {', '.join(WRITERS)}; got {path.suffix!r}.")
+    if path.suffix == ".parquet":
+        require_extra("pyarrow", "parquet", f"{path}: expected the package pyarrow")
+    if follows():
+        for _ in parts:
+            pass
+        return
+    with replaced(path) as temporary:
+        WRITERS[path.suffix](temporary, parts, origin, like)
+
+
+def _csv(path: Path, parts: Iterable[Part], origin: Origin, _like: Path | None) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        for number, frame in enumerate(origin.frames(parts)):
+            frame.to_csv(file, header=number == 0, index=False)
+
+
+def _parquet(path: Path, parts: Iterable[Part], origin: Origin, _like: Path | None) -> None:
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    with ExitStack() as stack:
+        writer: Any = None
+        for frame in origin.frames(parts):
+            if len(counts := frame.columns[frame.dtypes == "Int64"]):  # of which a later part may have means
+                frame = frame.astype(dict.fromkeys(counts, "Float64"))
+            table = pyarrow.Table.from_pandas(frame, preserve_index=False)
+            writer = writer or stack.enter_context(ParquetWriter(path, table.schema))
+            writer.write_table(table.cast(writer.schema))
+
+
+def _npz(path: Path, parts: Iterable[Part], origin: Origin, _like: Path | None) -> None:
+    with _spooled(path, parts) as arrays, path.open("wb") as file:
+        named: dict[str, Any] = {**origin.columns, **arrays}
+        np.savez(file, **named)
+
+
+def _h5ad(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None) -> None:
+    import h5py
+
+    if like is not None:
+        shutil.copyfile(like, path)
+    with _spooled(path, (_in_units(part, origin.table) for part in parts)) as arrays, h5py.File(path, "a") as file:
+        count = len(next(iter(arrays.values())))
+        rows = origin.columns.get("row", np.arange(count))
+        if like is None:
+            width = prod(arrays["x"].shape[1:]) if "x" in arrays else 0
+            names = np.array([*origin.table.columns] if origin.table else [*map(str, range(width))], np.str_)
+            obs = {"_index": origin.columns.get("id", rows).astype(np.str_), **origin.columns}
+            file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+            for room, columns in (("obs", obs), ("var", {"_index": names})):
+                about = {"encoding-type": "dataframe", "encoding-version": "0.2.0", "_index": "_index"}
+                file.create_group(room).attrs.update({**about, "column-order": [*columns][1:]})
+                for name, values in columns.items():
+                    _put(file[room], name, values)
+        whole, width = (len(file[room][file[room].attrs["_index"]]) for room in ("obs", "var"))
+        several = sum(key.startswith("latents/") for key in arrays) > 1
+        for key, values in arrays.items():
+            room, name = _place(key, values, width, several)
+            shown = values if room == "obs" else values.reshape(count, -1)
+            if whole != count:  # of the other rows it is not known
+                shown = np.full((whole, *shown.shape[1:]), np.nan)
+                shown[rows] = values.reshape(count, *shown.shape[1:])
+            if room not in file:
+                file.create_group(room).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
+            if room == "obs":
+                file[room].attrs["column-order"] = [*dict.fromkeys([*file[room].attrs["column-order"], name])]
+            _put(file[room], name, shown)
+
+
+def _put(group: Any, name: str, values: Array) -> None:
+    """Write an array into a group of an h5ad file, in place of what had its name."""
+    import h5py
+
+    is_text = values.dtype.kind == "U"
+    if name in group:
+        del group[name]
+    made = group.create_dataset(
+        name, data=values.astype(object) if is_text else values, dtype=h5py.string_dtype() if is_text else None
+    )
+    made.attrs.update({"encoding-type": "string-array" if is_text else "array", "encoding-version": "0.2.0"})
+
+
+def _in_units(part: Part, table: ColumnTransforms | None) -> Part:
+    if table is None:
+        return part
+    shown = {key: t for key, t in part.items() if key not in OF_TRANSFORMED}
+    return {key: torch.from_numpy(table.values(t)) if key in LIKE_DATA else t for key, t in shown.items()}
+
+
+def _place(key: str, values: Array, width: int, several: bool) -> tuple[str, str]:
+    """Return the group and the name of an array in an h5ad file of `width` variables."""
+    if key.startswith("latents/"):
+        return "obsm", f"X_pvae_{_stem(key)}" if several else "X_pvae"
+    wide = "layers" if prod(values.shape[1:]) == width and "/" not in key else "obsm"
+    return "obs" if values.ndim == 1 else wide, f"pvae_{_stem(key)}"
+
+
+@contextmanager
+def _spooled(path: Path, parts: Iterable[Part]) -> Iterator[dict[str, Array]]:
+    """Context with the arrays `(n, ...)` of all parts by key, which lie on the disk beside a file, not in memory."""
+    with TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as folder, ExitStack() as stack:
+        files: dict[str, tuple[Any, Array]] = {}
+        for part in parts:
+            for key, t in part.items():
+                values = np.ascontiguousarray(numpy_of(t))
+                if key not in files:
+                    files[key] = stack.enter_context(Path(folder, str(len(files))).open("w+b")), values[:0]
+                values.tofile(files[key][0])
+        found = {}
+        for key, (file, like) in files.items():
+            file.flush()
+            found[key] = np.asarray(np.memmap(file, like.dtype, "r")).reshape(-1, *like.shape[1:])
+        yield found
+
+
+WRITERS = {".csv": _csv, ".parquet": _parquet, ".npz": _npz, ".h5ad": _h5ad}
+"""Function that writes rows in the format of each ending."""
