@@ -189,15 +189,14 @@ class GraphGuide(nn.Module):
     def posterior(self, name: str, x: Tensor) -> dist.TorchDistribution:
         """Return q(z_name | x), for any x `(batch, *event)`, of a latent conditioned on x alone; differentiable."""
         site = next(site for site in self.sites if site.name == name)
-        x = self._read(x)
-        return self.posteriors[name](self._inputs(site, x, self._encoded(x), {}), {})
+        x, features = self._encoded(x)
+        return self.posteriors[name](self._inputs(site, x, features, {}), {})
 
     def forward(self, rows: Tensor) -> dict[str, Tensor]:
         """Sample the latents of rows `(batch, *row)`; return the features of covariates and latents by name."""
         x, seen = self.frame.split(rows)
-        x = self._read(x)
         with data_plate(rows.shape[0]):
-            features = self._encoded(x)
+            x, features = self._encoded(x)
             for site in self.sites:
                 posterior, inputs = self.posteriors[site.name], self._inputs(site, x, features, seen)
                 fn = posterior(inputs, seen)
@@ -217,8 +216,7 @@ class GraphGuide(nn.Module):
             seen: features of the covariates by name, to which those of the latents are added.
             take: from a posterior to a value of its latent, `(batch, *event)`.
         """
-        x = self._read(x)
-        features = self._encoded(x)
+        x, features = self._encoded(x)
         for site in self.sites:
             yield (fn := self.posteriors[site.name](self._inputs(site, x, features, seen), seen))
             seen[site.name] = self.link.model.see(site, take(fn), x)
@@ -233,11 +231,10 @@ class GraphGuide(nn.Module):
         infer: Any = {**EMBEDDED, "penalties": posterior.penalties(found, row), "point": found.point}
         return sample(embedded(site.name), Determined(through, event_dim=len(site.features)), infer=infer)
 
-    def _read(self, x: Tensor) -> Tensor:
-        return x if self.reader is None else self.reader(x)
-
-    def _encoded(self, x: Tensor) -> Tensor:
-        return x if self.encoder is None else self.encoder(x)
+    def _encoded(self, x: Tensor) -> tuple[Tensor, Any]:
+        """Return x as encoder and posteriors read it, and its features."""
+        x = x if self.reader is None else self.reader(x)
+        return x, x if self.encoder is None else self.encoder(x)
 
     def _inputs(self, site: Site, x: Tensor, features: Tensor, seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self.encoder is not None and site.name in self.encoder.shapes:

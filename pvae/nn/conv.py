@@ -56,13 +56,18 @@ class Up(nn.Module):
         return self.layers(self.first(h).reshape(-1, *self.start)).reshape(*lead, *self.image)
 
 
-def no_image(wanted: str, inputs: Mapping[str, Shape]) -> DeclarationError:
-    """Return the error of a network that has an image neither among its inputs nor as its output."""
-    found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
-    return DeclarationError(
-        f"{wanted} among its inputs or its output; got {found}. Declare data.shape, e.g. [1, 28, 28], or use "
-        f"kind = 'mlp'."
-    )
+def require_image(wanted: str, inputs: Mapping[str, Shape], output: Shape | None) -> None:
+    """Check that a network has an image among its inputs, or as its output.
+
+    Raises:
+        DeclarationError: there is none; the message names the inputs.
+    """
+    if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
+        found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
+        raise DeclarationError(
+            f"{wanted} among its inputs or its output; got {found}. Declare data.shape, e.g. [1, 28, 28], or use "
+            f"kind = 'mlp'."
+        )
 
 
 class Conv(Network):
@@ -80,8 +85,7 @@ class Conv(Network):
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
         """Return the network module; at least one input or the output must be an image."""
-        if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
-            raise no_image("network conv: expected an image (channels, height, width)", inputs)
+        require_image("network conv: expected an image (channels, height, width)", inputs, output)
         return ConvModule(inputs, output, self)
 
 
@@ -279,8 +283,7 @@ class Resnet(Network):
 
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
         """Return the network module; at least one input or the output must be an image or a grid."""
-        if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
-            raise no_image("network resnet: expected an image (channels, height, width) or a grid", inputs)
+        require_image("network resnet: expected an image (channels, height, width) or a grid", inputs, output)
         return ResnetModule(inputs, output, self)
 
 

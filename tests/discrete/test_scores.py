@@ -184,7 +184,7 @@ def test_a_baseline_network_learns_the_gain():
     @torch.no_grad()
     def error() -> tuple[float, float]:
         gain = pair(x.repeat(20, 1)).reshape(20, 60).mean(0)
-        foretold = baseline.infer({"x": pair.guide._encoded(x)})["baseline"]["baseline_value"]
+        foretold = baseline.infer({"x": pair.guide._encoded(x)[1]})["baseline"]["baseline_value"]
         return float((gain - foretold).square().mean()), float(gain.var())
 
     for p in [*pair.model.parameters(), *pair.guide.encoder.parameters(), *baseline.network.parameters()]:
