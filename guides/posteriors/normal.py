@@ -208,7 +208,7 @@ class BidirectionalModule(Linked):
         prior = normal_of(self.link.model.prior(self.site.name, seen))
         read, module, bound = dict(inputs), self.link.model.priors[self.site.name], self.declared.bound
         if isinstance(module, NormalHead):
-            read[TOP_DOWN] = module.features(seen)
+            read[TOP_DOWN] = module.network.features(seen)
         shift, log_scale = self.network(read).chunk(2, -1)
         scale = prior.scale * log_scale.clamp(-bound, bound).exp()
         return Event(PlainNormal(prior.loc + prior.scale * shift, scale), 1)

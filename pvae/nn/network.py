@@ -251,7 +251,3 @@ class NormalHead(Head):
     def __init__(self, network: NetworkModule, bounds: tuple[float, float]) -> None:
         super().__init__(network, partial(diagonal_normal, bounds=bounds))
         self.bounds = bounds
-
-    def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the features of the network before its last layer, `(..., width)`."""
-        return self.network.features(inputs)

@@ -186,14 +186,6 @@ class Unpacking:
     auxiliary: str
     transform: Transform
 
-    @property
-    def is_identity(self) -> bool:
-        """True if latent and auxiliary site have the same values."""
-        inner = self.transform
-        while isinstance(inner, IndependentTransform):
-            inner = inner.base_transform
-        return inner == identity_transform or (isinstance(inner, ComposeTransform) and not inner.parts)
-
 
 Unpacked = Mapping[str, Unpacking]
 """Unpacked latents of a guide that have an auxiliary site of their own, by name."""
@@ -229,7 +221,12 @@ def _explained(name: str, source: Any, node: Any, prior: Any) -> Unpacking | Non
 
 
 def _pushed(fn: Any, made: Unpacking) -> Any:
-    return fn if made.is_identity else dist.TransformedDistribution(fn, [made.transform])
+    """Return the distribution of a latent from that of its auxiliary site, itself where both have the same values."""
+    inner = made.transform
+    while isinstance(inner, IndependentTransform):
+        inner = inner.base_transform
+    same = inner == identity_transform or (isinstance(inner, ComposeTransform) and not inner.parts)
+    return fn if same else dist.TransformedDistribution(fn, [made.transform])
 
 
 def unpack(guide_trace: Trace, unpacked: Unpacked) -> Trace:
@@ -258,11 +255,6 @@ class Argument:
     shape: Shape
     dtype: torch.dtype
     name: str | None = None
-
-    @property
-    def width(self) -> int:
-        """Number of bytes of one row."""
-        return prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -304,7 +296,7 @@ class Arguments:
 
     def unpack(self, rows: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Return the positional and the named arguments of rows of bytes, whatever numbers these are held as."""
-        pieces = rows.to(torch.uint8).split([part.width for part in self.parts], -1)
+        pieces = rows.to(torch.uint8).split([prod(part.shape) * part.dtype.itemsize for part in self.parts], -1)
         values = [
             (part.name, piece.contiguous().view(part.dtype).reshape(len(rows), *part.shape))
             for part, piece in zip(self.parts, pieces, strict=True)
