@@ -2,10 +2,8 @@
 
 import re
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pvae.analysis.pages.document import document
@@ -41,11 +39,12 @@ def card(run: Run) -> str:
     numbers = read_object(run.path / "report", document.NUMBERS, document.NUMBERS_BYTES) if there else {}
     with suppress(PvaeError):  # the data may be elsewhere
         rows = {split: len(run.data.split(split)) for split in ("train", "validation", "test")}
-    engine = Environment(
-        loader=FileSystemLoader(Path(document.__file__).parent / "templates"), undefined=StrictUndefined,
-        autoescape=True, finalize=escaped, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    engine.filters["block"] = lambda text: Markup("\n".join(f"    {line}" for line in printable(text).splitlines()))
     known = described(run.plan, run.shape, run.pair) if isinstance(run.plan, Experiment) else {}
     last = {str(row["split"]): row for row in run.files.metrics_rows()}
-    return engine.get_template("card.md.j2").render(run=run, known=known, numbers=numbers, last=last, rows=rows)
+    template = document.engine().overlay(finalize=escaped, keep_trailing_newline=True).get_template("card.md.j2")
+    return template.render(run=run, known=known, numbers=numbers, last=last, rows=rows, block=block)
+
+
+def block(text: str) -> Markup:
+    """Return text as a block of code of Markdown."""
+    return Markup("\n".join(f"    {line}" for line in printable(text).splitlines()))

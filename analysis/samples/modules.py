@@ -65,8 +65,8 @@ class PlainModule(nn.Module):
         found = {name: like.new_zeros(rows, *shape) for name, (shape, _) in self.inputs.items()}
         return {name: t.long() if self.inputs[name][1] else t for name, t in found.items()}
 
-    def named(self, first: Tensor | None, others: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the inputs by name; raise DataError, which lists those expected, for other names, shapes or codes."""
+    def named(self, first: Tensor | None, others: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the inputs by name, and the covariates as networks read them; raise DataError for other inputs."""
         given = dict(others) if first is None else {self.alone or "one tensor": first, **others}
         problem = "" if given.keys() == self.inputs.keys() else ", ".join(given) or "nothing"
         for name, (shape, count) in self.inputs.items() if not problem else ():
@@ -78,7 +78,8 @@ class PlainModule(nn.Module):
             given[name] = value if count else value.to(next(self.parameters()))
         if problem:
             raise DataError(f"{self.side}: expected {self.expected}; got {problem}.")
-        return given
+        codes = {name: t for name, t in given.items() if name in self.covariates}
+        return given, self.frame.one_hots(codes, next(self.parameters()))
 
     @abstractmethod
     def distributions(self, given: Mapping[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Any]:
@@ -88,19 +89,13 @@ class PlainModule(nn.Module):
     def centre(self, fn: Any) -> Tensor:
         """Return the value that stands for a distribution, `(n, *event)`."""
 
-    def named_distributions(self, first: Tensor | None, others: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Return the distributions of the outputs by name, for the arguments of `forward`."""
-        given = self.named(first, others)
-        codes = {name: t for name, t in given.items() if name in self.covariates}
-        return self.distributions(given, self.frame.one_hots(codes, next(self.parameters())))
-
     def distribution(self, first: Tensor | None = None, /, **others: Tensor) -> Any:
         """Return p(x | z), or q(z | x), of batch shape `(n,)`; a dictionary by name of several latents.
 
         In a hierarchy each latent is given the means of those before it. For relaxed codes it is the distribution of
         the codes; for a code that the model sums out, p(c | x) by Bayes' rule. The arguments are those of `forward`.
         """
-        found = self.named_distributions(first, others)
+        found = self.distributions(*self.named(first, others))
         return found if len(found) > 1 else found[self.outputs[0]]
 
     def forward(self, first: Tensor | None = None, /, **others: Tensor) -> Any:
@@ -117,7 +112,7 @@ class PlainModule(nn.Module):
             DataError: names, shapes or codes are not those expected, which the message lists.
             DeclarationError: a distribution has no known mean.
         """
-        found = {name: self.centre(fn) for name, fn in self.named_distributions(first, others).items()}
+        found = {name: self.centre(fn) for name, fn in self.distributions(*self.named(first, others)).items()}
         return found if len(found) > 1 else found[self.outputs[0]]
 
 

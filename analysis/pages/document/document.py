@@ -69,7 +69,7 @@ class Document:
 
     def to_html(self) -> str:
         """Return the page as a self-contained HTML file, without scripts or external resources."""
-        return _engine().get_template("document.html.j2").render(document=self)
+        return engine().get_template("document.html.j2").render(document=self)
 
     def write(self, folder: Path, *, figures: bool = False) -> Path:
         """Write `index.html`, `report.json` and a CSV file per table into a folder; return the path of the HTML file.
@@ -108,9 +108,9 @@ class Document:
 
 
 @cache
-def _engine() -> Environment:
+def engine() -> Environment:
     """Return the Jinja environment of the templates; it is cached, so that each template is compiled only once."""
-    engine = Environment(
+    found = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
         finalize=legible,
@@ -118,8 +118,8 @@ def _engine() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.filters |= {"kind": lambda block: type(block).__name__, "cell": html_cell}
-    return engine
+    found.filters |= {"kind": lambda block: type(block).__name__, "cell": html_cell}
+    return found
 
 
 # ---------------------------------------------------------------------- folder
