@@ -12,7 +12,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, sim
 from pvae.analysis.bounds.annealing import anneal, pilot, schedule
 from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows, texts
 from pvae.errors import DataError
 from pvae.pair import Pair, PairData
 from pvae.util.progress import Progress, silent
@@ -44,10 +44,8 @@ class _Annealing(Figures):
     """Mean acceptance of the (forward) transitions of every datum, `(n,)`; NaN with one temperature."""
 
     @property
-    def accepted(self) -> str:
-        """Sentence part with the mean acceptance of the transitions, or that there are none."""
-        mean = float(self.acceptance.mean())
-        return "no transitions" if math.isnan(mean) else f"mean acceptance {mean:.2f}"
+    def remarks(self) -> tuple[str, ...]:
+        return texts("annealing.remarks", found=self, mean=float(self.acceptance.mean()))
 
     def to_dict(self) -> dict[str, Any]:
         return self.nested(acceptance=self.acceptance.mean())
@@ -70,10 +68,6 @@ class Annealed(_Annealing):
         how = f"{self.chains} chains from the {self.start}, {self.temperatures} temperatures"
         yield f"ais_{self.temperatures}", self.lower, f"lower bound on log p(x), {how}"
 
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return (f"{self.accepted}; effective chains {self.ess.median():.1f} of {self.chains} (median)",)
-
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "ess_median": float(self.ess.median()), "ess_min": float(self.ess.min())}
 
@@ -95,10 +89,6 @@ class Bracket(_Annealing):
     """Lower bound of every datum, nats, `(n,)`, float64 on the CPU."""
     upper_per_datum: Tensor
     """Upper bound of every datum, nats, `(n,)`."""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return (self.accepted,)
 
 
 def ais(

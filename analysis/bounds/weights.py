@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, text
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, text, texts
 from pvae.errors import DataError
 from pvae.pair.terms import Terms
 
@@ -177,12 +177,8 @@ class Bounds(Figures):
     """Name of the estimated quantity, for the title of the table."""
     names: ClassVar[tuple[str, str]]
     """Names, in the table, of the bound with one sample and of the others, to which `_K` is appended."""
-    first: ClassVar[str]
-    """Description, in the table, of the bound with one sample."""
     source: ClassVar[str]
-    """Distribution the samples are drawn from."""
-    divergence: ClassVar[str]
-    """KL divergence of which the gap between the bounds with all samples and with one is a lower bound."""
+    """Distribution the samples are drawn from, "guide" or "prior"."""
 
     n: int
     """Number of data."""
@@ -201,7 +197,7 @@ class Bounds(Figures):
 
     @property
     def gap(self) -> float:
-        """Bound with all samples minus the bound with one, nats: a lower bound on `divergence`."""
+        """Bound with all samples minus that with one, nats: a lower bound on KL(source || p(z|x)); see `source`."""
         return self.curve[-1][1].value - self.curve[0][1].value
 
     @property
@@ -218,14 +214,14 @@ class Bounds(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        return (self.summary(), f"the gap is a lower bound on {self.divergence}", self.trust())
+        return texts("bounds.remarks", found=self)
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows (term, estimate, meaning) in order of K; with a single sample its bound has both names."""
         one, many = self.names
-        yield one, self.curve[0][1], self.first
+        yield one, self.curve[0][1], text("bounds.first", source=self.source)
         for k, bound in self.curve[1:] or self.curve:
-            yield f"{many}_{k}", bound, f"lower bound on log p(x), K = {k} {self.source}"
+            yield f"{many}_{k}", bound, f"lower bound on log p(x), K = {k} samples of the {self.source}"
 
     def trust(self) -> str:
         """Return a sentence on the reliability of importance sampling, from k-hat."""
@@ -256,9 +252,7 @@ class Evidence(Bounds):
 
     what = "evidence"
     names = ("elbo", "iwae")
-    first = "lower bound on log p(x) with one sample, averaged over the same samples"
-    source = "samples of the guide"
-    divergence = "KL(q(z|x) || p(z|x))"
+    source = "guide"
 
     exact: Estimate | None = None
     """Exact mean log p(x) for flows and for discrete latents of at most 4096 joint states, which are summed; else
@@ -266,11 +260,6 @@ class Evidence(Bounds):
     joint: bool = False
     """True if the guide samples global latents: every weight is that of the whole data set, and the bounds are on
     log p(x_1, ..., x_n), divided by n."""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        told = ("global latents are sampled: bounds on log p of all rows together, divided by n",) if self.joint else ()
-        return (*super().remarks, *told)
 
     def rows(self) -> Iterator[Row]:
         yield from super().rows()
@@ -294,9 +283,7 @@ class PriorEvidence(Bounds):
 
     what = "evidence from the prior"
     names = ("jensen", "prior")
-    first = "E_p(z) log p(x | z), averaged over the same samples"
-    source = "samples of the prior"
-    divergence = "KL(p(z) || p(z|x))"
+    source = "prior"
 
     @property
     def jensen(self) -> Estimate:
