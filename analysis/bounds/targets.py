@@ -244,10 +244,6 @@ def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, An
     if set(guide) != set(model):
         raise DataError(text("refused.other_latents", caller=plan.caller, model=sorted(model), guide=sorted(guide)))
     for name, node in guide.items():
-        if not (_allows(node["fn"], model[name]["value"]) and _allows(model[name]["fn"], node["value"])):
+        pairs = (node["fn"], model[name]["value"]), (model[name]["fn"], node["value"])
+        if not all(bool(fn.support.check(value).all()) for fn, value in pairs):
             raise DataError(text("refused.other_support", caller=plan.caller, name=name, model=model[name], guide=node))
-
-
-def _allows(fn: Any, value: Tensor) -> bool:
-    """Return whether all elements of a value lie in the support of a distribution."""
-    return bool(fn.support.check(value).all())
