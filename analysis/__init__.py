@@ -26,9 +26,11 @@ from pvae.analysis.samples.encode import Encoding, Reconstructions, encode, reco
 from pvae.analysis.samples.encode import LatentCode as Code
 from pvae.analysis.samples.features import Features, features, sharpness
 from pvae.analysis.samples.fidelity import Fidelity, fidelity
+from pvae.analysis.samples.impute import Imputations, impute
 from pvae.analysis.samples.probe import Probe, probe
 from pvae.analysis.samples.quality import SampleQuality, TwoSample, sample_quality, two_sample
 from pvae.analysis.samples.sample import Samples, sample
+from pvae.analysis.samples.score import Scores, score
 from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolate, traverse
 from pvae.analysis.truths.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
@@ -36,10 +38,11 @@ from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 __all__ = [
     "AggregatedPosterior", "Annealed", "Bracket", "Calibration", "Code", "Collapse", "Copying", "CounterExamples",
     "CriticKL", "Distances", "Encoding", "Estimate", "Evidence", "Features", "Fidelity", "Gain", "Gap",
-    "Interpolation", "LatentSurgery", "Paired", "Posterior", "PriorEvidence", "Probe", "RateDistortion",
-    "Reconstructions", "SampleQuality", "Samples", "SelfCheck", "Surgery", "Traversal", "TwoSample", "ais", "bracket",
-    "calibration", "collapse", "compare", "copying", "counterexamples", "critic", "data_copying", "distances",
-    "encode", "elbos", "evidence", "features", "fidelity", "frechet", "gain", "gap", "interpolate", "kernel_distance",
-    "paired", "posterior", "prior_evidence", "probe", "rate_distortion", "reconstruct", "report", "sample",
-    "sample_quality", "selfcheck", "sharpness", "surgery", "traverse", "two_sample",
+    "Imputations", "Interpolation", "LatentSurgery", "Paired", "Posterior", "PriorEvidence", "Probe",
+    "RateDistortion", "Reconstructions", "SampleQuality", "Samples", "Scores", "SelfCheck", "Surgery", "Traversal",
+    "TwoSample", "ais", "bracket", "calibration", "collapse", "compare", "copying", "counterexamples", "critic",
+    "data_copying", "distances", "encode", "elbos", "evidence", "features", "fidelity", "frechet", "gain", "gap",
+    "impute", "interpolate", "kernel_distance", "paired", "posterior", "prior_evidence", "probe", "rate_distortion",
+    "reconstruct", "report", "sample", "sample_quality", "score", "selfcheck", "sharpness", "surgery", "traverse",
+    "two_sample",
 ]  # fmt: skip

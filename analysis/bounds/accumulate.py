@@ -122,6 +122,9 @@ class Accumulated:
     """Effective sample size of the importance weights, `(n,)`."""
     khat: Tensor
     """Pareto shape k-hat of the largest importance weights, `(n,)`."""
+    means: Tensor
+    """Self-normalised importance-weighted means of the V values that the sampler gave beside its weights, `(V, n)`:
+    estimates of their posterior means. NaN where all weights are zero, and without such values."""
 
     @property
     def log_p(self) -> Tensor:
@@ -145,6 +148,15 @@ class Accumulator:
         self.levels = [Level(size, size // last) for size, last in zip(self.sizes, below, strict=True)]
         self.kept = min(tail_length(samples) + 1, samples)
         self.precision = precision
+        self.means, self.total = torch.zeros(1, 1), torch.full((1,), -math.inf)
+
+    def average(self, weights: Tensor, values: Tensor) -> None:
+        """Add values `(any number, rows, V)` of some further samples, with their log weights, to the weighted means."""
+        total = torch.logaddexp(self.total, weights.logsumexp(0))
+        known = total.masked_fill(total == -math.inf, 0.0)  # so far no sample explains these rows
+        share = (weights - known).exp()[..., None]
+        here = (share * values.double().masked_fill(share == 0, 0.0)).sum(0)
+        self.means, self.total = self.means * (self.total - known).exp()[..., None] + here, total
 
     def push(self, weights: Tensor) -> None:
         """Add log weights of some further samples, `(any number, rows)`, float64."""
@@ -168,7 +180,9 @@ class Accumulator:
         errors.append(squared_error(self.largest, bounds[-1], inverse_ess, samples))
         resolution = WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs())
         khat = pareto_k(self.largest, samples, resolution)
-        return Accumulated(self.sizes, bounds.cpu(), torch.stack(errors).cpu(), 1 / inverse_ess.cpu(), khat.cpu())
+        means = self.means.where(self.total[:, None] > -math.inf, math.nan)
+        figures = bounds, torch.stack(errors), 1 / inverse_ess, khat, means.mT
+        return Accumulated(self.sizes, *(figure.cpu() for figure in figures))
 
 
 def accumulate_weights(
@@ -190,7 +204,12 @@ def accumulate_weights(
         blocks = -(-samples // (block // len(chunk)))
         counts = [len(part) for part in torch.empty(samples).tensor_split(blocks)]  # as even as possible
         for start in range(0, len(counts), BLOCKS_PER_SUM):
-            parts = [draw(chunk, count).reshape(count, len(chunk)) for count in counts[start : start + BLOCKS_PER_SUM]]
+            parts = []
+            for count in counts[start : start + BLOCKS_PER_SUM]:
+                weights, *values = drawn if isinstance(drawn := draw(chunk, count), tuple) else (drawn,)
+                parts.append(weights.reshape(count, len(chunk)))
+                for value in values:
+                    accumulator.average(parts[-1], value.reshape(count, len(chunk), -1))
             accumulator.push(torch.cat(parts))
         on_progress(number * rows + len(chunk), len(x))
         return {name: value for name, value in vars(accumulator.result()).items() if name != "sizes"}

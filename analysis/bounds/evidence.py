@@ -69,7 +69,7 @@ def evidence(
     _check_samples(samples, "evidence")
     x = accept(pair, x)
     with quiet(pair, x, seed):
-        certain = _require_bound(pair)
+        certain = require_posterior(pair)
         if not pair.structure.points.issuperset(pair.layout.shared):
             return _joint_evidence(pair, x, samples, on_progress)
         given = _points(pair, x, "evidence")
@@ -184,7 +184,7 @@ def _require_fixed_points(pair: Pair, x: Tensor) -> None:
         raise DataError(text("refused.moving_points", names=moving))
 
 
-def _require_bound(pair: Pair) -> bool:
+def require_posterior(pair: Pair) -> bool:
     """Refuse a posterior without a density, unless z and x determine each other (a flow).
 
     Returns:

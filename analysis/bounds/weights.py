@@ -15,8 +15,10 @@ from pvae.analysis.figures.estimate import Estimate, Figures, Row, text, texts
 from pvae.errors import DataError
 from pvae.pair.terms import Terms
 
-WeightSampler = Callable[[Tensor, int], Tensor]
-"""Function from a batch and a number of samples to log weights `(samples, batch)`; for one sample also `(batch,)`."""
+WeightSampler = Callable[[Tensor, int], Any]
+"""Function from a batch and a number of samples to log weights `(samples, batch)`; for one sample also `(batch,)`.
+
+It may return a tuple: the weights, and V values of every sample whose weighted means are wanted, `(..., V)`."""
 SMALLEST_TAIL = 5
 """Smallest number of weights above the cutoff that the Pareto fit needs."""
 PRIOR_WEIGHT, PRIOR_SHAPE = 10, 0.5

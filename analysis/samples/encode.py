@@ -122,7 +122,7 @@ def _encoded(pair: Pair, x: Tensor, mean: bool) -> tuple[dict[str, LatentCode], 
     values = {name: nodes[name]["value"] for name in (*layout.latents, *layout.shared)}
     if model_trace is not None:
         summed = samples(model_trace)
-        for name, code, value in _summed(read_joint_states(summed, layout, 0), summed, mean):
+        for name, code, value in summed_codes(read_joint_states(summed, layout, 0), summed, mean):
             codes[name], values[name] = code, value
     return codes, values
 
@@ -136,7 +136,7 @@ def _code(node: Mapping[str, Any], layout: Layout, count: int, mean: bool) -> La
     return LatentCode(running.row_values(node["value"], node, layout, count), log_q, **parts, is_draw=is_draw)
 
 
-def _summed(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, LatentCode, Tensor]]:
+def summed_codes(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> Iterator[tuple[str, LatentCode, Tensor]]:
     """Yield name, code and site value of every latent that the model sums out, sampled in order from p(c | x, z).
 
     With `mean` the value of each is the most probable one, given those before it.

@@ -76,7 +76,7 @@ def sample(
     pair = running.opened(run_or_pair)
     rows = Template(run_or_pair, pair, n, given, seed)
     with running.analysed(pair, rows.at(0, 2), seed):
-        found = running.by_chunks(lambda *at: _simulated(pair, rows.at(*at), mean), n, rows.numbers, on_progress)
+        found = running.by_chunks(lambda *at: model_samples(pair, rows.at(*at), mean), n, rows.numbers, on_progress)
     return replace(found, covariates=rows.covariates)
 
 
@@ -93,7 +93,7 @@ def _require_density(source: Run | Pair) -> None:
         )
 
 
-def _simulated(pair: Pair, rows: Tensor, mean: bool) -> Samples:
+def model_samples(pair: Pair, rows: Tensor, mean: bool) -> Samples:
     """Return samples of the model in its current context, one for each of the placeholder rows `(n, *row)`."""
     layout, count, nodes = pair.layout, len(rows), samples(pair.simulate(rows))
     node = running.datum(layout, nodes)

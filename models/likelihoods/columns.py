@@ -268,13 +268,27 @@ class ColumnsDistribution(Batched):
         """Return the log density of the columns that are not missing, nats, `(...)`; exact."""
         if self._validate_args:
             self._validate_sample(value)
+        scores = [score.sum(-1) for score in self._scores(value)]
+        return sum(scores[1:], scores[0])
+
+    @property
+    def element_supports(self) -> list[constraints.Constraint]:
+        """Constraint on the values of each column."""
+        return [support_of(law) for law in self.module.laws]
+
+    def element_log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density of every column, nats, `(..., D)`; exact, 0 for a missing value."""
+        return self.module.in_order(self._scores(value))
+
+    def _scores(self, value: Tensor) -> list[Tensor]:
+        """Return the log densities of the columns of each family, `(..., d)`; 0 for missing values."""
         scores = []
         for family, part in self.module.each(self.parts):
             given = family.pick(value)
             missing = given.isnan()
             score = part.log_prob(given.masked_fill(missing, family.stand_in))
-            scores.append(torch.where(missing, 0.0, score).sum(-1))
-        return sum(scores[1:], scores[0])
+            scores.append(torch.where(missing, 0.0, score))
+        return scores
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return sampled rows without missing values, `sample_shape + (..., D)`."""

@@ -200,7 +200,7 @@ def _agrees(pair: Pair, x: Tensor, way: Way, guides: Sequence[Trace], want: Tens
             fixed.nodes[name] = {**node, "value": _stacked(way, [g.nodes[name] for g in guides], layout)}
     try:
         with pair.own_store(), ReplayMessenger(trace=fixed):
-            found = run(pair, x, layout, count) if way == "plate" else run(pair, _tiled(x, count), layout)
+            found = run(pair, x, layout, count) if way == "plate" else run(pair, tiled(x, count), layout)
         got = _weights(pair, *pair.known(x, *found), count if way == "plate" else 0).reshape(count, -1)
     except Exception:  # whatever a program raises under a further plate
         return False
@@ -222,14 +222,15 @@ def _weights(pair: Pair, guide: Trace, model: Trace, particles: int) -> Tensor:
     return sum_over([terms.reconstruction, *(-kl for kl in terms.kl.values())])
 
 
-def _tiled(x: Tensor, count: int) -> Tensor:
+def tiled(x: Tensor, count: int) -> Tensor:
+    """Return `count` copies of rows, one after the other, `(count * n, ...)`."""
     return x.repeat(count, *(1,) * (x.dim() - 1))
 
 
 def with_particles(pair: Pair, x: Tensor, particles: int, way: Way, **options: Any) -> Terms:
     """Return the ELBO terms of a batch with `particles` samples per row, for programs that take no plate of them."""
     if way == "rows":
-        found = [pair.terms(_tiled(x, particles), **options)]
+        found = [pair.terms(tiled(x, particles), **options)]
         return _combined(found, lambda values: values[0].reshape(particles, -1))
     return _combined([pair.terms(x, **options) for _ in range(particles)], torch.stack)
 

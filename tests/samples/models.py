@@ -1,9 +1,10 @@
 """Small pairs with known posteriors that the tests of samples share."""
 
 # Attributes of Modules have no types.
-# mypy: disable-error-code="arg-type"
+# mypy: disable-error-code="arg-type, attr-defined"
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from tests.cli_runner import run_cli
 
@@ -105,6 +107,22 @@ class Mixture(nn.Module):
         pass
 
 
+class Patterns(nn.Module):
+    """Code c of prior (0.3, 0.7), summed out; two bits of probabilities p[c]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([[0.9, 0.8], [0.4, 0.1]]))
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            c = pyro.sample("c", dist.Categorical(torch.tensor([0.3, 0.7])), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Bernoulli(self.p[c]).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        pass
+
+
 class Global(nn.Module):
     """One w ~ N(0, 1) for all data, found to be 5; x ~ N(w + z, 0.1)."""
 
@@ -140,6 +158,38 @@ class Skewed(nn.Module):
     def guide(self, x: Tensor) -> None:
         with pyro.plate("data", len(x)):
             pyro.sample("z", dist.LogNormal(0.1 * x, 0.2).to_event(1))
+
+
+class Table:
+    """x = W z + b + noise of five continuous columns that may be missing, z ~ N(0, I) of two coordinates; float64."""
+
+    def __init__(self) -> None:
+        columns = {f"c{i}": {"type": "continuous", "transform": "none", "missing": "mask"} for i in range(5)}
+        network = {"kind": "mlp", "hidden": []}
+        likelihood = {"network": network, "likelihood": "columns"}
+        raw = {"latents": {"z": {"dim": 2}}, "encoder": {"network": network}, "decoder": likelihood}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            plan = Experiment.from_dict({"data": {"source": "frame", "columns": columns}, **raw})
+            self.pair = plan.build((5,)).double()
+        decoder = self.pair.model.decoder
+        with torch.no_grad():
+            for parameter in self.pair.guide.parameters():
+                parameter.zero_()  # q(z | x) is the prior
+            decoder.likelihood.families["normal"].log_scale.copy_(torch.linspace(-1, 0.3, 5))
+            self.b = decoder({"z": torch.zeros(1, 2).double()}).mean[0]
+            self.w = torch.stack([decoder({"z": e[None]}).mean[0] - self.b for e in torch.eye(2).double()], 1)
+        self.scale = torch.linspace(-1, 0.3, 5).double().exp()
+        generator = torch.Generator().manual_seed(1)
+        z, e = torch.randn(60, 2, generator=generator).double(), torch.randn(60, 5, generator=generator).double()
+        self.complete = z @ self.w.T + self.b + self.scale * e
+        self.x = self.complete.clone()
+        self.x[:20, 1], self.x[20:40, :4], self.x[40:50, [0, 4]] = math.nan, math.nan, math.nan
+        self.pair.adopt(self.complete)
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.w @ self.w.T + self.scale.square().diag()
 
 
 def pair_of(module: nn.Module, *event: int) -> Pair:
