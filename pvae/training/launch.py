@@ -22,9 +22,7 @@ from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, find, seal
 from pvae.runs.export.exporting import exporting
 from pvae.runs.run import Run
-from pvae.training import artefacts, loop
-from pvae.training.evaluation import evaluate
-from pvae.training.step import choose_engine, learned
+from pvae.training import artefacts, evaluation, loop, step
 from pvae.training.trainer import Trainer
 from pvae.util import follows, group, toml
 from pvae.util.provenance import UNCOUNTED, provenance, surroundings
@@ -83,7 +81,7 @@ def launch(
     group.wait()
     progress = progress and not follows()
     with files.lock(), exporting(files, export, show=progress):
-        if learned(pair):
+        if step.learned(pair):
             engine = str(files.manifest["engine"])
             loop.train(Trainer(plan, pair, dataset, files, group.local(where), engine, progress))
         else:
@@ -132,7 +130,7 @@ def keep_as_it_is(pair: Pair, data: Dataset, plan: Plan, files: RunDirectory) ->
 
     This is the whole fit of a refit whose prior is q_agg itself.
     """
-    row = evaluate(pair, data.validation.rows, plan.seed, len(data.train))
+    row = evaluation.evaluate(pair, data.validation.rows, plan.seed, len(data.train))
     files.log_metrics({"epoch": 0, "step": 0, "seconds": 0.0, "split": "validation", **row})
     tensors, told = {"weights": dict(pair.state_dict()), "optimizer": {}}, seal.seal(files, plan.to_toml())
     where, run = files.path / "checkpoints", seal.recorded(files, told, ended=True)
@@ -154,7 +152,7 @@ def engine_of(plan: Plan, pair: Pair, data: Dataset, device: torch.device) -> st
     steps = plan.train.epochs * math.ceil(len(data.train) / batch)
     shape = (-(-batch // plan.train.shards), *data.train.rows.shape[1:])
     entry = artefacts.entry_of(pair, plan.objective, resolved(plan.train.precision, device), shape)
-    return choose_engine(steps, sum(p.numel() for p in pair.parameters()), batch, device, artefacts.is_kept(entry))
+    return step.choose_engine(steps, sum(p.numel() for p in pair.parameters()), batch, device, artefacts.is_kept(entry))
 
 
 def pick_device(name: str) -> torch.device:

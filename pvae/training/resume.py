@@ -19,9 +19,7 @@ from pvae.runs import RunDirectory, checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
 from pvae.runs.run import Run, attended, load_weights
 from pvae.training import launch as start
-from pvae.training import loop
-from pvae.training.recovery import newest, restore, save
-from pvae.training.step import learned
+from pvae.training import loop, recovery, step
 from pvae.training.trainer import Trainer
 from pvae.util import digest, follows, group
 from pvae.util.threads import threads
@@ -109,7 +107,7 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
     """Train from the newest checkpoint to the end; return at once for a pair without trainable parameters."""
     files, pair, data = run.files, run.fresh_pair(), run.data
     start.freeze(pair, files.manifest.get("trainable"))
-    if not learned(pair):
+    if not step.learned(pair):
         _ = run.checkpoint  # raises where there is none
         return
     engine = str(files.manifest.get("engine", "eager"))
@@ -122,9 +120,9 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
     trainer = Trainer(plan, pair, data, files, where, engine, progress)
     if is_old:
         trainer.tell("seal", "not sealed: the run is of an earlier version, so that edits of its files are not seen")
-    saved = newest(trainer)
+    saved = recovery.newest(trainer)
     if saved is not None:
-        restore(trainer, saved)
+        recovery.restore(trainer, saved)
     elif files.manifest.get("trainable") is not None:
         raise CheckpointError(
             f"{files.path}: expected a checkpoint, which holds the frozen weights too; got none. "
@@ -138,7 +136,7 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
         files.log_event("changed", "; ".join(changed))
         if saved is not None:  # the newest checkpoint says what the run is now
             trainer.started -= trainer.state.seconds
-            save(trainer)
+            recovery.save(trainer)
     loop.train(trainer)
 
 
