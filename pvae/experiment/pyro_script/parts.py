@@ -64,11 +64,6 @@ class Part:
         *lines, distribution = filter(None, rule(self).splitlines())
         return lines, distribution
 
-    def relaxed(self, logits: str) -> str:
-        """Return the expression of Pyro's `RelaxedOneHotCategorical` with the given logits."""
-        event = f".to_event({len(self.site.space.grid)})" if self.site.space.grid else ""
-        return f"dist.RelaxedOneHotCategorical({self.script.temperature(self.site.name)}, logits={logits}){event}"
-
 
 # ---------------------------------------------------------------------- networks
 
