@@ -208,17 +208,9 @@ def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
 
 def _require_samples(pair: Pair) -> None:
     """Refuse guides without samples of single latents, or for given rows only."""
-    layout, structure = pair.layout, pair.structure
-    points = ", ".join(name for name in layout.latents if name in structure.points and not structure.determined)
-    summed = f"{', '.join(layout.enumerated)}, summed out exactly: their posterior is that of the model"
-    reasons = {
-        "a guide of any rows; got parameters of every row, which are those of given data": structure.rows is not None,
-        f"latents that the guide samples; got {summed if layout.enumerated else 'global ones'}": not layout.latents,
-        f"posterior samples; got a point for {points} (Delta), which has no spread to compare": bool(points),
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            raise DataError(f"calibration: expected {reason}.")
+    points = [name for name in pair.layout.latents if name in pair.structure.points and not pair.structure.determined]
+    if reasons := texts("refused.calibration", pair=pair, points=points):
+        raise DataError(reasons[0])
 
 
 def _simulated(
