@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from pvae.analysis.aggregate.entry import require_counts, require_room
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import text, texts
 from pvae.errors import DataError
 from pvae.pair import PARTICLES, Layout, Pair, SiteShape, log_prob, samples, site_shape, sum_over, unwrapped
 
@@ -39,12 +39,8 @@ class AnnealingPlan:
         require_counts(self.caller, temperatures=self.temperatures, chains=self.chains, leapfrog=self.leapfrog)
         told = f"{self.chains:,} chains for each of {rows:,} rows, {self.temperatures:,} temperatures"
         require_room(pair, self.caller, rows + 4 * self.chains, rows * self.chains + 50 * self.temperatures, told)
-        if self.start not in ("guide", "prior"):
-            raise DataError(f"{self.caller}: expected start 'guide' or 'prior'; got {self.start!r}.")
-        if names := ", ".join(pair.layout.shared):
-            raise DataError(f"{self.caller}: expected latents of single data only; got global {names}.")
-        if names := ", ".join(pair.layout.enumerated):
-            raise DataError(text("refused.summed_out", caller=self.caller, names=names))
+        if reasons := texts("refused.annealing", plan=self, layout=pair.layout):
+            raise DataError(reasons[0])
 
 
 # ---------------------------------------------------------------------- the annealed densities
