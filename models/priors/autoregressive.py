@@ -16,7 +16,7 @@ from torch.distributions import constraints
 from torch.nn import functional as F
 
 from pvae.component import Shape
-from pvae.distributions.codes import MAX_STATES, Conditional, joint_states
+from pvae.distributions.codes import Conditional, Enumerated
 from pvae.errors import DeclarationError
 from pvae.graph.site import Site
 from pvae.util.types import Size
@@ -112,7 +112,7 @@ class TokenModule(nn.Module):
         """Return codes `(count, p)`, each chosen by `choose` from its logits given the codes before it."""
 
 
-class Autoregressive(Conditional):
+class Autoregressive(Enumerated, Conditional):  # type: ignore[override]
     r"""Distribution p(c | parents) of a grid of codes, factorised over its positions in raster order.
 
     Values are indices `(..., *grid)`. Leading dimensions of values and parents broadcast.
@@ -166,19 +166,9 @@ class Autoregressive(Conditional):
         return torch.cat(drawn).reshape(shape + self.event_shape)
 
     @property
-    def has_enumerate_support(self) -> bool:  # type: ignore[override]
-        """True if there are at most `MAX_STATES` joint states."""
-        return self.network.codes**self.network.positions <= MAX_STATES
-
-    def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return all S = K^positions joint states, `(S, *batch_shape, *grid)`; batch dimensions are 1 unless expanded.
-
-        Raises:
-            NotImplementedError: there are more than `MAX_STATES`.
-        """
-        states = joint_states(self.network.codes, self.event_shape, self.network.start.device)
-        states = states.reshape(-1, *[1] * len(self.batch_shape), *self.event_shape)
-        return states.expand(-1, *self.batch_shape, *self.event_shape) if expand else states
+    def values(self) -> Tensor:  # type: ignore[override]
+        """Codes 0 .. K - 1, `(K,)`."""
+        return torch.arange(self.network.codes, device=self.network.start.device)
 
     def _context(self, lead: torch.Size) -> Tensor | None:
         """Return the context broadcast to the leading dimensions `lead`, flattened into one; None without a context."""

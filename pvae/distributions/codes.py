@@ -21,38 +21,43 @@ MAX_STATES = 4096
 """Largest number of joint states of the codes of one data point that is enumerated."""
 
 
-class Enumerable(Event):
-    """Independent codes or bits over a grid, which support enumeration of their joint states if these are few."""
+class Enumerated:
+    """Mixin of distributions of codes or bits over a grid, whose joint states can be enumerated if these are few."""
+
+    batch_shape: Any
+    event_shape: Any
+
+    values: Tensor
+    """Values of one element, `(K,)`: the codes 0 .. K - 1, or 0 and 1 of a bit."""
 
     @property
-    def states(self) -> int:
-        """Number of values of one element: K of a code, 2 of a bit."""
-        return self.base_dist.logits.shape[-1] if isinstance(self.base_dist, dist.Categorical) else 2
-
-    @property
-    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+    def has_enumerate_support(self) -> bool:
         """True if there are at most `MAX_STATES` joint states, so that they can be enumerated."""
-        return self.event_shape.numel() * math.log(self.states) <= math.log(MAX_STATES) + 1e-9
+        return self.event_shape.numel() * math.log(len(self.values)) <= math.log(MAX_STATES) + 1e-9
 
     def enumerate_support(self, expand: bool = True) -> Tensor:
-        """Return all S joint states, `(S, *batch, *grid)`; batch dimensions have size 1 unless expanded."""
-        like = self.base_dist.logits
-        found = joint_states(self.states, self.event_shape, like.device)
-        found = found if isinstance(self.base_dist, dist.Categorical) else found.to(like)
-        lead = self.batch_shape if expand else (1,) * len(self.batch_shape)
+        """Return all S joint states, `(S, *batch, *grid)`; batch dimensions have size 1 unless expanded.
+
+        Raises:
+            NotImplementedError: there are more than `MAX_STATES`; the same type as torch raises for infinite supports.
+        """
+        positions, lead = self.event_shape.numel(), self.batch_shape if expand else (1,) * len(self.batch_shape)
+        if not self.has_enumerate_support:
+            raise NotImplementedError(f"{len(self.values)}^{positions} joint states are more than {MAX_STATES}")
+        found = torch.cartesian_prod(*[self.values] * positions)
         return found.reshape(-1, *(1,) * len(lead), *self.event_shape).expand(-1, *lead, *self.event_shape)
 
 
-def joint_states(states: int, grid: Size, device: torch.device) -> Tensor:
-    """Return all S = `states ** P` joint states of a grid of P elements, `(S, *grid)`, int64.
+class Enumerable(Enumerated, Event):  # type: ignore[override]
+    """Independent codes or bits over a grid."""
 
-    Raises:
-        NotImplementedError: there are more than `MAX_STATES`; the same type as torch raises for infinite supports.
-    """
-    positions = math.prod(grid)
-    if positions * math.log(states) > math.log(MAX_STATES) + 1e-9:
-        raise NotImplementedError(f"{states}^{positions} joint states are more than {MAX_STATES}")
-    return torch.cartesian_prod(*[torch.arange(states, device=device)] * positions).reshape(-1, *grid)
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """Values of one element, `(K,)`: the codes 0 .. K - 1, or 0 and 1 of a bit."""
+        like = self.base_dist.logits
+        if isinstance(self.base_dist, dist.Categorical):
+            return torch.arange(like.shape[-1], device=like.device)
+        return torch.arange(2, dtype=like.dtype, device=like.device)
 
 
 def code_grid(logits: Tensor, grid: int) -> dist.TorchDistribution:

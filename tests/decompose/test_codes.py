@@ -24,7 +24,7 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.samples.encode import encode, reconstruct
 from pvae.analysis.samples.sample import sample
 from pvae.analysis.samples.traversal import traverse
-from pvae.distributions.codes import Certain, joint_states
+from pvae.distributions.codes import Certain
 from pvae.errors import DataError
 from pvae.pair.code_usage import code_usage
 from pvae.pair.layout import samples
@@ -52,6 +52,11 @@ CERTAIN = {"straight through, noiseless", "nearest code, averages", "nearest cod
 
 
 RELAXED = {name for name in MEMBERS if "relaxed" in name or "straight" in name}
+
+
+def joint_states(states: int, grid: torch.Size | tuple[int, ...], device: torch.device) -> Tensor:
+    """All joint states of the elements of a grid, `(S, *grid)`."""
+    return torch.cartesian_prod(*[torch.arange(states, device=device)] * math.prod(grid)).reshape(-1, *grid)
 
 
 class Tables:
