@@ -59,10 +59,7 @@ class DecoderModule(nn.Module):
             DataError: the features are one tensor.
         """
         if isinstance(seen, Tensor):
-            raise DataError(
-                f"decoder: expected features by name, {', '.join(self.network.inputs)}; got one tensor. "
-                f"Call run.decoder(z), a Module of tensors, which gives E[x | z]."
-            )
+            raise DataError.of("models.graph.names", inputs=self.network.inputs)
         return self.likelihood(self.network(seen))
 
 
@@ -122,9 +119,7 @@ class GraphModel(nn.Module):
         """
         x, seen = (None, {}) if rows is None else self.frame.split(rows)
         if rows is None and self.frame.covariates:
-            raise DeclarationError(
-                f"model: expected rows with {', '.join(self.frame.covariates)}, which it is conditioned on; got none."
-            )
+            raise DeclarationError.of("models.graph.no_rows", covariates=self.frame.covariates)
         like = next(self.parameters()) if rows is None else rows
         with data_plate(size or 1 if rows is None else rows.shape[0]):
             for site in self.sites:

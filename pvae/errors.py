@@ -6,6 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, Self
+
+from pvae.words import text as _text
 
 _MEANINGS = tomllib.loads(Path(__file__).with_name("exit_codes.toml").read_text())
 EXIT_CODES: Mapping[int, str] = {int(code): meaning for code, meaning in _MEANINGS.items()}
@@ -23,6 +26,11 @@ class PvaeError(Exception):
     """
 
     exit_code = 1
+
+    @classmethod
+    def of(cls, name: str, /, **fields: Any) -> Self:
+        """Return the error whose message is an entry of `pvae/<room>/words.toml`, with its fields filled in."""
+        return cls(_text(name, **fields))
 
 
 class DeclarationError(PvaeError):

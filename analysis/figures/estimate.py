@@ -7,18 +7,16 @@ import html
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_type_hints
 
 import pandas
-from jinja2 import Environment, StrictUndefined, Template
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from pvae.util import toml
 from pvae.util.files import plain
+from pvae.words import Catalogue
 
 Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
 CONSERVATIVE = "conservative"
@@ -176,24 +174,10 @@ def with_error(e: Estimate) -> str:
     return f"{short(e.value, digits)} +- {short(e.standard_error, digits)}"
 
 
-ENTRIES = toml.flat(toml.read(Path(__file__).with_name("results.toml")))
-ENGINE = Environment(undefined=StrictUndefined)
-ENGINE.filters |= {"short": short, "with_error": with_error, "log": math.log, "html": html.escape}
-
-
-@cache
-def _template(words: str) -> Template:
-    return ENGINE.from_string(" ".join(words.split()))
-
-
-def text(name: str, /, **fields: Any) -> str:
-    """Return the text with a dotted name, such as `collapse.use`, its fields filled in; empty if it does not apply."""
-    return _template(ENTRIES[name]).render(fields)
-
-
-def texts(name: str, /, **fields: Any) -> tuple[str, ...]:
-    """Return those of the texts of a list that apply, their fields filled in."""
-    return tuple(filter(None, (_template(words).render(fields) for words in ENTRIES[name])))
+WORDS = Catalogue(
+    Path(__file__).parent, "results.toml", short=short, with_error=with_error, log=math.log, html=html.escape
+)
+text, texts = WORDS.text, WORDS.texts
 
 
 # ---------------------------------------------------------------------- results

@@ -145,10 +145,7 @@ class FlowPosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         if (dim := site.event[0]) < 2 or min(self.hidden, default=0) < dim:
-            raise DeclarationError(
-                f"latents.{site.name}.posterior.hidden: expected a latent of at least 2 coordinates and one hidden "
-                f"layer or more, each at least as wide; got dim = {dim} and {list(self.hidden)}."
-            )
+            raise DeclarationError.of("guides.posteriors.flow", name=site.name, dim=dim, hidden=self.hidden)
         return FlowHead(head(self.network, inputs, (2 * dim + self.context,)), dim, self)
 
 

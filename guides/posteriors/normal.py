@@ -94,10 +94,7 @@ def require_normal(site: Site, link: Link) -> None:
         return
     asks_the_guide = hasattr(prior, "link")
     if site.given or asks_the_guide or normal_of(prior({})) is None:
-        raise DeclarationError(
-            f"latents.{site.name}.prior: expected a diagonal normal, standard_normal or conditional_normal, of which "
-            f"the posterior reads location and scale; got {type(prior).__name__}."
-        )
+        raise DeclarationError.of("guides.posteriors.prior", name=site.name, found=prior)
 
 
 def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Shape]:
@@ -107,15 +104,9 @@ def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Sh
         DeclarationError: no input is left, or a parent is summed out by the model, so that the guide has no sample.
     """
     if summed := [above.name for above in link.model.sites if above.summed and above.name in site.given]:
-        raise DeclarationError(
-            f"latents.{site.name}.posterior: expected parents that the guide samples, to ask the model for p(z | "
-            f"parents); got {', '.join(summed)}, summed out by the model. Use the posterior normal."
-        )
+        raise DeclarationError.of("guides.posteriors.summed", name=site.name, summed=summed)
     if not (read := {name: shape for name, shape in inputs.items() if name not in site.given}):
-        raise DeclarationError(
-            f"latents.{site.name}.posterior.given: expected 'x', or a latent that is no parent in the model; got "
-            f"{', '.join(inputs)} alone, which say no more than the prior."
-        )
+        raise DeclarationError.of("guides.posteriors.given", name=site.name, inputs=inputs)
     return read
 
 
@@ -190,10 +181,7 @@ class BidirectionalPosterior(Posterior):
         prior = link.model.priors[site.name]
         if isinstance(prior, NormalHead):
             if not prior.network.width:
-                raise DeclarationError(
-                    f"latents.{site.name}.prior.network: expected a network with features, mlp, gated_mlp or conv, for "
-                    f"the posterior to read; got {type(prior.network).__name__}."
-                )
+                raise DeclarationError.of("guides.posteriors.network", name=site.name, found=prior.network)
             read[TOP_DOWN] = (prior.network.width,)
         return BidirectionalModule(site, link, self, head(self.network, read, (2 * site.event[0],)))
 

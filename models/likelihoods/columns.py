@@ -215,9 +215,7 @@ class ColumnsModule(LikelihoodModule):
         if not laws:
             raise DeclarationError("likelihood: expected data.columns, which say how each is scored; got none.")
         if tuple(x) != (len(laws),):
-            raise DeclarationError(
-                f"likelihood: expected rows of the {len(laws)} columns that data.columns declares; got shape {list(x)}."
-            )
+            raise DeclarationError.of("models.likelihoods.shape", laws=laws, x=x)
         super().__init__(x, 1)
         self.laws = tuple(laws)
         places = grouped(laws)

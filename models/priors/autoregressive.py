@@ -64,15 +64,10 @@ class TokenModule(nn.Module):
         super().__init__()
         self.grid, self.codes, self.width = site.space.grid, site.space.states, width
         if len(self.grid) > 2:
-            raise DeclarationError(
-                f"latents.{site.name}.prior {kind}: expected a grid of at most 2 axes; got {list(self.grid)}."
-            )
+            raise DeclarationError.of("models.priors.grid", name=site.name, kind=kind, grid=self.grid)
         for name, shape in parents.items():
             if len(shape) not in (1, 2, 3):
-                raise DeclarationError(
-                    f"latents.{site.name}.prior {kind}: expected parents of shape (D), (C, L) or (C, H, W); "
-                    f"got {name} of shape {list(shape)}."
-                )
+                raise DeclarationError.of("models.priors.parents", latent=site.name, kind=kind, name=name, shape=shape)
         self.positions = prod(self.grid)
         self.parents = {name: tuple(shape) for name, shape in parents.items()}
         self.start = nn.Parameter(0.1 * torch.randn(width))

@@ -115,10 +115,7 @@ class FlowPrior(Prior):
         if dim < 2:
             raise DeclarationError(f"latents.{site.name}.dim: expected at least 2 coordinates for a flow; got {dim}.")
         if self.masked and min(self.hidden) < dim:
-            raise DeclarationError(
-                f"hidden: expected layers at least as wide as the {dim} coordinates of the flow; got "
-                f"{list(self.hidden)}. Widen them, or use realnvp."
-            )
+            raise DeclarationError.of("models.priors.narrow", dim=dim, hidden=self.hidden)
         flow = FlowModule([near_identity(self.bijection(dim)) for _ in range(self.layers)], dim, self.inward)
         return RelaxedFlowModule(flow, site.event) if relaxed else flow
 

@@ -181,10 +181,7 @@ class DataMixtureModule(MadeOfData):
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the mixture, with batch shape `()`."""
         if not self.attended and not self.link.building:
-            raise DeclarationError(
-                f"latents.{self.name}.prior: expected the training data, of which it is made; got none. "
-                f"Call pair.attend(data.train.data)."
-            )
+            raise DeclarationError.of("models.priors.no_data", name=self.name)
         if not self.training:
             return Mixture(self.components_of(self._kept_encodings()))
         components, x = self.declared.components, self.rows
@@ -230,7 +227,4 @@ def posteriors_at(x: Tensor, name: str, link: Link) -> Members:
         return FullRankNormals(fn.loc, fn.scale_tril)
     if isinstance(fn, torch.distributions.Normal):
         return Normals(fn.loc, fn.scale)
-    raise DeclarationError(
-        f"latents.{name}.posterior: expected normal or full_rank_normal, of which its prior makes a mixture; got "
-        f"{type(fn).__name__}. Or use the prior mixture."
-    )
+    raise DeclarationError.of("models.priors.no_normal", name=name, found=fn)

@@ -242,10 +242,7 @@ class Streamed:
             where = where.nonzero().flatten()
         needed = 4 * len(where) * prod(self.shape[1:])
         if needed > MATERIALISED_BYTES and len(where) > self.blocks.block * WINDOW:
-            raise DataError(
-                f"Expected at most {MATERIALISED_BYTES >> 20} MiB of streamed rows at once; got {len(where)} rows, "
-                f"{needed >> 20} MiB. Ask for fewer (--rows), or set data.stream = false."
-            )
+            raise DataError.of("data.streamed.too_many", most=MATERIALISED_BYTES, rows=len(where), needed=needed)
         x = torch.from_numpy(self.blocks[where.numpy()])
         if self.columns is not None:
             x = torch.cat([x.flatten(1), self.columns[where]], 1)

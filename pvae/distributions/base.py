@@ -180,10 +180,7 @@ class Implicit(dist.Delta):
         Raises:
             DeclarationError: always.
         """
-        raise DeclarationError(
-            "log p(x | z): expected a likelihood; got x = g(z), a generator without one. It has no ELBO and no "
-            "evidence: compare its samples with data (pvae two-sample)."
-        )
+        raise DeclarationError.of("distributions.base.no_likelihood")
 
 
 class Rounded(Determined):

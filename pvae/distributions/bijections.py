@@ -142,11 +142,8 @@ def bisected(call: Callable[[Tensor], Tensor], y: Tensor, order: Iterable[int]) 
                     break
                 high = torch.where(inside, high, 2 * high)
             else:
-                raise NonFiniteError(
-                    f"Expected a flow that takes every value; got none at {int((~inside).sum())} of {inside.numel()} "
-                    f"within 2^{MAX_DOUBLINGS} of 0, in coordinate {d}. Look for weights that are not finite, and fit "
-                    "again with a lower learning rate or train.clip_norm."
-                )
+                lost = {"outside": int((~inside).sum()), "size": inside.numel(), "coordinate": d}
+                raise NonFiniteError.of("distributions.bijections.no_inverse", most=MAX_DOUBLINGS, **lost)
             low = -high
             for _ in range(halvings):
                 middle = low + (high - low) / 2

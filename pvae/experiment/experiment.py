@@ -29,6 +29,7 @@ from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.util import toml
 from pvae.util.memory import weighed
+from pvae.words import text
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 RESERVED = {OBSERVED, "data", "chain", "draw"}
@@ -83,10 +84,7 @@ class Experiment(Plan):
     def _legal_names(cls, named: dict[str, Any]) -> dict[str, Any]:
         for name in named:
             if not NAME.fullmatch(name) or name in RESERVED or hasattr(nn.ModuleDict, name):
-                raise ValueError(
-                    f"names in lower case, at most 40 letters, digits and _, none of "
-                    f"{', '.join(sorted(RESERVED))} nor a method of torch's ModuleDict; got {name[:60]!r}"
-                )
+                raise ValueError(text("experiment.experiment.names", reserved=sorted(RESERVED), name=name[:60]))
         return named
 
     @model_validator(mode="after")
@@ -167,16 +165,11 @@ class Experiment(Plan):
         """
         names = [name for name, z in stage.latents.items() if z.prior != self.latents[name].prior]
         if not names:
-            raise DeclarationError(
-                f"refit: expected another prior, e.g. latents.{next(iter(stage.latents))}.prior.kind=realnvp; got none."
-            )
+            raise DeclarationError.of("experiment.experiment.same_prior", name=next(iter(stage.latents)))
         moved = [name for name in names if stage.latents[name].posterior.follows_prior(stage.latents[name].given)]
         if moved:
             kinds = ", ".join(f"{name} ({stage.latents[name].posterior.kind})" for name in moved)
-            raise DeclarationError(
-                f"refit: expected posteriors that stay as they are; got {kinds}, made of the prior itself, which would "
-                f"move with it. Fit the model anew."
-            )
+            raise DeclarationError.of("experiment.experiment.moved", kinds=kinds)
         return names
 
     def conditioned(self, data: Dataset) -> Dataset:
@@ -260,10 +253,7 @@ def build_pair(experiment: Experiment, frame: Frame, rows: int = 0, device: torc
     except (RuntimeError, ValueError) as error:
         if not is_refused_draw(error):
             raise
-        raise DeclarationError(
-            f"Expected distributions that are finite before training; got: {str(error).splitlines()[0][:200]}. "
-            f"Look at scales, log_variance bounds and temperatures."
-        ) from error
+        raise DeclarationError.of("experiment.experiment.not_finite", found=str(error).splitlines()[0][:200]) from error
 
 
 def linked_parts(experiment: Experiment, frame: Frame) -> Link:

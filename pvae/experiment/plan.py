@@ -18,6 +18,7 @@ from pvae.nn.schedules import Adam, Constant, Optimizer, Schedule
 from pvae.objectives.base import Objective
 from pvae.objectives.elbo import TraceELBO
 from pvae.util import digest, toml
+from pvae.words import text
 
 
 class Latent(Section):
@@ -55,10 +56,7 @@ class Latent(Section):
         sizes = {"dim": self.dim, "codes": self.codes, "bits": self.bits}
         found = [name for name, size in sizes.items() if size is not None]
         if len(found) != 1:
-            raise ValueError(
-                f"one of dim (a real vector), codes (a discrete latent) and bits (a vector of 0 and 1); "
-                f"got {' and '.join(found) or 'none'}"
-            )
+            raise ValueError(text("experiment.plan.size", found=found))
         for name in ("grid", "embedding"):
             if getattr(self, name) is not None and self.codes is None:
                 raise ValueError(f"{name} with codes alone; got {name} with {found[0]}")

@@ -159,10 +159,7 @@ def topological(parents: Mapping[str, Iterable[str]], what: str) -> list[str]:
     waiting = {name: [p for p in above if p in parents] for name, above in parents.items()}
     while waiting:
         if not (ready := [name for name, above in waiting.items() if all(p in order for p in above)]):
-            raise DeclarationError(
-                f"{what}: expected an acyclic graph; got a cycle among {', '.join(sorted(waiting))}. "
-                f"Remove one of their `given` entries."
-            )
+            raise DeclarationError.of("graph.site.cycle", what=what, sites=sorted(waiting))
         order.append(ready[0])
         del waiting[ready[0]]
     return order
@@ -297,9 +294,7 @@ class Frame:
             codes = self.covariates[name]
             wrong = column[(column != column.round()) | (column < 0) | (column >= codes)]
             if len(wrong):
-                raise DataError(
-                    f"{name}: expected integers 0 .. {codes - 1} in the last column of x; got {float(wrong[0]):g}."
-                )
+                raise DataError.of("graph.site.label", name=name, most=codes - 1, found=float(wrong[0]))
 
     def groups(self, rows: Tensor) -> Tensor | None:
         """Return an integer per row, `(n,)`, that identifies its joint covariate value; None without covariates."""

@@ -64,10 +64,7 @@ def require_image(wanted: str, inputs: Mapping[str, Shape], output: Shape | None
     """
     if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
         found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
-        raise DeclarationError(
-            f"{wanted} among its inputs or its output; got {found}. Declare data.shape, e.g. [1, 28, 28], or use "
-            f"kind = 'mlp'."
-        )
+        raise DeclarationError.of("nn.conv.image", wanted=wanted, found=found)
 
 
 class Conv(Network):

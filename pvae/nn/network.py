@@ -189,10 +189,7 @@ class TableNetwork(Network):
         """Return the table module; it needs exactly one input, and an output shape."""
         if len(inputs) != 1 or output is None:
             found = ", ".join(inputs) + (" and no output" if output is None else "")
-            raise DeclarationError(
-                f"network table: expected one input (a latent with codes) and an output, as a decoder has; "
-                f"got {found}. Use kind = 'mlp'."
-            )
+            raise DeclarationError.of("nn.network.table", found=found)
         return TableModule(inputs, output)
 
 

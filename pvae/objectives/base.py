@@ -234,8 +234,6 @@ class Loss(nn.Module):
         with products_in(self.precision):
             loss, metrics = self.objective.evaluate(self.pair, x, self.rows, self.beta, self.closed)
         if len(metrics) != len(self.names) - 1:
-            raise DeclarationError(
-                f"pair: expected the latents of the batches seen before the fit ({', '.join(self.names[2:])}); got "
-                f"{', '.join(self.objective.metrics(self.pair)[1:])}. Sample them in every batch; mask what is absent."
-            )
+            found = self.objective.metrics(self.pair)[1:]
+            raise DeclarationError.of("objectives.base.latents", names=self.names[2:], found=found)
         return loss, torch.stack([loss, *metrics]).detach()

@@ -14,6 +14,7 @@ from pvae.errors import DeclarationError
 from pvae.guides.posteriors.base import PosteriorModule
 from pvae.objectives.base import Objective
 from pvae.pair import Layout, Pair, Terms, sum_over
+from pvae.words import text
 
 
 def minus_elbo(terms: Terms, beta: Tensor, free_bits: float = 0.0) -> Tensor:
@@ -129,10 +130,7 @@ class IWAE(Objective):
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         found = []
         if names := ", ".join(pair.layout.expected):
-            found.append(
-                f"objective.kind: expected trace_elbo with {names}, whose states are summed over; got iwae. Or let the "
-                f"posterior draw: estimator = 'score'."
-            )
+            found.append(text("objectives.elbo.iwae", names=names))
         for name, part in pair.named_modules():
             if isinstance(part, PosteriorModule) and part.learns_baseline:
                 key = f"latents.{name.rpartition('.')[2]}.posterior.baseline"

@@ -115,10 +115,7 @@ class MixtureParts:
             prior, table, likelihood = model.priors[site.name], decoder.network, decoder.likelihood.closed_form()
             if isinstance(prior, WeightsModule) and isinstance(table, TableModule) and likelihood is not None:
                 return cls(model, site, prior, table, likelihood)
-        raise DeclarationError(
-            "pair: expected a declared mixture for the objective em: one latent with codes and the posterior exact, "
-            "the network table, and a likelihood with a closed form; got another pair. Use trace_elbo."
-        )
+        raise DeclarationError.of("objectives.em.mixture")
 
 
 class EMStepper(Stepper):
@@ -252,10 +249,7 @@ class EMStepper(Stepper):
             return
         shown = ", ".join(map(str, empty[:8].tolist())) + (" ..." if len(empty) > 8 else "")
         if self.objective.empty == "stop":
-            raise DataError(
-                f"{self.mixture.site.name}: expected data for each of {len(counts)} components; got none for {shown}. "
-                f"Declare fewer codes, set objective.start, or objective.empty = 'restart'."
-            )
+            raise DataError.of("objectives.em.empty", name=self.mixture.site.name, counts=counts, shown=shown)
         rows, mean = self.gathered["rows"][: len(empty)], sums.sum(0) / counts.sum()
         sums[empty] = self.mixture.likelihood.around(rows, mean, self.origin)
         counts[empty] = 1.0

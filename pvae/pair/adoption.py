@@ -232,10 +232,7 @@ class StoreRecord:
             if (mine := own["params"][name]) is value:
                 continue
             if mine.shape != value.shape:
-                raise DeclarationError(
-                    f"param {name}: expected shape {list(mine.shape)}, as when the pair was first run; got "
-                    f"{list(value.shape)} in Pyro's param store. Make a new Pair, or call pyro.clear_param_store()."
-                )
+                raise DeclarationError.of("pair.adoption.shape", name=name, shape=mine.shape, found=value.shape)
             with torch.no_grad():
                 mine.copy_(value)
         self.note(own)

@@ -83,9 +83,7 @@ def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) 
     for name in layout.enumerated:
         require_summable(name, nodes[name], layout)
         if nodes[name]["mask"] is not None:
-            raise DeclarationError(
-                f"{name}: expected a site to sum over without a mask; got one. Mask what is observed."
-            )
+            raise DeclarationError.of("pair.enumeration.masked", name=name)
     sizes = tuple(int(nodes[name]["fn"].enumerate_support(expand=False).shape[0]) for name in layout.enumerated)
     _require_few(layout, math.prod(sizes))
     logs = {}
@@ -142,9 +140,7 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
         if not (states := set(factor._pyro_dims) - plates):
             continue
         if not layout.holds(node):
-            raise DeclarationError(
-                f"{name}: expected sites that depend on enumerated ones inside the data plate; got one outside."
-            )
+            raise DeclarationError.of("pair.enumeration.outside", name=name)
         _require_plain(name, node)
         sizes = dict(zip(factor._pyro_dims, factor.shape, strict=True))
         _require_few(layout, math.prod(sizes[symbol] for symbol in states))
@@ -174,19 +170,14 @@ def _packed(name: str, node: Mapping[str, Any], value: Tensor, layout: Layout) -
     try:
         return pack(value, node["infer"]["_dim_to_symbol"])
     except (ValueError, KeyError):
-        raise DeclarationError(
-            f"{name}: expected a density that keeps the plates around the sites {', '.join(layout.enumerated)}, which "
-            f"are summed out; got one of shape {list(value.shape)}. Sum over no plate of their values."
-        ) from None
+        found = {"name": name, "sites": layout.enumerated, "shape": value.shape}
+        raise DeclarationError.of("pair.enumeration.shape", **found) from None
 
 
 def _require_few(layout: Layout, states: int) -> None:
     """Check that a table of joint states of enumerated sites is not too large."""
     if states > MAX_STATES:
-        raise DeclarationError(
-            f"{', '.join(layout.enumerated)}: expected at most {MAX_STATES} joint states to sum over; got {states}. "
-            f"Give some of these sites a guide."
-        )
+        raise DeclarationError.of("pair.enumeration.states", sites=layout.enumerated, most=MAX_STATES, states=states)
 
 
 class Expectations:
@@ -203,10 +194,7 @@ class Expectations:
         self.dims: dict[str, int] = {name: node["infer"]["_enumerate_dim"] for name, node in nodes.items()}
         self.width = layout.nesting + (particles > 0)
         if len({*self.dims.values()}) < len(self.dims):
-            raise DeclarationError(
-                f"{', '.join(self.dims)}: expected enumerated latents of the guide outside pyro.markov; got steps that "
-                f"share a dimension. Fit with loss=TraceEnum_ELBO()."
-            )
+            raise DeclarationError.of("pair.enumeration.markov", sites=self.dims)
 
     def mean(self, value: Tensor, mask: Any, name: str) -> Tensor:
         """Return the expectation of a log density of site `name` (masked), which keeps the dimensions of plates.
@@ -225,10 +213,7 @@ class Expectations:
             log_q = self.logs[z]
             inside = [d for d in range(-min(self.width, log_q.dim()), 0) if log_q.shape[d] > 1]
             if any(value.dim() < -d or value.shape[d] == 1 for d in inside):
-                raise DeclarationError(
-                    f"{name}: expected a site that depends on the enumerated {z} inside its plates; got one outside. "
-                    f"Write one site for each element."
-                )
+                raise DeclarationError.of("pair.enumeration.elements", name=name, z=z)
         total = (sum_over([self.logs[z] for z in chosen]).exp() * value).sum(sorted(needed), keepdim=True)
         return total.reshape(total.shape[-self.width :])
 
@@ -246,10 +231,7 @@ def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None
     require_expectable(name, node, layout)
     plates = [f.name for f in node["cond_indep_stack"] if f.vectorized and not f.name.startswith("_")]
     if extra := [plate for plate in plates if plate not in layout.plates]:
-        raise DeclarationError(
-            f"{name}: expected an enumerated site in the data plate alone; got it inside {', '.join(extra)} too. "
-            f"Write one site for each element."
-        )
+        raise DeclarationError.of("pair.enumeration.plates", name=name, plates=extra)
 
 
 def require_expectable(name: str, node: Mapping[str, Any], layout: Layout) -> None:
@@ -267,7 +249,4 @@ def _require_plain(name: str, node: Mapping[str, Any]) -> None:
     """Check that a site inside the sum has no poutine.scale: p(c)^scale is not a distribution."""
     scale = node["scale"] / plate_scale(node)
     if not bool(torch.as_tensor(abs(scale - 1) < 1e-6).all()):
-        raise DeclarationError(
-            f"{name}: expected sites beside enumerated ones without poutine.scale; got a scale of {scale}. "
-            f"Set objective.beta instead."
-        )
+        raise DeclarationError.of("pair.enumeration.scale", name=name, scale=scale)

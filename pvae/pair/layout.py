@@ -102,10 +102,7 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
         DeclarationError: no observed site is inside a plate over the rows, or a global site is to be enumerated.
     """
     if (frame := data_frame(model_trace, count, follows)) is None or frame.dim is None:
-        raise DeclarationError(
-            "pair.model: expected x to be observed inside a plate over the rows of a batch; got no such plate. "
-            'Write `with pyro.plate("data", len(x)): pyro.sample("x", ..., obs=x)`.'
-        )
+        raise DeclarationError.of("pair.layout.no_plate")
     guide, model = samples(guide_trace), samples(model_trace)
     dims = [f.dim for node in (*guide.values(), *model.values()) for f in node["cond_indep_stack"] if f.vectorized]
     around = [f for node in model.values() for f, size in plates_around(node) if size == count]
@@ -118,9 +115,7 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
 
     enumerated = [name for name, node in model.items() if name not in guide and is_enumerable(node)]
     if outside := [name for name in enumerated if not inside(model[name])]:
-        raise DeclarationError(
-            f"{', '.join(outside)}: expected enumerated sites inside the data plate; got global ones. Give a guide."
-        )
+        raise DeclarationError.of("pair.layout.outside", sites=outside)
     return Layout(
         plate=frame.name,
         plates=plates,
@@ -149,10 +144,7 @@ def joined(one: Layout, other: Layout) -> Layout:
     if sum(len(merged[role]) for role in ("latents", "shared", "observed", "enumerated")) > len(both):
         raise DeclarationError("pair: expected every site in one role on every batch; got one that is observed in some")
     if (one.dim, one.plate) != (other.dim, other.plate):
-        raise DeclarationError(
-            f"pair: expected the data plate {one.plate} at dim {one.dim} on every batch; got {other.plate} at dim "
-            f"{other.dim}."
-        )
+        raise DeclarationError.of("pair.layout.moved", plate=one.plate, dim=one.dim, other=other.plate, at=other.dim)
     plates, nesting = one.plates | other.plates, max(one.nesting, other.nesting)
     eliminated = one.eliminated or other.eliminated or one.enumerated != merged["enumerated"]
     return replace(one, **merged, plates=plates, nesting=nesting, eliminated=eliminated)

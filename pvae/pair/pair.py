@@ -140,9 +140,7 @@ class Pair(nn.Module):
         event = () if self._structure is None else self._structure.event
         if not x.dim() or not len(x) or tuple(x.shape[1:]) != event:
             expected = ", ".join(str(size) for size in event)
-            raise DataError(
-                f"x: expected at least one row, of shape ({expected}); got a tensor of shape {list(x.shape)}."
-            )
+            raise DataError.of("pair.pair.no_rows", shape=expected, found=x.shape)
         if problem := other_rows(self._structure, x):
             raise DataError(str(problem))
         return x

@@ -72,11 +72,7 @@ def require_bound(alone: Collection[str]) -> None:
         DeclarationError: the message names the sites.
     """
     if alone:
-        raise DeclarationError(
-            f"{', '.join(alone)}: expected every latent of the guide in the model; got none of this name, so that "
-            f"log p(x, z) - log q(z, a | x) exceeds the ELBO by the entropy of a and bounds nothing. Give the model a "
-            f"distribution r(a | z) at this site, or leave the site out of the guide."
-        )
+        raise DeclarationError.of("pair.problems.guide_only", sites=alone)
 
 
 def differing_sites(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked | None = None) -> list[Problem]:

@@ -245,22 +245,13 @@ def _require_expectations(batch: TracedBatch, summed: Sequence[str]) -> None:
     layout = batch.layout
     names = ", ".join(layout.expected)
     if layout.enumerated:
-        raise DeclarationError(
-            f"{names}: expected draws beside {', '.join(layout.enumerated)}, which the model "
-            f"sums out given them; got a sum over their states too. Set estimator = 'score', or relax them."
-        )
+        raise DeclarationError.of("pair.terms.draws", names=names, summed=layout.enumerated)
     for name in summed:
         require_expectable(name, batch.guide.nodes[name], layout)
     for name in batch.unreparametrised():
-        raise DeclarationError(
-            f"{name}: expected pyro.factor(..., has_rsample=True) in a guide whose {names} are "
-            f"summed over, where nothing is sampled that a score function could belong to; got has_rsample=False."
-        )
+        raise DeclarationError.of("pair.terms.factor", name=name, names=names)
     for name in [name for name in layout.scored if name in batch.guide.nodes]:
-        raise DeclarationError(
-            f"{name}: expected a draw with a gradient, or a sum over its states too, beside "
-            f"{names}, which are summed over; got a score function."
-        )
+        raise DeclarationError.of("pair.terms.score", name=name, names=names)
 
 
 def expected_terms(traces: Traces, layout: Layout, particles: int, closed_form: bool, rows: int | None) -> Terms:

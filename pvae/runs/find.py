@@ -312,11 +312,9 @@ class Claim:
 
 def busy(folder: Path, what: str, holder: dict[str, Any], advice: str) -> BusyError:
     """Return the error that names the process that holds `what`, with `advice` where it cannot be looked at."""
-    pid, host, since = (holder.get(key, "unknown") for key in ("pid", "host", "since"))
-    return BusyError(
-        f"{folder}: expected {what} that nobody holds; got one held by process {pid} on host {host} since {since}; "
-        f"wait for it or stop it.{advice if is_gone(holder) is None else ''}"
-    )
+    more = advice if is_gone(holder) is None else ""
+    found = {key: holder.get(key, "unknown") for key in ("pid", "host", "since")}
+    return BusyError.of("runs.find.held", folder=folder, what=what, advice=more, **found)
 
 
 @contextmanager

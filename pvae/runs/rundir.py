@@ -235,10 +235,7 @@ class RunDirectory:
         try:
             return pandas.DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in rows])
         except (ValueError, OverflowError) as problem:  # half a surrogate pair, which JSON can spell
-            raise DataError(
-                f"{self.path / 'metrics.jsonl'}: expected names and values that a table can hold; got: {problem}. "
-                f"Delete the line that holds them."
-            ) from problem
+            raise DataError.of("runs.rundir.table", path=self.path / "metrics.jsonl", problem=problem) from problem
 
     def truncate_metrics(self, epoch: int) -> None:
         """Remove the rows of metrics after ``epoch``, which a resumed fit writes again. Raises StorageError."""

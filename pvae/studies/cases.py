@@ -160,9 +160,7 @@ def _spec_file(spec: str, folder: Path) -> Path:
     path = (folder / spec).resolve() if "\0" not in spec else folder
     if path.suffix == ".toml" and path.is_relative_to(folder) and path.is_file():
         return path
-    raise DeclarationError(
-        f"expected a zoo name, or a TOML file below the study's folder; got {spec[:200]!r}{near(spec, zoo.names())}."
-    )
+    raise DeclarationError.of("studies.cases.spec", spec=spec[:200], hint=near(spec, zoo.names()))
 
 
 def _axes(sweep: Sweep) -> Iterator[list[tuple[str, dict[str, Any]]]]:

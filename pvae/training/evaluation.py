@@ -16,6 +16,7 @@ from pvae.nn.codebook import NearestCodebook
 from pvae.objectives.base import Objective, known_apart
 from pvae.pair import SILENT, Pair, Tally, Terms, codebook_of, quiet, samples, silence, tallies, unwrapped
 from pvae.util import group, seeds
+from pvae.words import text
 
 ROWS_AT_ONCE = 1000
 """Largest number of rows in one evaluation batch."""
@@ -145,10 +146,7 @@ def _asleep(kl: Mapping[str, float], guide: Mapping[str, Any]) -> Iterator[str]:
     for name, nats in kl.items():
         size = guide[name]["fn"].event_shape.numel() if name in guide else 1
         if abs(nats) <= SILENT.of_real(size):
-            yield (
-                f"{name} has collapsed onto its prior: its KL is {nats:.4f} nats per datum. Give objective.beta a "
-                "longer linear warm-up from 0, or set objective.free_bits."
-            )
+            yield text("training.evaluation.asleep", name=name, nats=nats)
 
 
 def _unused(pair: Pair, codes: Mapping[str, Tally]) -> Iterator[str]:
@@ -172,10 +170,8 @@ def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -
             for where, bound, at in ends:
                 share = float(at.double().mean())
                 if share > MAX_PROPORTION_AT_BOUND:
-                    yield (
-                        f"{side}.{name}: {share:.0%} of the scales are at their {where}, {bound:.3g}. The "
-                        "optimum may lie beyond: widen the bounds if that is meant, else look at the data."
-                    )
+                    said = {"site": f"{side}.{name}", "share": share, "where": where, "bound": bound}
+                    yield text("training.evaluation.at_bounds", **said)
 
 
 def _scale(node: Mapping[str, Any]) -> Tensor | None:

@@ -25,6 +25,7 @@ from pvae.training.launch import begun_before, launch, pick_device
 from pvae.training.resume import resume, second_stage
 from pvae.util import group
 from pvae.util.memory import require_training_memory
+from pvae.words import text
 
 BATCHES_LOOKED_AT = 100
 """Largest number of batches of each split on which a hand-written pair is run before its fit, to find all its sites."""
@@ -99,9 +100,7 @@ def fit(
         if loss is not None:
             plan = plan.model_copy(update={"objective": objective_of(loss, pair, dataset)})
     elif objective is not None or loss is not None or train is not None:
-        raise DeclarationError(
-            "fit: objective=, loss= and train= belong to a hand-written pair; declare them, or override."
-        )
+        raise DeclarationError.of("training.fit.declared")
     else:
         read = what.with_overrides(*overrides) if isinstance(what, Experiment) else Experiment.load(what, overrides)
         plan, dataset, pair = _declared(read.with_changes(changes), data, data_dir, where)
@@ -154,10 +153,7 @@ def look_through(pair: Pair, dataset: Dataset, batch: int, original: Any) -> Pai
     first = _first_rows(original, dataset)
     pair.accept(first if len(first) <= len(dataset.train) else first[: len(dataset.train)])
     if pair.structure.rows is not None:
-        raise DataError(
-            f"fit: expected a pair that runs on any rows; got parameters for each of {pair.structure.rows} rows (an "
-            f"AutoGuide over local latents, say). Fit it with pyro.infer.SVI: every analysis takes it on these rows."
-        )
+        raise DataError.of("training.fit.rows", rows=pair.structure.rows)
     with quiet(pair, dataset.train.rows[:1]):
         for rows in (dataset.train.rows, dataset.validation.rows):
             for start in range(0, min(len(rows), batch * BATCHES_LOOKED_AT), batch):
@@ -209,10 +205,7 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
     problems = plan.objective.misfits(pair, len(data.train))
     if foreign:
         if not any(True for _ in pair.parameters()):
-            problems.append(
-                "pair: expected at least one parameter to learn; got none. Pass Modules, or use pyro.param or "
-                "pyro.module in the programs."
-            )
+            problems.append(text("training.fit.no_parameter"))
         problems += [f"{loc}: expected {text}; got {found}." for loc, text, found in refused(plan)]
         wrong = {str(p.dtype) for p in pair.parameters() if p.is_floating_point() and p.dtype != rows.dtype}
         if wrong and plan.objective.dtype is None:

@@ -112,10 +112,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         if trainer.state.step:
             trainer.follow_schedules(trainer.state.step - 1)  # of the last step: the end of its epoch may be to come
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{saved.path}: expected the state of this fit; got another: {error}. Remove this checkpoint to go on from "
-            f"the one before."
-        ) from error
+        raise CheckpointError.of("training.recovery.state", path=saved.path, error=error) from error
 
 
 # ---------------------------------------------------------------------- not finite

@@ -124,10 +124,8 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
     if saved is not None:
         recovery.restore(trainer, saved)
     elif files.manifest.get("trainable") is not None:
-        raise CheckpointError(
-            f"{files.path}: expected a checkpoint, which holds the frozen weights too; got none. "
-            f"Refit {(files.manifest.get('parent') or {}).get('run')} again."
-        )
+        first = (files.manifest.get("parent") or {}).get("run")
+        raise CheckpointError.of("training.resume.frozen", path=files.path, parent=first)
     if changed:
         trainer.state.stopped = False
         if judged:  # by another figure than until now
@@ -248,10 +246,7 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
         DeclarationError: no prior changes, or something else does.
     """
     if not old.objective.scores:
-        raise DeclarationError(
-            f"refit: expected a run with an encoder, whose codes a prior can be fitted to; got one of the objective "
-            f"{old.objective.kind}."
-        )
+        raise DeclarationError.of("training.resume.no_encoder", kind=old.objective.kind)
     if changed.objective != old.objective:
         raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
     name = f"{old.name}_refit" if changed.name == old.name else changed.name

@@ -95,10 +95,7 @@ def _answered() -> Iterator[None]:
         yield
     except RuntimeError as error:
         found = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0][:200]
-        raise Stopped(
-            f"Process {rank()} of {size()}: expected the others to answer; got: {found}. Go on from the last "
-            "checkpoint, with as many processes as you like: pvae resume."
-        ) from error
+        raise Stopped.of("util.group.no_answer", rank=rank(), size=size(), found=found) from error
 
 
 def local(device: torch.device) -> torch.device:
@@ -211,10 +208,7 @@ class Shards:
     def __init__(self, count: int) -> None:
         self.count, self.processes = count, size()
         if count % self.processes:
-            raise DeclarationError(
-                f"train.shards: expected a multiple of the {self.processes} processes; got {count}. Declare "
-                f"train.shards = {self.processes}, or start as many processes as divide {count}."
-            )
+            raise DeclarationError.of("util.group.shards", processes=self.processes, count=count)
         each = count // self.processes
         self.mine = range(rank() * each, (rank() + 1) * each)
 

@@ -208,10 +208,8 @@ def _on_meta(module: nn.Module) -> nn.Module:
 
 def _refused(needed: str, device: torch.device | None = None) -> DeclarationError:
     where = "this GPU" if device is not None and device.type == "cuda" else "this computer"
-    return DeclarationError(
-        f"Expected a declaration that fits into the {_gib(total_memory(device))} of {where}; got one that needs "
-        f"{needed}. Make latents, codes, networks or batches smaller."
-    )
+    memory = _gib(total_memory(device))
+    return DeclarationError.of("util.memory.declaration", memory=memory, where=where, needed=needed)
 
 
 def require_memory(needed: float, name: str, got: str, todo: str) -> None:
@@ -227,10 +225,7 @@ def require_memory(needed: float, name: str, got: str, todo: str) -> None:
         DataError: the message gives the memory that they need.
     """
     if 2 * needed > (memory := total_memory()):
-        raise DataError(
-            f"{name}: expected rows that fit into half of this computer's memory of {memory / GIB:,.2f} GiB; got "
-            f"{got}, which need {needed / GIB:,.2f} GiB. {todo}"
-        )
+        raise DataError.of("util.memory.rows", name=name, memory=memory / GIB, got=got, needed=needed / GIB, todo=todo)
 
 
 def _gib(size: int) -> str:

@@ -27,7 +27,7 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
 from pvae.analysis.pages.document.blocks import Picture
 from pvae.analysis.pages.document.document import Document, Stages
-from pvae.analysis.pages.document.words import catalogue
+from pvae.analysis.pages.document.words import WORDS
 from pvae.analysis.pages.plots import bars, base, clouds, curves, pictures
 from pvae.analysis.pages.plots.bars import calibrated
 from pvae.analysis.pages.sections import SECTIONS
@@ -318,7 +318,7 @@ def test_the_skeleton_of_a_section_is_a_whole_section(monkeypatch):
     """The code and words of CONTRIBUTING, as they stand there, make a section with a sentence, a table and numbers."""
     text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text().split("## Adding a report section")[1]
     said = tomllib.loads(text.split("```toml\n")[1].split("```")[0])
-    monkeypatch.setitem(catalogue(), "hardest", said["hardest"])
+    monkeypatch.setitem(WORDS.entries, "hardest", said["hardest"])
     found: dict[str, Any] = {"__name__": "example"}
     exec(compile(text.split("```python\n")[1].split("```")[0], "CONTRIBUTING.md", "exec"), found)  # noqa: S102 - our own
     exam = Examination(tiny_run("vae"))

@@ -56,10 +56,13 @@ class Anything(float):
     def __iter__(self) -> Iterator["Anything"]:
         return iter((self, self))
 
+    def __len__(self) -> int:
+        return 2
+
 
 def texts(found: Any = None, name: str = "") -> Iterator[tuple[str, list[str]]]:
     """The dotted name of every text of the catalogue, with its source, or those of the titles of columns."""
-    for key, value in (words.catalogue() if found is None else found).items():
+    for key, value in (words.WORDS.entries if found is None else found).items():
         if isinstance(value, dict):
             yield from texts(value, f"{name}{key}.")
         else:
@@ -95,13 +98,13 @@ def fields_of(name: str, texts_of: tuple[str, ...], given: set[str]) -> set[str]
     for key in texts_of:
         for source in whole.get(f"{name}.{key}".strip("."), () if key in OPTIONAL else (None,)):
             assert source is not None, f"{name} has no {key}"
-            parsed = words.ENGINE.parse(source)
+            parsed = words.WORDS.engine.parse(source)
             asked |= meta.find_undeclared_variables(parsed)
             for node in parsed.find_all(nodes.Getattr):
                 if isinstance(node.node, nodes.Name) and node.node.name != "loop":
                     assert node.attr in attributes(FIELDS[node.node.name]), source
             for value in (Anything(1.0), Anything(0.0)):
-                made = words.ENGINE.from_string(source).render(dict.fromkeys(given, value))
+                made = words.WORDS.engine.from_string(source).render(dict.fromkeys(given, value))
                 assert made.strip()
     return asked
 

@@ -12,13 +12,11 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache, reduce, wraps
+from functools import wraps
 from itertools import repeat
-from operator import getitem
 from pathlib import Path
 from typing import Any, SupportsFloat, TypeVar
 
-from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -27,7 +25,7 @@ from rich.text import Text
 from pvae.analysis.figures.estimate import Estimate, Figures, cell
 from pvae.analysis.pages.document.blocks import PageColumn, PageSection, PageTable, Part, Picture, Sentence, Tile
 from pvae.analysis.pages.plots.base import nats, png
-from pvae.util import toml
+from pvae.words import Catalogue
 
 Value = Estimate | float | int | str | None
 """Type of the value in one cell of a table; None is shown as a dash."""
@@ -124,30 +122,10 @@ def rich_of(table: PageTable) -> Table:
 
 
 T = TypeVar("T")
-TEMPLATES = Path(__file__).with_name("templates")
-ENGINE = Environment(undefined=StrictUndefined)
-ENGINE.filters |= {"nats": nats, "number": nats, "percent": percent, "plus_minus": plus_minus}
-
-
-@cache
-def catalogue() -> dict[str, Any]:
-    """Return the texts of all files of the catalogue, by section."""
-    return {name: entry for path in sorted(TEMPLATES.glob("*.toml")) for name, entry in toml.read(path).items()}
-
-
-@cache
-def _template(words: str) -> Template:
-    return ENGINE.from_string(" ".join(words.split()))
-
-
-def entry(name: str) -> Any:
-    """Return an entry of the catalogue, a text or a table of texts, by its dotted name; KeyError if there is none."""
-    return reduce(getitem, name.split("."), catalogue())
-
-
-def text(name: str, /, **fields: Any) -> str:
-    """Return a text of the catalogue with its fields filled in, on one line."""
-    return _template(entry(name)).render(fields)
+WORDS = Catalogue(
+    Path(__file__).with_name("templates"), "*.toml", nats=nats, number=nats, percent=percent, plus_minus=plus_minus
+)
+text = WORDS.text
 
 
 def alert(name: str, /, **fields: Any) -> Sentence:
@@ -185,8 +163,8 @@ def table(
 
     Columns titled `titles` stand between the two. Its id is that of `picture`.
     """
-    found, caption = entry(name), text(f"{name}.table", of=of, **fields)
-    numbers = [*(_template(title).render(fields) for title in found.get("columns", ())), *titles]
+    found, caption = WORDS.entry(name), text(f"{name}.table", of=of, **fields)
+    numbers = [*(WORDS.template(title).render(fields) for title in found.get("columns", ())), *titles]
     columns = list(map(PageColumn, numbers, repeat(digits) if isinstance(digits, int) else digits))
     columns += [PageColumn(title, is_text=True) for title in found.get("words", ())]
     return PageTable(_id(name, of), caption, tuple(columns), rows, strong, folded)
@@ -217,8 +195,8 @@ def section(
         def made(subject: T) -> PageSection | None:
             left_out = (scored and getattr(subject, "implicit", False)) or not where(subject)
             parts = () if left_out else tuple(part for part in make(subject) if part != "")
-            words = entry(name or id)
-            lead = _template(words.get("lead", "")).render()
+            words = WORDS.entry(name or id)
+            lead = WORDS.template(words.get("lead", "")).render()
             return PageSection(id, words["title"], parts, lead, is_appendix) if parts else None
 
         return made

@@ -156,10 +156,7 @@ def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
     digest = hashlib.sha256(idx_header(file.shape))
     digest.update(np.ascontiguousarray(array).data)
     if digest.hexdigest() != file.sha256:
-        raise DataError(
-            f"{path}: expected the bytes of {file.name} with SHA-256 {file.sha256}; got {digest.hexdigest()}. "
-            f"The file is damaged, or belongs to another collection."
-        )
+        raise DataError.of("data.sources.digest", path=path, file=file, found=digest.hexdigest())
     return array
 
 

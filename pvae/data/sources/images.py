@@ -138,11 +138,8 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
                     require_room((len(files), *pixels.shape), pixels.dtype, str(root))
                 shape = shape or pixels.shape
                 if pixels.shape != shape:
-                    raise DataError(
-                        f"{root}: expected images of one size; got {shape[1]} x {shape[2]} in {printable(good[0])} and "
-                        f"{pixels.shape[1]} x {pixels.shape[2]} in {printable(name)}. Set data.size = [height, width] "
-                        "to resize them."
-                    )
+                    both = printable(good[0]), printable(name)
+                    raise DataError.of("data.sources.sizes", root=root, names=both, one=shape, other=pixels.shape)
                 writer.append("x", pixels[None])
                 good.append(name)
     if not good:

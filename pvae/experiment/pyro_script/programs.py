@@ -43,10 +43,7 @@ def pyro_script(experiment: Experiment, x: Shape) -> str:
     objective: Any = experiment.objective
     if objective.kind not in ELBOS or objective.free_bits:
         free = f" with free_bits = {objective.free_bits:g}" if objective.free_bits else ""
-        raise DeclarationError(
-            f"objective: expected {' or '.join(ELBOS)}, without free bits, for a script that runs pyro.infer.SVI; got "
-            f"{objective.kind}{free}. Fit this declaration with pvae fit."
-        )
+        raise DeclarationError.of("experiment.pyro_script.objective", elbos=ELBOS, kind=objective.kind, free=free)
     pair = experiment.build(x)
     try:
         return PlainScript(experiment, pair).text()

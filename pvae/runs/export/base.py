@@ -119,10 +119,8 @@ class Exporter(ABC):
                 step, split = int(row["step"]), str(row["split"])
                 time = self.started + float(row.get("seconds", 0.0))
             except (ValueError, KeyError, TypeError):
-                raise DataError(
-                    f"{self.files.path / 'metrics.jsonl'}: expected rows with a step and a split; got {str(row)[:60]}. "
-                    "Delete that line to go on without it."
-                ) from None
+                found = {"path": self.files.path / "metrics.jsonl", "row": str(row)[:60]}
+                raise DataError.of("runs.export.row", **found) from None
             for term, value in row.items():
                 if term not in ("step", "split", "seconds") and isinstance(value, int | float):
                     yield MetricPoint(self.key(split, term), step, float(value), time)
