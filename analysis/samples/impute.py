@@ -53,7 +53,8 @@ class Imputations(running.Generated):
     draws: Tensor
     """Completed rows, samples of p(x_missing | x_observed), `(n, draws, *shape)`."""
     khat: Tensor
-    """Pareto shape k-hat of the importance weights of each row, `(n,)`; NaN without a tail. Above 0.7 use `sweeps`."""
+    """Pareto shape k-hat of the importance weights of each row, `(n,)`; NaN without a tail. Above
+    min(1 - 1 / log10(samples), 0.7) take more samples, or `sweeps`."""
     ess: Tensor
     """Effective number of importance samples of each row, `(n,)`; NaN for complete rows."""
 

@@ -50,8 +50,8 @@ class Scores(running.Generated):
     elbo: Tensor | None = None
     """ELBO, `(n,)`, nats: mean log weight of the same samples, a lower bound on log p(x) in expectation."""
     khat: Tensor | None = None
-    """Pareto shape k-hat of the largest importance weights, `(n,)`; NaN without a tail. Above 0.7 do not trust
-    `log_p`."""
+    """Pareto shape k-hat of the largest importance weights, `(n,)`; NaN without a tail. Above
+    min(1 - 1 / log10(samples), 0.7), which is 0.5 for 100 samples, `log_p` is not reliable."""
     ess: Tensor | None = None
     """Effective number of importance samples, `(n,)`."""
     rank: Tensor | None = None

@@ -167,3 +167,15 @@ def test_new_data_are_measured_with_a_run_and_its_refits(
     new_data.main()
     assert out.read_bytes() == written
     assert f"refit {expected.value:.2f}" in capsys.readouterr().out
+
+
+def test_imputation_is_no_worse_than_by_trees() -> None:
+    """The page says what the table says: within one standard error of iterative imputation with trees, or better."""
+    frame = pandas.read_csv(RESULTS / "imputation.csv")
+    script = SimpleNamespace(**runpy.run_path(str(SCRIPTS / "measure_imputation.py")))
+    assert script.page(frame) in (RESULTS / "README.md").read_text()
+    for _, rows in frame.groupby("data"):
+        by_mask = rows.pivot_table(index="mask", columns="method", values="rmse")
+        won = by_mask["iterative, extra trees"] - by_mask["pvae"]
+        assert len(won) == 5
+        assert float(won.mean()) > -float(won.std()) / math.sqrt(5)
