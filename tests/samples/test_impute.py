@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.samples.impute import Imputations, impute
+from pvae.analysis.samples.score import score
 from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
@@ -153,3 +154,16 @@ def test_codes_and_points_are_pseudo_gibbs() -> None:
     assert impute(pair, rows(5, 1, 8, 8, seed=1), mask=gone, samples=5, sweeps=2).x.isfinite().all()
     with pytest.raises(DataError, match="independent given z"):
         impute(Experiment.load("flow").build((2,)), rows(5, 2), mask=rows(5, 2) > 0)
+
+
+@pytest.mark.parametrize("name", ["hvae", "vq_vae", "kmeans", "gumbel_softmax_vae", "ladder"])
+def test_latents_of_all_kinds_are_scored_and_imputed(name: str) -> None:
+    pair = Experiment.load(name).build((1, 8, 8))
+    x = (rows(6, 1, 8, 8) > 0).float()
+    found = score(pair, x, samples=10, reference=x)
+    assert (found.log_p >= found.elbo - 1e-6).all()
+    assert found.elements.shape == x.shape
+    gone = rows(6, 1, 8, 8, seed=1) > 0
+    filled = impute(pair, x, mask=gone, samples=10, draws=2, sweeps=2)
+    assert filled.x.isfinite().all()
+    assert torch.equal(filled.x[~gone], x[~gone])
