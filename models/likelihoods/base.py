@@ -242,13 +242,7 @@ class MultivariateNormalForm(NormalFamilyForm):
         """Raise DataError for singular covariances: a conditional variance (Cholesky pivot) may be a rounding error."""
         if not (bad := (pivots <= noise).any(1).nonzero().flatten().tolist()):
             return
-        if self.module.full:
-            which, weight = f"component {bad[0]}", counts[bad[0]]
-            remedy = "declare fewer codes, or covariance = 'tied'"
-        else:
-            which, weight, remedy = "all components", counts.sum(), "or leave out constant features"
+        which = bad[0] if self.module.full else None
+        rows = {"rows": float(counts.sum() if which is None else counts[which]), "size": self.module.size}
         least = max(1e-6, 2 * float(noise[bad[0]].max()))
-        raise DataError(
-            f"likelihood multivariate_normal: expected a covariance of full rank for {which}; got a singular one, "
-            f"of {weight:.6g} data in {self.module.size} dimensions. Set likelihood.floor to {least:.1g}, {remedy}."
-        )
+        raise DataError.of("models.likelihoods.singular", which=which, least=least, **rows)

@@ -20,6 +20,7 @@ from pvae.nn.network import TableNetwork
 from pvae.objectives.elbo import IWAE
 from pvae.objectives.em import EM
 from pvae.pair import Dependencies
+from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment
@@ -63,9 +64,7 @@ def refused(plan: Plan) -> Iterator[Finding]:
     for name in plan.objective.refuses:
         default, value = type(plan.train).model_fields[name].default, getattr(plan.train, name)
         if value != default:
-            wanted = "nothing" if default is None else default
-            why = "takes no gradient steps" if plan.objective.scores else "has no ELBO, no guide, and its own steps"
-            yield f"train.{name}", f"{wanted}, because the objective {plan.objective.kind} {why}", value
+            yield f"train.{name}", text("experiment.rules.unused", default=default, objective=plan.objective), value
 
 
 # ---------------------------------------------------------------------- the graph
@@ -98,8 +97,7 @@ def _unread(e: Experiment) -> Iterator[Finding]:
     heeded = decoded.union(*(z.given for z in latents if not z.prior.ignores_parents))
     for name in e.latents:
         if name not in heeded:
-            wanted = "every latent read by the decoder or by another latent, through a prior that reads its parents"
-            yield "decoder.given", f"{wanted}; {name} is not", name
+            yield "decoder.given", text("experiment.rules.unread", name=name), name
     read = decoded.union(*((*z.given, *z.posterior.given) for z in latents))
     for name in e.covariates:
         if name not in read:
@@ -119,11 +117,9 @@ def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
             yield f"{loc}.prior", f"a prior of {IN_WORDS[values]}: one of {', '.join(kinds)}", prior.kind
             continue
         if of_codes and "index" not in prior.values:
-            why = f"because the prior {prior.kind} is a density of relaxed codes and gives codes no probabilities"
-            yield f"{loc}.posterior.kl", f"relaxed, {why}", "categorical"
+            yield f"{loc}.posterior.kl", text("experiment.rules.relaxed_prior", kind=prior.kind), "categorical"
         if latent.given and not prior.reads_parents:
-            wanted = f"a prior that reads {', '.join(latent.given)}, such as conditional_normal"
-            yield f"{loc}.prior", wanted, prior.kind
+            yield f"{loc}.prior", text("experiment.rules.reads_parents", parents=latent.given), prior.kind
         if prior.reads_guide and latent.posterior.given != (OBSERVED,):
             wanted = f"['x'] alone, because the prior {prior.kind} is made of this posterior"
             yield f"{loc}.posterior.given", wanted, list(latent.posterior.given)
@@ -146,18 +142,14 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
         if posterior.infers and not posterior.given:
             yield f"{loc}.given", "'x', or latents that the guide has sampled before", []
         if _is_summed(latent) and _too_many(space.log_states):
-            sum_of = f"a sum over at most {MAX_STATES} joint states for the posterior {posterior.kind}"
-            other = "another posterior, such as categorical" if posterior.summed else "estimator = score"
             found = f"{space.states} ** {math.prod(space.shape)}"
-            yield loc, f"{sum_of} (fewer codes or positions), or {other}", found
+            yield loc, text("experiment.rules.states", most=MAX_STATES, posterior=posterior), found
         wanted = posterior.determines
         if wanted and (wanted != likelihood.kind or network.kind != "bijection"):
-            both = f"the network bijection and the likelihood {wanted}"
             found = f"{network.kind}, {likelihood.kind}"
-            yield "decoder", f"{both}, which the posterior {posterior.kind} inverts", found
+            yield "decoder", text("experiment.rules.no_inverse", posterior=posterior), found
     if e.objective.scores and likelihood.is_point and not any(z.posterior.determines for z in e.latents.values()):
-        density = "a density of x given z (normal, bernoulli, ...), unless the posterior is inverse or dequantised"
-        yield "decoder.likelihood", density, likelihood.kind
+        yield "decoder.likelihood", text("experiment.rules.no_density"), likelihood.kind
 
 
 def _is_summed(latent: Latent) -> bool:
@@ -179,18 +171,15 @@ def _unlike_sums(e: Experiment) -> Iterator[Finding]:
     exact = [name for name, z in e.latents.items() if z.posterior.summed]
     summed = [name for name, z in e.latents.items() if not z.posterior.summed and _is_summed(z)]
     for name in summed if exact else ():
-        wanted = f"score, because {', '.join(exact)} is summed out given its samples; or a relaxed posterior"
-        yield f"latents.{name}.posterior.estimator", wanted, "a sum"
+        yield f"latents.{name}.posterior.estimator", text("experiment.rules.summed_out", exact=exact), "a sum"
     for names in (exact, summed):
         log_states = sum(e.latents[name].space.log_states for name in names)
         if len(names) > 1 and _too_many(log_states) and log_states < math.inf:
-            most = f"at most {MAX_STATES} joint states of {', '.join(names)}, which are summed over"
             found = f"{math.exp(min(log_states, 700)):.3g}"
-            yield "latents", f"{most}; infer some by another posterior, such as relaxed_onehot", found
+            yield "latents", text("experiment.rules.joint_states", most=MAX_STATES, names=names), found
     for name, z in e.latents.items() if summed else ():
         if isinstance(z.posterior, EstimatedPosterior) and not _is_summed(z):
-            beside = f"samples with a gradient beside {', '.join(summed)}, which is summed over"
-            wanted = f"{beside}: a sum, or a relaxed posterior"
+            wanted = text("experiment.rules.beside_sums", summed=summed)
             yield f"latents.{name}.posterior.estimator", wanted, "a score function"
 
 
@@ -200,8 +189,7 @@ def _not_mean_field(e: Experiment) -> Iterator[Finding]:
     for name in guide.guide:
         latent, inferred = e.latents[name], guide.inferred_from(name)
         for parent in (parent for parent in latent.given if parent in inferred):
-            has = f"the guide infers {parent} from {name} while the model has {name} given {parent}"
-            why = f"{has}, so KL(q({name}) || p({name} | {parent})) has no closed form"
+            why = text("experiment.rules.bottom_up", name=name, parent=parent)
             if e.objective.kind == "trace_mean_field_elbo":
                 yield "objective.kind", f"trace_elbo: {why}", "trace_mean_field_elbo"
             elif _prices_codes(latent) and _is_drawn(latent):
@@ -230,8 +218,7 @@ def _priced(e: Experiment) -> Iterator[Finding]:
             continue
         loc = f"latents.{name}.posterior"
         if isinstance(e.objective, IWAE) and _is_drawn(latent):
-            wanted = "relaxed with iwae, whose weights are densities at samples; or trace_elbo"
-            yield f"{loc}.kl", wanted, "categorical"
+            yield f"{loc}.kl", text("experiment.rules.iwae"), "categorical"
         for parent in latent.given if _prices_codes(latent) else ():
             if parent in e.latents and e.latents[parent].posterior.summed:
                 wanted = f"{OF_CODES}, because p({name}) reads {parent}, which is summed out; or samples of {parent}"
@@ -301,18 +288,14 @@ def _likelihood_free(e: Experiment) -> Iterator[Finding]:
     kind, likelihood, scores = e.objective.kind, e.decoder.likelihood, e.objective.scores
     if not scores and not isinstance(likelihood, DeterminedLikelihood):
         yield "decoder.likelihood", f"determined, x = g(z), for the objective {kind}", likelihood.kind
-    wanted = f"prior, because the objective {kind} infers nothing"
-    if scores:
-        wanted = f"a posterior that reads x (normal, ...), because the objective {kind} fits a density of x"
+    wanted = text("experiment.rules.infers", kind=kind, scores=scores)
     for name, latent in e.latents.items():
         if latent.posterior.infers != scores:
             yield f"latents.{name}.posterior", wanted, latent.posterior.kind
     if scores and isinstance(likelihood, DeterminedLikelihood) and likelihood.squash != "none":
-        why = "because every other objective than gan inverts the decoder"
-        yield "decoder.likelihood.squash", f'none, {why}; use the network\'s squash = "logit"', likelihood.squash
+        yield "decoder.likelihood.squash", text("experiment.rules.squash"), likelihood.squash
     if not scores and e.refit is not None:
-        wanted = f"none, because the objective {kind} infers no latents to fit a prior to"
-        yield "refit", wanted, sorted(e.refit.priors)
+        yield "refit", text("experiment.rules.no_refit", kind=kind), sorted(e.refit.priors)
     if not scores and e.analysis.every:
         yield "analysis.every", f"0, because the objective {kind} has no ELBO", e.analysis.every
 
@@ -324,6 +307,5 @@ def _columns(e: Experiment) -> Iterator[Finding]:
         yield loc, "another likelihood, unless the data are a table with data.columns", likelihood.kind
     for name, column in columns.items() if not likelihood.of_tables else ():
         if (law := column.law(name)).masked or support_of(law) is not likelihood.support:
-            why = f"values of {name!r} may be missing" if law.masked else f"{name!r} is {column.type}"  # type: ignore[attr-defined]
-            yield loc, f"columns, because {why}", likelihood.kind
+            yield loc, text("experiment.rules.columns", name=name, law=law, column=column), likelihood.kind
             return

@@ -188,8 +188,7 @@ class TableNetwork(Network):
     def build(self, inputs: Mapping[str, Shape], output: Shape | None) -> NetworkModule:
         """Return the table module; it needs exactly one input, and an output shape."""
         if len(inputs) != 1 or output is None:
-            found = ", ".join(inputs) + (" and no output" if output is None else "")
-            raise DeclarationError.of("nn.network.table", found=found)
+            raise DeclarationError.of("nn.network.table", inputs=inputs, output=output)
         return TableModule(inputs, output)
 
 

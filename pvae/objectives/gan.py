@@ -17,6 +17,7 @@ from pvae.nn.network import MLP, Network, NetworkModule
 from pvae.objectives.base import Fitting, Objective, Parts, Stepper
 from pvae.pair import Pair, Terms, quiet, samples
 from pvae.util import seeds
+from pvae.words import text
 
 VALIDATION_ROWS = 1000
 """Number of rows processed at a time in validation."""
@@ -152,8 +153,7 @@ class GAN(Objective):
         with torch.random.fork_rng():
             nodes = samples(pair.simulate(like))
         return [
-            f"latents.{name}.prior: expected draws with a pathwise gradient, which is all that reaches it through the "
-            f"critic; got {type(nodes[name]['fn']).__name__}, whose parameters would never move."
+            text("objectives.gan.no_gradient", name=name, fn=nodes[name]["fn"])
             for name, prior in model.priors.items()
             if not nodes[name]["fn"].has_rsample and any(p.requires_grad for p in prior.parameters())
         ]

@@ -21,6 +21,7 @@ from pvae.pair.layout import Layout, Traces, is_point, plates_of, read_layout, s
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
 from pvae.pair.running import current_store, evaluating, modules_within, run, trace_of, whole_plates
 from pvae.pair.structure import Structure, Unpacked, read_structure, read_unpacked, unpack
+from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair
@@ -105,11 +106,7 @@ def other_rows(structure: Structure | None, x: Tensor) -> Problem | None:
     """Return the problem of data of another number of rows than the programs have parameters for, if they do."""
     if structure is None or structure.rows in (None, len(x)):
         return None
-    return Problem(
-        "x",
-        f"expected the {structure.rows} rows that the parameters of the programs were made for (one for every row); "
-        f"got {len(x)}. Pass those rows, or amortise: let the guide compute them from x.",
-    )
+    return Problem("x", text("pair.adoption.rows", rows=structure.rows, found=len(x)))
 
 
 def _spread(pair: Pair, traces: Traces, rows: Tensor) -> frozenset[str]:

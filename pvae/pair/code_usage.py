@@ -22,6 +22,7 @@ from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
 from pvae.util import seeds
+from pvae.words import text
 
 DEAD = 1e-3
 """Codes of K count as used if their proportion is at least `DEAD` / K, a thousandth of uniform use."""
@@ -222,26 +223,17 @@ def silence(name: str, use: Tally, looked_up: bool) -> str | None:
     """
     if not use.collapsed:
         return None
-    silent, carried = int(use.silent.sum()), float(use.information.sum())
-    if float(perplexity(use.share).max()) < 1.01:
-        said = f"one of {use.states} codes is chosen whatever x is."
-    elif carried > SILENT.of_codes(use.positions, use.states):
-        what, most = "bits" if use.bits else "positions", f"{SILENT.capacity:.0%} of log {use.states}"
-        said = f"{silent} of {use.positions} {what} are silent, each carries at most {most}."
-    else:
-        most = f"{carried:.3f} of {use.positions * math.log(use.states):.2f} nats"
-        said = f"it carries {most}, hardly any information on x."
+    carried, capacity = float(use.information.sum()), use.positions * math.log(use.states)
+    amounts = {"silent": int(use.silent.sum()), "carried": carried, "capacity": capacity, "most": SILENT.capacity}
+    some = carried > SILENT.of_codes(use.positions, use.states)
+    kind = "constant" if float(perplexity(use.share).max()) < 1.01 else "some" if some else "none"
+    said = text("pair.code_usage.silence", use=use, kind=kind, **amounts)
     return f"{name} has collapsed: {said} {revival(name, looked_up)}"
 
 
 def revival(name: str, looked_up: bool) -> str:
     """Return a sentence with the settings to change so that silent positions and dead codes come into use."""
-    if looked_up:
-        return (
-            f'Begin with latents.{name}.posterior.start = "kmeans" and raise latents.{name}.posterior.restart, so that '
-            f"dead codes move to where data are."
-        )
-    return "Give objective.beta a longer warm-up from 0."
+    return text("pair.code_usage.revival", name=name, looked_up=looked_up)
 
 
 def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, float]:

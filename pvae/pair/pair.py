@@ -128,8 +128,7 @@ class Pair(nn.Module):
         try:
             x = torch.as_tensor(x)
         except (TypeError, ValueError, RuntimeError):
-            hint = " Pass its .x." if isinstance(getattr(x, "x", None), Tensor) else ""
-            raise DataError(f"x: expected a tensor or an array; got {type(x).__name__}.{hint}") from None
+            raise DataError.of("pair.pair.no_tensor", x=x, holds=isinstance(getattr(x, "x", None), Tensor)) from None
         if parameter is not None:
             x = x.to(parameter) if self.declared or x.is_floating_point() else x.to(parameter.device)
         if x.dim() and len(x):
@@ -139,8 +138,7 @@ class Pair(nn.Module):
                 self._watch.follow(self._store)
         event = () if self._structure is None else self._structure.event
         if not x.dim() or not len(x) or tuple(x.shape[1:]) != event:
-            expected = ", ".join(str(size) for size in event)
-            raise DataError.of("pair.pair.no_rows", shape=expected, found=x.shape)
+            raise DataError.of("pair.pair.no_rows", shape=event, found=x.shape)
         if problem := other_rows(self._structure, x):
             raise DataError(str(problem))
         return x

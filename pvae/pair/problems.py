@@ -22,6 +22,7 @@ from pvae.pair.densities import sum_over
 from pvae.pair.layout import is_enumerable, is_point, plates_around, samples
 from pvae.pair.running import current_store, evaluating, run, whole_plates
 from pvae.pair.structure import Unpacked, read_unpacked
+from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair
@@ -80,18 +81,12 @@ def differing_sites(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked |
     nodes, sites = samples(model_trace), samples(guide_trace)
     sampled, model = ({n for n, node in side.items() if not node["is_observed"]} for side in (sites, nodes))
     guide = {name for name in sampled if not sites[name]["infer"].get("is_auxiliary")}
-    wanted = "expected a latent of this name in the"
-    summed = '. Or have it summed over exactly: infer={"enumerate": "parallel"}'
     alone = guide_only(guide_trace, model_trace, unpacked)
-    problems = [Problem(name, f"{wanted} model; got {_names(model)}") for name in alone]
+    problems = [Problem(name, text("pair.problems.not_in_model", names=sorted(model))) for name in alone]
     for name in (name for name in model - sampled if not is_enumerable(nodes[name])):
-        other = summed if nodes[name]["fn"].has_enumerate_support else ""
-        problems.append(Problem(name, f"{wanted} guide; got {_names(guide)}{other}"))
+        said = text("pair.problems.not_in_guide", names=sorted(guide), fn=nodes[name]["fn"])
+        problems.append(Problem(name, said))
     return sorted(problems, key=lambda problem: problem.site)
-
-
-def _names(names: set[str]) -> str:
-    return ", ".join(sorted(names)) or "none"
 
 
 class ProgramError(DeclarationError):
@@ -115,27 +110,16 @@ def told(side: str, x: Tensor) -> Iterator[None]:
 
 def explained(error: Exception, side: str, x: Tensor) -> Problem:
     """Return an exception raised while a program ran on the batch `x` as a `Problem` with a plain message."""
-    text, at = str(error), _line(error)
-    if found := re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", text):
+    said, at = str(error), _line(error)
+    if found := re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", said):
         plate, site, dim, want, got = found.groups()
-        rows = f", or it has parameters for each of {got} rows: pass those, or amortise" if int(want) == len(x) else ""
-        return Problem(
-            site,
-            f"expected batch size {want} at dim {dim} inside plate {plate!r}; got {got}{at}. Its event dimensions are "
-            f"not declared: write `.to_event(1)` after the distribution{rows}.",
-        )
-    if "within the support" in text:
-        support = re.search(r"within the support \((.*?)\) of the distribution (\w+)", text)
-        what = f"{support[2]} scores only {support[1]}" if support else "the distribution cannot score it"
-        return Problem(
-            side,
-            f"expected data in the support of the observed site; {what}{at}. Transform x, or use another distribution.",
-        )
-    words = text.splitlines()[0][:200] if text else "no message"
-    return Problem(
-        side,
-        f"expected the program to run on a batch of shape {list(x.shape)}; got {type(error).__name__}: {words}{at}.",
-    )
+        sizes = {"want": want, "got": got, "whole": int(want) == len(x)}
+        return Problem(site, text("pair.problems.batch_size", plate=plate, dim=dim, at=at, **sizes))
+    if "within the support" in said:
+        support = re.search(r"within the support \((.*?)\) of the distribution (\w+)", said)
+        return Problem(side, text("pair.problems.support", support=support, at=at))
+    first = said.splitlines()[0][:200] if said else "no message"
+    return Problem(side, text("pair.problems.failed", shape=x.shape, error=error, first=first, at=at))
 
 
 def _line(error: Exception) -> str:
@@ -184,28 +168,16 @@ def plate_problems(trace: Trace, count: int) -> list[Problem]:
         shape = tuple(node["fn"].batch_shape)
         dims = {f.dim for f, _ in plates_around(node)}
         stray = [d for d in range(-len(shape), 0) if shape[d] > 1 and d not in dims | enumerated]
-        if not stray:
-            continue
-        if not dims and shape[0] == count:
-            message = (
-                f"expected a plate over the {count} rows of the batch; got batch shape {list(shape)} and no plate. "
-                f'Write `with pyro.plate("data", len(x)):` around it.'
-            )
-        else:
-            message = (
-                f"expected only plates among its batch dimensions; got {list(shape)} where dim {stray[0]} is "
-                f"no plate. Write `.to_event(...)` after the distribution."
-            )
-        problems.append(Problem(name, message))
+        if stray:
+            rows = count if not dims and shape[0] == count else None
+            problems.append(Problem(name, text("pair.problems.stray", rows=rows, shape=shape, dim=stray[0])))
     return problems
 
 
 def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem]:
     """Return a problem for each global latent without a pathwise gradient, and each parameter without a gradient."""
-    wanted = "expected a distribution with a pathwise gradient (rsample) outside the data plate; got"
-    why = "whose score function would be that of all data at once."
-    kinds = {n: type(guide_trace.nodes[n]["fn"]).__name__ for n in pair.layout.shared if n in pair.layout.scored}
-    problems = [Problem(name, f"{wanted} {kind}, {why}") for name, kind in kinds.items()]
+    scored = {n: guide_trace.nodes[n]["fn"] for n in pair.layout.shared if n in pair.layout.scored}
+    problems = [Problem(name, text("pair.problems.score", fn=fn)) for name, fn in scored.items()]
     parameters = {name: p for name, p in pair.named_parameters() if p.requires_grad}
     learned = list(parameters.values())
     with torch.random.fork_rng(), torch.enable_grad():
@@ -215,5 +187,4 @@ def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem
         loss = sum_over([part.sum() for part in (terms.reconstruction, *parts)])
         slopes = torch.autograd.grad(loss, learned, allow_unused=True) if loss.requires_grad else [None] * len(learned)
     unused = [name for name, slope in zip(parameters, slopes, strict=True) if slope is None]
-    said = "expected a gradient of the ELBO; got none: the parameter is used by neither program"
-    return problems + [Problem(name, said) for name in unused]
+    return problems + [Problem(name, text("pair.problems.unused")) for name in unused]

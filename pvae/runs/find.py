@@ -117,11 +117,8 @@ def find_run(path: str, root: Path) -> Path:
         if is_run(folder):
             return folder.resolve()
     names = sorted({folder.name for folder in folders(Path(path).parent) + folders(root)})
-    there = f"; there are {', '.join(names[:8])}" if names else "; there is none yet, pvae fit vae makes one"
-    raise DeclarationError(
-        f"Expected a run directory (it holds manifest.json), or a run in {root}{there}; got {path[:200]!r}"
-        f"{near(path.rstrip('/').rpartition('/')[2], names)}."
-    )
+    hint = near(path.rstrip("/").rpartition("/")[2], names)
+    raise DeclarationError.of("runs.find.no_run", root=root, names=names[:8], path=path[:200], hint=hint)
 
 
 def birth_of(pid: int) -> str | None:
@@ -313,8 +310,7 @@ class Claim:
 def busy(folder: Path, what: str, holder: dict[str, Any], advice: str) -> BusyError:
     """Return the error that names the process that holds `what`, with `advice` where it cannot be looked at."""
     more = advice if is_gone(holder) is None else ""
-    found = {key: holder.get(key, "unknown") for key in ("pid", "host", "since")}
-    return BusyError.of("runs.find.held", folder=folder, what=what, advice=more, **found)
+    return BusyError.of("runs.find.held", folder=folder, what=what, holder=holder, advice=more)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from pvae.training import loop, recovery, step
 from pvae.training.trainer import Trainer
 from pvae.util import digest, follows, group
 from pvae.util.threads import threads
+from pvae.words import text
 
 NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
 """Keys that a second stage may change."""
@@ -254,9 +255,7 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
     stage = changed.with_changes({"name": name, "refit": None, "objective": TraceELBO(), "train": train})
     frozen = [line for key, line in start.changed_keys(old, stage).items() if not NOT_FROZEN.match(key)]
     if frozen:
-        raise DeclarationError(
-            [f"refit: expected the run's own {line} Only priors are fitted anew." for line in frozen]
-        )
+        raise DeclarationError([text("training.resume.own", line=line) for line in frozen])
     if stage.seed != old.seed and getattr(stage.data, "data_seed", 0) == "experiment":
         raise DeclarationError(f"refit: expected the run's own seed, which its data follow; got {stage.seed}.")
     old.refitted(stage)

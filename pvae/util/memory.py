@@ -207,9 +207,8 @@ def _on_meta(module: nn.Module) -> nn.Module:
 
 
 def _refused(needed: str, device: torch.device | None = None) -> DeclarationError:
-    where = "this GPU" if device is not None and device.type == "cuda" else "this computer"
     memory = _gib(total_memory(device))
-    return DeclarationError.of("util.memory.declaration", memory=memory, where=where, needed=needed)
+    return DeclarationError.of("util.memory.declaration", memory=memory, device=device, needed=needed)
 
 
 def require_memory(needed: float, name: str, got: str, todo: str) -> None:

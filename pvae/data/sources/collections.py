@@ -25,6 +25,7 @@ from pvae.data.sources.base import Data
 from pvae.errors import DataError
 from pvae.util import toml
 from pvae.util.types import Array
+from pvae.words import text
 
 DOWNLOAD_PIECE_BYTES = 2**20
 CONNECT_AND_READ_SECONDS = (10, 60)
@@ -132,9 +133,7 @@ def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
 def _checked_array(path: Path, key: str, file: IdxFile) -> Array:
     array = np.asarray(read_array(path, key))
     if array.dtype != np.uint8 or array.size != prod(file.shape) or len(array) != file.shape[0]:
-        raise DataError(
-            f"{path}: expected {file.shape} unsigned bytes, as in {file.name}; got {array.shape} {array.dtype}."
-        )
+        raise DataError.of("data.sources.bytes", path=path, file=file, array=array)
     return _checked_digest(array.reshape(file.shape), file, path)
 
 
@@ -181,13 +180,8 @@ def _verified(path: Path, file: IdxFile) -> Array | None:
 
 
 def _by_hand(collection: Collection) -> str:
-    names = ", ".join(f"{file.name}.gz" for file in collection.files.values())
-    package = f", or install the system package {collection.package}" if collection.package else ""
-    archive = f" (or {collection.archive})" if collection.archive else ""
-    return (
-        f"Get {names} from {collection.mirrors[0]}, place them{archive} in DIR/{collection.slug} and pass "
-        f"--data-dir DIR or set PVAE_DATA_DIR=DIR{package}."
-    )
+    names = [f"{file.name}.gz" for file in collection.files.values()]
+    return text("data.sources.by_hand", names=names, collection=collection)
 
 
 def _download(collection: Collection, file: IdxFile, path: Path) -> Array:

@@ -42,8 +42,7 @@ def pyro_script(experiment: Experiment, x: Shape) -> str:
     """
     objective: Any = experiment.objective
     if objective.kind not in ELBOS or objective.free_bits:
-        free = f" with free_bits = {objective.free_bits:g}" if objective.free_bits else ""
-        raise DeclarationError.of("experiment.pyro_script.objective", elbos=ELBOS, kind=objective.kind, free=free)
+        raise DeclarationError.of("experiment.pyro_script.objective", elbos=ELBOS, objective=objective)
     pair = experiment.build(x)
     try:
         return PlainScript(experiment, pair).text()
