@@ -5,6 +5,7 @@ otherwise put in their place.
 """
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
+from pvae.analysis.audit.audit import Audit, audit
 from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.bounds.calibration import Calibration, calibration
 from pvae.analysis.bounds.evidence import evidence, prior_evidence
@@ -36,13 +37,13 @@ from pvae.analysis.truths.counterexamples import CounterExamples, counterexample
 from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 
 __all__ = [
-    "AggregatedPosterior", "Annealed", "Bracket", "Calibration", "Code", "Collapse", "Copying", "CounterExamples",
-    "CriticKL", "Distances", "Encoding", "Estimate", "Evidence", "Features", "Fidelity", "Gain", "Gap",
-    "Imputations", "Interpolation", "LatentSurgery", "Paired", "Posterior", "PriorEvidence", "Probe",
+    "AggregatedPosterior", "Annealed", "Audit", "Bracket", "Calibration", "Code", "Collapse", "Copying",
+    "CounterExamples", "CriticKL", "Distances", "Encoding", "Estimate", "Evidence", "Features", "Fidelity", "Gain",
+    "Gap", "Imputations", "Interpolation", "LatentSurgery", "Paired", "Posterior", "PriorEvidence", "Probe",
     "RateDistortion", "Reconstructions", "SampleQuality", "Samples", "Scores", "SelfCheck", "Surgery", "Traversal",
-    "TwoSample", "ais", "bracket", "calibration", "collapse", "compare", "copying", "counterexamples", "critic",
-    "data_copying", "distances", "encode", "elbos", "evidence", "features", "fidelity", "frechet", "gain", "gap",
-    "impute", "interpolate", "kernel_distance", "paired", "posterior", "prior_evidence", "probe", "rate_distortion",
-    "reconstruct", "report", "sample", "sample_quality", "score", "selfcheck", "sharpness", "surgery", "traverse",
-    "two_sample",
+    "TwoSample", "ais", "audit", "bracket", "calibration", "collapse", "compare", "copying", "counterexamples",
+    "critic", "data_copying", "distances", "encode", "elbos", "evidence", "features", "fidelity", "frechet", "gain",
+    "gap", "impute", "interpolate", "kernel_distance", "paired", "posterior", "prior_evidence", "probe",
+    "rate_distortion", "reconstruct", "report", "sample", "sample_quality", "score", "selfcheck", "sharpness",
+    "surgery", "traverse", "two_sample",
 ]  # fmt: skip

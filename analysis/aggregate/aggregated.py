@@ -264,10 +264,10 @@ def marginal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
 
 
 def grid_error(loc: Tensor, scale: Tensor, value: Tensor, found: Tensor) -> float:
-    """Return the largest error of the log densities `found`, nats, against exact sums for a few rows of `value`."""
-    few = torch.linspace(0, len(value) - 1, min(DRAWS_CHECKED, len(value)), device=value.device).long()
-    exact = torch.stack([all_pairs(loc[:, d], scale[:, d], value[few, d]) for d in range(value.shape[1])], 1)
-    return float((exact - found[few]).abs().max())
+    """Return the largest error of log densities `found`, nats, against exact sums for a few rows and coordinates."""
+    few, dims = (torch.linspace(0, k - 1, min(DRAWS_CHECKED, k), device=value.device).long() for k in value.shape)
+    exact = torch.stack([all_pairs(loc[:, d], scale[:, d], value[few, d]) for d in dims], 1)
+    return float((exact - found[few][:, dims]).abs().max())
 
 
 def all_pairs(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:

@@ -1,0 +1,249 @@
+"""Audit of an autoencoder that pvae did not fit, from its encoder, its decoder and rows of data."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pvae.analysis.audit import latents
+from pvae.analysis.audit.foreign import Encoded, Foreign, LikelihoodName
+from pvae.analysis.decompose.codes import duplicates
+from pvae.analysis.decompose.result import Surgery
+from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.figures.estimate import Figures, Row, exact, over_rows
+from pvae.analysis.samples.features import affordable
+from pvae.component import Shape
+from pvae.data.sources.python import as_array
+from pvae.errors import DataError, DeclarationError
+from pvae.pair import SILENT, Pair, in_use, quiet
+from pvae.util import seeds
+
+FEWEST, ROWS = 40, 10_000
+"""Smallest number of rows that are examined, and largest one unless another is asked for."""
+JOINT_STATES, WIDE_ROWS = 2**22, 500
+"""Largest number of codes times positions whose information is computed; number of rows for that of latents of more
+than 512 coordinates or positions, which tell all rows apart."""
+NO_NATS = "No information in nats: points without a declared noise, or too many codes."
+PICTURED, SHOWN = 100_000, 8
+"""Largest numbers of elements of latents, and of reconstructions, in pictures."""
+
+
+@dataclass(frozen=True, repr=False)
+class Audit(Figures):
+    """Figures of an autoencoder that pvae did not fit, by name: `found["scale"]` is an `Estimate`, None if unknown.
+
+    Where posteriors are normals, figures of coordinates are those of one sample for every row:
+
+    - `shift`, `scale`: samples of the latents are unit after (z - shift) * scale; `shift.c`, `scale.c`: of channel c
+      where there are at most 64
+    - `active`: coordinates whose mean has a variance above 0.01 (of points: above 1 % of the average one)
+    - `dimension`, `data_dimension`: intrinsic dimension of the means, and of the data (`intrinsic_dimension`)
+    - `skewness`, `kurtosis`, `distance`: means over coordinates of |skewness|, excess kurtosis, and the distance of
+      Kolmogorov and Smirnov to a normal, which is about 0.6 / sqrt(n) for a normal itself
+    - `gaussian_correlation`: total correlation of a normal of their covariance, nats, and the largest `correlation`;
+      all of these of at most 512 coordinates, evenly spaced
+    - `codes`, `used`, `dead`, `duplicates`: numbers of codes; duplicates have nearly the vector of another one
+    - `mse`, `mse.c`: mean squared error of an element of the reconstruction, by channel c of images
+    - the rows of the surgery: information and marginal KL in nats, the interval on new data, perplexity, and under the
+      likelihood the ELBO and bits per dimension (of a density for a normal one)
+    - `log_likelihood`: log p(x | z), nats, of points without noise, which bounds nothing
+    """
+
+    heading = "Audit of an autoencoder: latents of shape {0.shape} (n = {0.n})"
+    unit = "value"
+    counts = ("n", "shape", "event", "likelihood", "scale")
+
+    n: int
+    """Number of rows examined."""
+    shape: Shape
+    """Shape of the latents, or of the grid of codes."""
+    event: Shape
+    """Shape of a row of data."""
+    likelihood: str
+    scale: float | None
+    """Scale of the likelihood, given or fitted."""
+    pair: Pair
+    """Encoder and decoder as a pair, for other analyses: `pvae.analysis.evidence(found.pair, x)`."""
+    found: Sequence[Row]
+    """Figures of latents, codes and reconstructions."""
+    surgery: Surgery | None
+    """Information and marginal KL, and the ELBO; None for points, and for too many codes."""
+    coordinates: Mapping[str, Sequence[float]]
+    """Figures by coordinate, channels first: variance of the mean (KL: `surgery.latents["z"].kl_per_dimension`); of
+    varying coordinates (at most 512, evenly spaced) skewness, kurtosis and distance to a normal. Of codes, their
+    proportions, `share`."""
+    pictures: Mapping[str, Tensor]
+    """Elements of the latents, data and reconstructions."""
+
+    def __getitem__(self, name: str) -> Any:
+        return next((figure for term, figure, _ in self.rows() if term == name), None)
+
+    def rows(self) -> Iterator[Row]:
+        yield from self.found
+        yield from () if self.surgery is None else self.surgery.rows()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        return (NO_NATS,) if self.surgery is None else self.surgery.remarks
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return counts, figures, figures by coordinate, and remarks as plain values for JSON."""
+        return self.nested(coordinates=self.coordinates, remarks=self.remarks)
+
+
+def audit(
+    encode: Callable[[Tensor], Any],
+    decode: Callable[[Tensor], Tensor],
+    data: Any,
+    *,
+    noise: float | None = None,
+    likelihood: LikelihoodName = "normal",
+    scale: float | None = None,
+    levels: int = 256,
+    codes: int | Tensor | None = None,
+    rows: int | None = None,
+    seed: int = 0,
+) -> Audit:
+    """Return figures of an autoencoder that pvae did not fit.
+
+    `encode` maps a batch `(m, *event)` to points `(m, *shape)`, to a normal distribution of torch, to a tuple (mean,
+    log-variance), or to integer codes `(m, *grid)`, alone or in a tuple with the quantised vectors. `decode` maps
+    latents (quantised vectors, where there are some) to the means of x. Modules behind the two functions are in
+    evaluation mode meanwhile and stay on their device. The axis of channels is the first of latents (C, H, W), the last
+    of (T, C) and (C,).
+
+    Information and marginal KL are those of an N(0, I) prior, or of a uniform one over codes. Points have none unless
+    `noise` declares their deviation. Latents of more than 512 coordinates (or positions) tell all rows apart: their
+    surgery is that of 500 rows, without an interval on new data. The rows should be ones that the autoencoder was not
+    fitted on: the interval on new data assumes it.
+
+    The adapters of some layouts of classes:
+
+        # diffusers, AutoencoderKL
+        def encode(x):
+            found = vae.encode(x).latent_dist
+            return found.mean, found.logvar
+        def decode(z): return vae.decode(z).sample
+
+        # pythae, VAE
+        def encode(x):
+            found = model.encoder(x)
+            return found.embedding, found.log_covariance
+        def decode(z): return model.decoder(z).reconstruction
+
+        # scvi-tools, module of a fitted SCVI; one batch of cells, expected counts at the library size of the batch 0
+        def encode(x): return module.inference(x, torch.zeros(len(x), 1), None)["qz"]
+        def decode(z):
+            library, batch = torch.full((len(z), 1), 8.0), torch.zeros(len(z), 1)
+            return module.generative(z, library, batch)["px"].mean
+
+        # vector-quantize-pytorch, between an encoder and a decoder
+        def encode(x): return vq(encoder(x))
+        def decode(quantised): return decoder(quantised)
+
+    Arguments:
+        encode: the encoder.
+        decode: the decoder.
+        data: rows `(n, *event)`, a tensor or an array (also one in a file, `numpy.load(..., mmap_mode="r")`).
+        noise: standard deviation of the latents around points, in their own unit.
+        likelihood: distribution of x around the decoder's mean: "normal", "bernoulli" or "discretized_logistic".
+        scale: standard deviation of the normal, or scale of the logistic; default: that of the errors of
+            reconstructions of sampled latents, on half of the rows.
+        levels: number of grey values k / (levels - 1) in [0, 1] of a discretized logistic.
+        codes: number K of codes, or the codebook `(K, d)`; default: the largest code found, plus one.
+        rows: number of rows, chosen at random; default: all, at most 10 000 and as many as memory allows.
+        seed: seed of the choice of rows and of all samples.
+
+    Returns:
+        Audit, whose rows are figures with their kind and error: `found["scale"]`.
+
+    Raises:
+        DataError: there are fewer than 40 rows, or encoder or decoder give something else than is expected.
+        DeclarationError: `encode` or `decode` is no function.
+
+    Example:
+        >>> x = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+        >>> found = audit(lambda x: 4 * x, lambda z: z / 4, x)
+        >>> abs(found["scale"].value * 4 * float(x.std()) - 1) < 1e-3
+        True
+    """
+    if not callable(encode) or not callable(decode):
+        raise DeclarationError(f"audit: expected two functions, encode and decode; got {encode}, {decode}.")
+    array = as_array(data, "data")
+    if not array.shape or array.shape[0] < FEWEST:
+        raise DataError(f"data: expected at least {FEWEST} rows; got an array of shape {list(array.shape)}.")
+    chosen = seeds.subset(array.shape[0], rows or affordable(ROWS, tuple(array.shape[1:])), seed)
+    x = torch.as_tensor(array[chosen.numpy()])[seeds.permutation(len(chosen), seed, 0)].float()
+    event, found = tuple(x.shape[1:]), list[Row]()
+    program = Foreign(encode, decode, noise, likelihood, scale, levels)
+    pair, coordinates, pictures = Pair(program.model, program.guide), dict[str, Tensor](), dict[str, Tensor]()
+    with quiet(pair, x):
+        seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
+        encoded = program.encoded(x)
+        if encoded.loc.is_floating_point():
+            found += _of_latents(encoded, coordinates, pictures)
+        if encoded.index is not None:
+            found += _of_codes(program, encoded, codes, coordinates)
+        found += _of_reconstruction(program, encoded, x, pictures)
+    found.append(("data_dimension", latents.intrinsic_dimension(x.flatten(1)), "intrinsic dimension of the data"))
+    program.shape, split = tuple((encoded.loc if encoded.index is None else encoded.index).shape[1:]), None
+    if encoded.scale is not None or 0 < program.codes * math.prod(program.shape) <= JOINT_STATES:
+        few = math.prod(program.shape) <= latents.COORDINATES
+        split = surgery(pair, x if few else x[:WIDE_ROWS], seed=seed, population="rows" if few else None)
+        split = replace(split, elements=math.prod(event))
+    given = {name: values.tolist() for name, values in coordinates.items()}
+    return Audit(len(x), program.shape, event, likelihood, program.scale, pair, found, split, given, pictures)
+
+
+def _of_latents(encoded: Encoded, coordinates: dict[str, Tensor], pictures: dict[str, Tensor]) -> Iterator[Row]:
+    """Yield the figures of the latents: as a whole, by channel and by coordinate."""
+    spread = torch.zeros_like(encoded.loc) if encoded.scale is None else encoded.scale**2
+    by_channel = [latents.by_channel(part) for part in (encoded.loc, spread, encoded.sample())]
+    yield from latents.units(*by_channel[:2])
+    mean, _, z = (part.flatten(1) for part in by_channel)
+    variance = coordinates["variance"] = mean.var(0)
+    level = SILENT.variance * (float(variance.mean()) if encoded.scale is None else 1.0)
+    yield "active", exact(float((variance > level).sum())), f"coordinates whose mean has a variance above {level:.3g}"
+    if encoded.index is None:
+        yield "dimension", latents.intrinsic_dimension(mean), "intrinsic dimension of the means (TwoNN)"
+    yield from latents.moments(z, coordinates)
+    pictures["elements"] = z.flatten()[:PICTURED]
+
+
+def _of_codes(
+    program: Foreign, encoded: Encoded, codes: int | Tensor | None, share: dict[str, Tensor]
+) -> Iterator[Row]:
+    """Yield the numbers of K codes that are used, dead, and in use with nearly equal vectors."""
+    index, table = encoded.loc if encoded.index is None else encoded.index, codes
+    k = program.codes = int(index.max()) + 1 if codes is None else len(codes) if isinstance(codes, Tensor) else codes
+    if int(index.min()) < 0 or int(index.max()) >= k:
+        raise DataError(f"encode: expected codes from 0 to {k - 1}; got {int(index.min())} to {int(index.max())}.")
+    if not isinstance(table, Tensor):
+        table = latents.vectors_of(index, encoded.loc, k)
+    share["share"] = index.flatten().bincount(minlength=k).double() / index.numel()
+    used = in_use(share["share"])
+    same = None if table is None else exact(float(len(duplicates(table.detach().cpu()[used]))))
+    yield "codes", exact(float(k)), "number of codes K"
+    yield "used", exact(float(used.sum())), "codes in use: a proportion of at least 0.001 / K"
+    yield "dead", exact(float((~used).sum())), "codes that are not in use"
+    yield "duplicates", same, "codes in use with nearly the vector of another one"
+
+
+def _of_reconstruction(program: Foreign, encoded: Encoded, x: Tensor, pictures: dict[str, Tensor]) -> Iterator[Row]:
+    """Yield the errors of reconstructions of points or means, and log p(x | z) of points."""
+    if not bool(program.law(x).support.check(x).all()):  # type: ignore[union-attr]
+        raise DataError(f"likelihood: expected data in {program.law(x).support} for {program.likelihood}.")
+    half, mean = len(x) // 2, program.decoded(encoded.loc, x)
+    if program.scale is None and program.likelihood != "bernoulli":
+        rmse = (program.decoded(encoded.sample()[:half], x[:half]) - x[:half]).square().mean().sqrt().clamp(min=1e-6)
+        program.scale = float(rmse) * (1 if program.likelihood == "normal" else math.sqrt(3) / math.pi)
+    errors = (mean - x).square().reshape(len(x), x.shape[1] if x.dim() == 4 else 1, -1).double().mean(2)
+    yield "mse", over_rows(errors.mean(1)), "mean squared error of an element of x"
+    for i, column in enumerate(errors.T if len(errors.T) > 1 else ()):
+        yield f"mse.{i}", over_rows(column), f"of channel {i} of x"
+    if encoded.scale is None and encoded.index is None:
+        yield "log_likelihood", over_rows(program.law(mean).log_prob(x).double()), "log p(x | z), which bounds nothing"
+    pictures |= {"data": x[:SHOWN], "means": mean[:SHOWN]}
