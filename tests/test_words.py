@@ -23,11 +23,18 @@ IMPORTS = {
 
 
 def calls() -> Iterator[tuple[str, str, set[str]]]:
-    """The catalogue, the entry and the fields of every call; of `**given` those that are anywhere in the module."""
+    """The catalogue, the entry and the fields of every call; of `**given` those that are anywhere in the module.
+
+    Entries that a class of results names, as its heading, its remarks or the meaning of a field, are given that result.
+    """
     for path in sorted(
         path for room in ("pvae", "models", "guides", "analysis") for path in (ROOT / room).rglob("*.py")
     ):
         tree = ast.parse(source := path.read_text())
+        own = [part for c in tree.body if isinstance(c, ast.ClassDef) for part in c.body if "analysis" in path.parts]
+        for node in (node for part in own if isinstance(part, ast.Assign | ast.AnnAssign) for node in ast.walk(part)):
+            if isinstance(node, ast.Constant) and ("figures", str(node.value)) in ENTRIES:
+                yield "figures", str(node.value), {"found"}
         for call in ast.walk(tree):
             function = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
             of = ["rooms"] if re.fullmatch(r"(\w*Error|Stopped)\.of", function) else []

@@ -16,7 +16,8 @@ from pvae.analysis.bounds.weights import inverse_ess, log_mean, pareto_k
 from pvae.analysis.decompose.posterior_draws import Draw, draw_chunk
 from pvae.analysis.export import sites as exported
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
-from pvae.analysis.export.sites import ExportedSites, Variable, group, numpy_of, text, value_of, values_of
+from pvae.analysis.export.sites import ExportedSites, Variable, group, numpy_of, storable, value_of, values_of
+from pvae.analysis.figures.estimate import text
 from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.pair import ROWS_OF_A_BATCH, Pair, samples
@@ -79,13 +80,10 @@ class PosteriorExport:
         for site in sites.observed:
             found[f"observed_data/{site.name}"] = self.predictive_rows * site.like.nbytes
             found[f"posterior_predictive/{site.name}"] = self.predictive_draws * found[f"observed_data/{site.name}"]
-        if (total := sum(found.values())) > memory:
+        if sum(found.values()) > memory:
             largest = max(found, key=found.__getitem__)
             reduced_by = REDUCED_BY.get(largest.partition("/")[0], "draws or rows")
-            raise DataError(
-                f"posterior: expected arrays of at most {memory} bytes together; got {total} bytes, of which {largest} "
-                f"takes {found[largest]}. Lower {reduced_by}, or raise memory."
-            )
+            raise DataError(text("refused.memory", memory=memory, sizes=found, largest=largest, by=reduced_by))
 
     def fill(self, on_progress: Progress) -> None:
         """Sample all latents for all rows; the rows of one draw share one sample of the global latents."""
@@ -188,7 +186,7 @@ class PosteriorExport:
         for site in shown:
             for key, one in site.parameters.items():
                 dims = ("datum", *(*site.dims, f"{site.name}_code")[: one.ndim])
-                found[f"{site.name}_{key}"] = dims, np.empty((n, *one.shape), one.dtype), {"site": text(site.site)}
+                found[f"{site.name}_{key}"] = dims, np.empty((n, *one.shape), one.dtype), {"site": storable(site.site)}
         with self.quiet(0):
             for start in range(0, n, ROWS_OF_A_BATCH) if shown else ():
                 x = pair.accept(self.split.rows[start : start + ROWS_OF_A_BATCH])
@@ -196,7 +194,7 @@ class PosteriorExport:
                 for site in shown:
                     for key, t in exported.parameters_of(nodes[site.site], pair.layout, len(x)).items():
                         found[f"{site.name}_{key}"][1][start : start + len(x)] = numpy_of(t)
-        missing = {f"missing_{site.name}": text(site.hidden) for site in self.sites.latents if site.hidden}
+        missing = {f"missing_{site.name}": storable(site.hidden) for site in self.sites.latents if site.hidden}
         return group(found).assign_attrs(missing)
 
     def prior(self) -> xarray.Dataset:
@@ -332,10 +330,10 @@ def posterior(
             if name not in ("prior", "posterior_predictive"):  # which a hand-written pair may not give
                 raise
             why = (str(error).splitlines() or [type(error).__name__])[0][:300]
-            found["posterior"].attrs[f"missing_{name}"] = text(why)
+            found["posterior"].attrs[f"missing_{name}"] = storable(why)
     attrs = {
-        "inference_library": "pvae", "inference_library_version": __version__, "run": text(run.name),
-        "run_id": text(str(run.files.manifest.get("id", run.path.name))), "split": split, "seed": seed,
+        "inference_library": "pvae", "inference_library_version": __version__, "run": storable(run.name),
+        "run_id": storable(str(run.files.manifest.get("id", run.path.name))), "split": split, "seed": seed,
     }  # fmt: skip
     rows_of_dims = {"datum": chosen.numpy(), "datum_predictive": chosen.numpy()[:few]}
     for name, made in found.items():

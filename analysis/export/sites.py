@@ -72,14 +72,14 @@ def _kept(site: str) -> str:
     return kept if len(kept) <= LONGEST_NAME else ""
 
 
-def text(value: str) -> str:
+def storable(value: str) -> str:
     """Return a string as NetCDF can hold it: as JSON if it has control characters or lone surrogates."""
     return value if value and value.isprintable() else json.dumps(value)
 
 
 def group(variables: Mapping[str, Variable], why: str = "", missing: Iterable[str] = ()) -> xarray.Dataset:
     """Return a group with the given variables, and the reason why others are missing as attributes `missing_<name>`."""
-    return xarray.Dataset(dict(variables), attrs={f"missing_{name}": text(why) for name in missing})
+    return xarray.Dataset(dict(variables), attrs={f"missing_{name}": storable(why) for name in missing})
 
 
 # ---------------------------------------------------------------------- values
@@ -163,7 +163,7 @@ class ExportedSite:
 
     def variable(self, values: Array, *lead: str, **attrs: str) -> Variable:
         """Return values `(*lead, *event)` as a variable, whose attributes name the sample site."""
-        return (*lead, *self.dims), values, {**attrs, "site": text(self.site)}
+        return (*lead, *self.dims), values, {**attrs, "site": storable(self.site)}
 
 
 @dataclass(frozen=True)

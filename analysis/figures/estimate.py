@@ -5,6 +5,7 @@ The words are the entries of `results.toml`, filled in by Jinja; an unknown entr
 
 import html
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -178,6 +179,7 @@ WORDS = Catalogue(
     Path(__file__).parent, "results.toml", short=short, with_error=with_error, log=math.log, html=html.escape
 )
 text, texts = WORDS.text, WORDS.texts
+TEXT_NAME = re.compile(r"\w+\.\w+")
 
 
 # ---------------------------------------------------------------------- results
@@ -197,19 +199,26 @@ def annotated(result: Any, prefix: str = "", **more: Any) -> Iterator[Row]:
     """Yield the annotated fields of a dataclass as rows of a table; `more` are further fields of their formats."""
     for field, hint in get_type_hints(type(result), include_extras=True).items():
         if meant := getattr(hint, "__metadata__", ()):
-            name, meaning = (words.format(result, **more) for words in (field, *meant)[-2:])
+            name, meaning = (_said(words, result, **more) for words in (field, *meant)[-2:])
             yield prefix + name, getattr(result, field), meaning
+
+
+def _said(words: str, found: Any, **more: Any) -> str:
+    """Return the text of that name, with the field `found`; other words are a format of the result."""
+    return text(words, found=found, **more) if TEXT_NAME.fullmatch(words) else words.format(found, **more)
 
 
 class Figures:
     """Base class of results that consist of named estimates, shown as text, table, data frame, HTML and JSON.
 
-    A field `Annotated[Estimate, meaning]` is a row of the table, whose meaning is a format of the result; its name is
-    that of the field, or another format before the meaning.
+    A field `Annotated[Estimate, meaning]` is a row of the table, whose meaning is a format of the result, or the name
+    of a text; its name is that of the field, or another format before the meaning.
     """
 
     heading: ClassVar[str]
-    """Title of the table as a format of the result, such as "evidence (n = {0.n})"."""
+    """Title of the table as a format of the result, such as "evidence (n = {0.n})", or the name of a text."""
+    remarked: ClassVar[str] = ""
+    """Name of the list of texts that are the `remarks`; empty if there are none."""
     unit: ClassVar[str] = "nats"
     """Unit of the estimates, per datum."""
     counts: ClassVar[tuple[str, ...]] = ()
@@ -218,7 +227,7 @@ class Figures:
     @property
     def title(self) -> str:
         """Title of the table: the quantity, its unit and the number of data."""
-        return self.heading.format(self)
+        return _said(self.heading, self)
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows of the table (term, estimate or None, meaning) in reading order: the annotated fields."""
@@ -227,7 +236,7 @@ class Figures:
     @property
     def remarks(self) -> tuple[str, ...]:
         """Sentences below the table."""
-        return ()
+        return texts(self.remarked, found=self) if self.remarked else ()
 
     @property
     def sentences(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, exact, proportion
+from pvae.analysis.figures.estimate import Estimate, Figures, exact, proportion, text
 from pvae.analysis.samples.features import Features, affordable
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
 from pvae.analysis.samples.running import observed_rows, opened
@@ -33,6 +33,8 @@ TRAINING_BLOCK = 8192
 class Copying(Figures):
     """Distances of samples and of held-out data to training rows; the result of `copying` and `data_copying`."""
 
+    heading = "copying.heading"
+    remarked = "copying.remarks"
     unit = "proportion"
     counts = ("trained", "is_mean", "space", "held_share")
 
@@ -40,13 +42,9 @@ class Copying(Figures):
     """Mann-Whitney statistic; standard normal if samples have the distribution of the data, negative for copies."""
     p_value: Annotated[Estimate, "probability of a z as low by chance, if samples have the distribution of the data"]
     """One-sided p-value: probability of a z as low if samples have the distribution of the data."""
-    share: Annotated[
-        Estimate, "proportion of samples as near to a training row as the nearest {0.held_share:.3f} of data"
-    ]
+    share: Annotated[Estimate, "copying.share"]
     """Proportion of samples that are as near to a training row as the nearest `CLOSE_PROPORTION` of held-out rows."""
-    nearer: Annotated[
-        Estimate, "proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying"
-    ]
+    nearer: Annotated[Estimate, "copying.nearer"]
     """Proportion of samples nearer to training rows than to as many held-out rows: 1/2 without copying; an estimate."""
     nearest: Tensor
     """Index of the training row nearest to each sample, `(m,)`, int64."""
@@ -65,16 +63,6 @@ class Copying(Figures):
     def held_share(self) -> float:
         """Proportion of held-out rows that count as close to a training row: `CLOSE_PROPORTION`, or more for ties."""
         return float((self.held_distance <= close(self.held_distance)).double().mean())
-
-    @property
-    def title(self) -> str:
-        m, h = len(self.distance), len(self.held_distance)
-        return f"Copies of training rows ({m} samples, {h} held-out data, {self.trained} training rows)"
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        unlike = ("the samples are means of p(x | z) without noise, so z and share are not comparable; use nearer",)
-        return (f"distances in {self.space}", *(unlike if self.is_mean else ()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as plain numbers and strings, for JSON, with the quartiles of the distances."""
@@ -200,14 +188,9 @@ def data_copying(
     """
     kinds = (train, held, fake)
     if min(map(len, kinds)) < 2 or len({tuple(x.shape[1:]) for x in kinds}) > 1:
-        shapes = ", ".join(str(list(x.shape)) for x in kinds)
-        raise DataError(
-            f"copying: expected at least two rows of train, held-out data and samples each, of one shape; got {shapes}."
-        )
+        raise DataError(text("refused.other_rows", shapes=[list(x.shape) for x in kinds]))
     if not all(bool(x.isfinite().all()) for x in kinds):
-        raise DataError(
-            "copying: expected finite numbers; got NaN or infinity. Rows with missing values have no distance."
-        )
+        raise DataError(text("refused.no_distance"))
     train, held, fake = (x.flatten(1) if space is None else space.embed(x) for x in kinds)
     total = len(fake) + len(held)
     nearest, distance = nearest_of(fake, train)

@@ -36,19 +36,17 @@ RATE, DECAY = 2e-3, 0.88
 class CriticKL(Figures):
     """Estimates of KL(q_agg || p) by a critic, nats; the result of `critic`."""
 
+    heading = "critic.heading"
+    remarked = "critic.remarks"
     counts = ("unit", "n", "draws", "dim", "latents")
 
     kl: Annotated[Estimate, "mean log-ratio of codes: not a bound, and off by the error of the critic"]
     """Mean over codes of the critic's log-ratio T = log q_agg - log p; an estimate, off by the error of the critic."""
-    nwj: Annotated[
-        Estimate, "E_q T - E_p e^T + 1: a lower bound in expectation, low by the squared error of the critic"
-    ]
+    nwj: Annotated[Estimate, "critic.nwj"]
     """E_q T - E_p e^T + 1 with the critic's log-ratio T (Nguyen, Wainwright, Jordan): a lower bound in expectation."""
     dv: Annotated[Estimate, "E_q T - log E_p e^T: a lower bound for many samples; biased upwards for few"]
     """E_q T - log E_p e^T with the critic's T (Donsker, Varadhan): an estimate, a lower bound for many samples."""
-    cross_entropy: Annotated[
-        Estimate, f"of the classifier between codes and prior: log 2 = {math.log(2):.4f} if they are equal"
-    ]
+    cross_entropy: Annotated[Estimate, "critic.cross_entropy"]
     """Cross-entropy of the classifier between codes and samples of the prior, log 2 if q_agg = p; an estimate."""
     n: int
     """Number of data."""
@@ -58,17 +56,6 @@ class CriticKL(Figures):
     """Input dimension of the critic: all latents, discrete ones one-hot, and the covariates."""
     latents: tuple[str, ...]
     """Names of the latents whose joint KL is estimated."""
-
-    @property
-    def title(self) -> str:
-        return f"KL(q_agg || p) of {', '.join(self.latents)} from samples (n = {self.n}, {self.draws} samples each)"
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return (
-            "q_agg is that of the data distribution, not of these rows alone: every figure comes from rows that the "
-            "critic was not trained on",
-        )
 
 
 def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Progress = silent) -> CriticKL:

@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures
+from pvae.analysis.figures.estimate import Estimate, Figures, text
 from pvae.analysis.samples.fidelity import blocks
 from pvae.errors import DataError
 from pvae.util import seeds
@@ -33,9 +33,7 @@ class Distances(Figures):
     """Squared Fréchet distance between normals fitted to features of samples and of data, see `frechet`."""
     frechet_floor: Annotated[Estimate, "the value for as many samples of the distribution of the data"]
     """Squared Fréchet distance that m samples of the data distribution itself would have, see `frechet_floor`."""
-    kernel: Annotated[
-        Estimate, "squared, of all moments up to the third: 0 for the distribution of the data, may be negative"
-    ]
+    kernel: Annotated[Estimate, "distances.kernel"]
     """Squared kernel distance (MMD^2) between features of samples and of data, see `kernel_distance`."""
     n: int
     """Number of data."""
@@ -67,10 +65,7 @@ def distances(data: Tensor, samples: Tensor, seed: int = 0) -> Distances:
         True
     """
     if data.shape[1:] != samples.shape[1:] or len(data) < 4 or len(samples) < 2:
-        raise DataError(
-            f"distances: expected at least 4 rows of data and 2 samples, of one width; got features "
-            f"{list(data.shape)} and {list(samples.shape)}."
-        )
+        raise DataError(text("refused.other_features", data=list(data.shape), samples=list(samples.shape)))
     data, samples = data.double(), samples.double()
     floor = frechet_floor(data, len(samples), seed)
     return Distances(frechet(data, samples), floor, kernel_distance(data, samples), len(data), len(samples))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, jackknife, over_rows, proportion
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, jackknife, over_rows, proportion, text
 from pvae.analysis.samples.features import Features
 from pvae.errors import DataError
 
@@ -24,6 +24,7 @@ DISTANCES_PER_BLOCK = 2**23
 class Fidelity(Figures):
     """Precision, recall, density and coverage of samples among data, estimates; the result of `fidelity`."""
 
+    remarked = "fidelity.remarks"
     heading = "Samples among data ({0.m} among {0.n}, k = {0.k})"
     unit = "proportion"
     counts = ("n", "m", "k", "space")
@@ -32,14 +33,9 @@ class Fidelity(Figures):
     """Proportion of samples inside at least one of the k-nearest-neighbour balls around data."""
     recall: Annotated[Estimate, "proportion of data within the balls of samples: could the model produce them?"]
     """Proportion of data inside at least one of the k-nearest-neighbour balls around samples."""
-    density: Annotated[
-        Estimate, "mean number of balls of data around a sample, by k: 1 for the distribution of the data"
-    ]
+    density: Annotated[Estimate, "fidelity.density"]
     """Number of k-nearest-neighbour balls around data that contain a sample, averaged over samples, divided by k."""
-    coverage: Annotated[
-        Estimate,
-        "proportion of data whose ball has a sample: {0.expected_coverage:.3f} for the distribution of the data",
-    ]
+    coverage: Annotated[Estimate, "fidelity.coverage"]
     """Proportion of data whose k-nearest-neighbour ball contains at least one sample."""
     n: int
     """Number of data."""
@@ -76,10 +72,6 @@ class Fidelity(Figures):
         for name, share in self.shares.items():
             among = self.data_shares.get(name)
             yield f"share/{name}", share, f"of samples; {float(among):.3f} of the data" if among else "of samples"
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return (f"feature space: {self.space}",) if self.space else ()
 
     def to_dict(self) -> dict[str, Any]:
         return {**super().to_dict(), "data_shares": {name: e.to_dict() for name, e in self.data_shares.items()}}
@@ -140,9 +132,7 @@ def fidelity(real: Tensor, fake: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Fe
     if real.shape[1:] != fake.shape[1:]:
         raise DataError(f"fidelity: expected samples of shape {list(real.shape[1:])}; got {list(fake.shape[1:])}.")
     if not 0 < k < min(len(real), len(fake)):
-        raise DataError(
-            f"fidelity: expected more rows of each kind than k = {k}, at least 1; got {len(real)} and {len(fake)}."
-        )
+        raise DataError(text("refused.few_neighbours", k=k, real=len(real), fake=len(fake)))
     embed = (lambda x: x.flatten(1).double()) if space is None else space.embed
     return among(embed(real), embed(fake), k, space)
 

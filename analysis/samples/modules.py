@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from pvae.analysis.figures.estimate import text
 from pvae.analysis.samples import running
 from pvae.component import Shape
 from pvae.distributions.relaxed import twin
@@ -38,10 +39,7 @@ class PlainModule(nn.Module):
     def __init__(self, pair: Pair, side: str) -> None:
         super().__init__()
         if not pair.declared:
-            raise DeclarationError(
-                f"run.{side}: expected a declared pair; got a hand-written one, whose {side} only its author knows. "
-                f"Call the Module of your own program: run.pair has put the fitted weights into it."
-            )
+            raise DeclarationError(text("refused.by_hand", side=side))
         self.side, self.frame = side, pair.frame
         shapes = {name: shape[1:] for name, shape in self.frame.shapes.items()}
         self.covariates = {name: (shapes[name], count) for name, count in self.frame.covariates.items()}
@@ -214,8 +212,5 @@ class PlainEncoder(PlainModule):
 
     def centre(self, fn: Any) -> Tensor:
         if (found := running.centre(twin(fn))) is None:
-            raise DeclarationError(
-                f"run.encoder: expected posteriors with a known mean; got {type(unwrapped(fn)).__name__}. "
-                f"Sample: run.encoder.distribution(x).sample()."
-            )
+            raise DeclarationError(text("refused.no_mean", kind=type(unwrapped(fn)).__name__))
         return found

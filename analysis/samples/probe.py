@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion, text
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
 from pvae.analysis.samples.running import opened
@@ -127,11 +127,7 @@ def probe(
     """
     pair, part, train = opened(run), run.data.split(split), run.data.train
     if pair.frame.covariates:
-        told = ", ".join(pair.frame.covariates)
-        raise DataError(
-            f"probe: expected a model that is not conditioned on the label; got one conditioned on {told}, whose codes "
-            f"need not contain what is given."
-        )
+        raise DataError(text("refused.given_label", covariates=pair.frame.covariates))
     x, y = _some(train, PROBE_TRAINING_ROWS, seed)
     asked, labels = _some(part, min(rows or PROBE_ROWS, PROBE_ROWS), seed)
     there = np.unique(y)

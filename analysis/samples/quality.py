@@ -10,7 +10,7 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows, proportion
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows, proportion, text
 from pvae.analysis.samples.distances import Distances, distances
 from pvae.analysis.samples.features import MAX_CLASSES, Features, affordable, classify, features, in_chunks, sharpness
 from pvae.analysis.samples.fidelity import FIDELITY_NEIGHBOURS, Fidelity, among, ratio_of
@@ -88,9 +88,7 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
     if real.shape[1:] != fake.shape[1:]:
         raise DataError(f"two_sample: expected samples of shape {list(real.shape[1:])}; got {list(fake.shape[1:])}.")
     if (n := min(len(real), len(fake))) < FEWEST_TEST_ROWS:
-        raise DataError(
-            f"two_sample: expected at least {FEWEST_TEST_ROWS} data and samples; got {len(real)} and {len(fake)}."
-        )
+        raise DataError(text("refused.few_samples", least=FEWEST_TEST_ROWS, real=len(real), fake=len(fake)))
     sides = []
     for i, x in ((12, real), (13, fake)):
         order = torch.randperm(len(x), generator=seeds.generator(seed, seeds.ANALYSIS, i))
@@ -132,6 +130,7 @@ def _labelled(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
 class SampleQuality(Figures):
     """Two-sample test, fidelity, distances and sharpness of samples of a run; the result of `sample_quality`."""
 
+    remarked = "quality.remarks"
     heading = "Samples and {0.split} data: {0.fidelity.m} samples, {0.fidelity.n} data"
     unit = "proportion"
 
@@ -147,9 +146,7 @@ class SampleQuality(Figures):
     """True if the samples are means of p(x | z)."""
     sharpness: Annotated[Estimate | None, "of samples divided by that of data: below 1 blurred, above 1 noisy"] = None
     """Sharpness of samples divided by that of data; None if data are not images."""
-    sharpness_of_means: Annotated[
-        Estimate | None, "of means of p(x | z), which have no noise, divided by that of data"
-    ] = None
+    sharpness_of_means: Annotated[Estimate | None, "quality.sharpness_of_means"] = None
     """Sharpness of means of p(x | z) divided by that of data.
 
     None if the samples are means already, if the likelihood has no mean, or if data are not images.
@@ -160,12 +157,6 @@ class SampleQuality(Figures):
         yield from self.fidelity.rows()
         yield from self.distances.rows()
         yield from super().rows()
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        asked = f"the classifier was evaluated on {self.test.held} rows of each kind"
-        units = "distances are squared, in units of the features; their floor is not a bound"
-        return (*self.fidelity.remarks, f"k = {self.fidelity.k}; {asked}", units)
 
     def to_dict(self) -> dict[str, Any]:
         sharp = {"samples": self.sharpness, "means": self.sharpness_of_means}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import require_room
+from pvae.analysis.figures.estimate import text
 from pvae.analysis.samples import running
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
@@ -87,10 +88,7 @@ def _require_density(source: Run | Pair) -> None:
     latents = source.plan.latents.items()
     free = [name for name, latent in latents if latent.dim is not None and not latent.prior.reads_guide]
     if free and source.plan.objective.beta == Constant(value=0.0):
-        raise DeclarationError(
-            f"{source.path}: expected a prior that was fitted to the codes; got objective.beta = 0, under which none "
-            f"is. Fit one: pvae refit {source.name} latents.{free[0]}.prior.kind=realnvp"
-        )
+        raise DeclarationError(text("refused.unfitted_prior", run=source, latent=free[0]))
 
 
 def model_samples(pair: Pair, rows: Tensor, mean: bool) -> Samples:
@@ -143,21 +141,17 @@ class Template:
             generator = seeds.generator(seed, seeds.ANALYSIS, 3)
             found = self.data[torch.randint(len(self.data), (n,), generator=generator).to(self.data.device)]
         else:
-            wanted = ", ".join(f"{name!r}: 0 .. {codes - 1}" for name, codes in known.items())
-            raise DeclarationError(
-                f"given: expected a value of what the model is conditioned on, {{{wanted}}}; got none. Say given=..., "
-                f"or pass the run, whose own labels are then drawn."
-            )
+            raise DeclarationError(text("refused.nothing_given", known=known))
         return {name: column.long().cpu() for name, column in self.frame.columns(found).items()}
 
     def _given(self, name: str, codes: int, n: int, given: Covariates) -> Tensor:
         """Return the values of a covariate, `(n,)`, or the token indices of a prompt, `(n, length)`."""
         if (vocabulary := self.frame.prompts.get(name)) is None:
             return _values(name, codes, n, given)
-        if not isinstance(text := given.get(name), str):
+        if not isinstance(prompt := given.get(name), str):
             words = ", ".join(vocabulary.words[1:])
-            raise DeclarationError(f"given.{name}: expected a text of {words}; got {str(text)[:60]}.")
-        return torch.tensor(vocabulary.encode(text)).expand(n, -1).clone()
+            raise DeclarationError(f"given.{name}: expected a text of {words}; got {str(prompt)[:60]}.")
+        return torch.tensor(vocabulary.encode(prompt)).expand(n, -1).clone()
 
     def at(self, start: int, stop: int) -> Tensor:
         """Return rows start .. stop - 1 as the pair accepts them; past the end the last covariates are repeated."""

@@ -13,6 +13,7 @@ from pvae.analysis.aggregate.entry import accept, require_room
 from pvae.analysis.decompose.collapse import activity
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.sites import as_value
+from pvae.analysis.figures.estimate import text
 from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import LatentCode, encode
 from pvae.analysis.samples.sample import Covariates, Template, prior_latents
@@ -333,10 +334,7 @@ def _path(
         elif torch.equal(start, end):
             path[name] = start.expand(len(at), *start.shape[1:])
         else:
-            raise DataError(
-                f"interpolate: expected latents of real numbers, or rows of one and the same code; got {name}, which "
-                f"differs: discrete codes cannot be interpolated. Take other rows, or move one coordinate: traverse."
-            )
+            raise DataError(text("refused.other_codes", name=name))
     if not path:
         raise DataError("interpolate: expected latents of single data; got a model without any.")
     return path

@@ -17,7 +17,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
-from pvae.analysis.pages.document.words import csv_of, html_cell, legible, rich_of
+from pvae.analysis.pages.document.words import csv_of, html_cell, legible, rich_of, text
 from pvae.errors import DataError, OutputError
 from pvae.runs.find import Claim, is_abandoned, leftovers
 from pvae.util.files import digest, make_folder, plain, pretty, raising, read_object, remove, write_together
@@ -153,10 +153,7 @@ def earlier(folder: Path) -> set[str]:
         return set()
     found = read_object(folder, NUMBERS, NUMBERS_BYTES) if (folder / NUMBERS).exists() else {}
     if "verdict" not in found:
-        raise DataError(
-            f"{folder}: expected an empty folder, or one of an earlier report; got other pages. "
-            "Name another folder with --out."
-        )
+        raise DataError(text("page.other_pages", folder=folder))
     for path in filter(is_abandoned, leftovers(folder)):
         remove(path, ignore_errors=True)
     listed = found.get(FILES)

@@ -17,6 +17,7 @@ from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.decompose.surgery_figures import Asked
 from pvae.analysis.pages.document.document import Stages
+from pvae.analysis.pages.document.words import text
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
 from pvae.analysis.samples.quality import space_of
 from pvae.analysis.samples.running import datum
@@ -177,10 +178,7 @@ class Examination:
     def require_whole_rows(self) -> None:
         """Raise DataError unless the model observes whole rows of data."""
         if not self.whole_rows:
-            raise DataError(
-                f"expected a model that observes whole rows of data, {list(self.shape)}, for samples and "
-                f"reconstructions beside data; got one whose first observed site is a part of a row."
-            )
+            raise DataError(text("page.parts_of_rows", shape=list(self.shape)))
 
     # ------------------------------------------------------------------ figures
 
