@@ -1,7 +1,7 @@
 """Sections of a comparison page in reading order: functions of a `Comparison`; None if a section does not apply."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from pvae.analysis.bounds.rate_distortion import rate_distortion_of
 from pvae.analysis.figures.estimate import Estimate, merged
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
-from pvae.analysis.pages.document.blocks import PageSection, PageTable, Part, Sentence
+from pvae.analysis.pages.document.blocks import PageTable, Part, Sentence
 from pvae.analysis.pages.document.words import Value, alert, picture, section, table, text
 from pvae.analysis.pages.plots import comparisons, pictures
 from pvae.analysis.pages.plots.base import array, plain
@@ -213,9 +213,6 @@ def declarations(found: Comparison) -> Iterator[Part]:
     yield {"declarations": settings}
 
 
-MADE = (
-    overview, training, rate_and_distortion, paired_differences, surgery, correlations, samples, declarations
-)  # fmt: skip
-COMPARISON_SECTIONS: Mapping[str, Callable[[Comparison], PageSection | None]] = {
-    f.__name__.replace("_", " "): f for f in MADE
-}
+COMPARISON_SECTIONS = {made.__name__.replace("_", " "): made for made in (
+    overview, training, rate_and_distortion, paired_differences, surgery, correlations, samples, declarations,
+)}  # fmt: skip

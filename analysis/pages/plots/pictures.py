@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.export.sites import numpy_of
+from pvae.analysis.pages.document.words import text
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, array, nats, panels, plain, style
 from pvae.analysis.pages.plots.clouds import Cloud, plane
@@ -168,17 +170,10 @@ def is_shown(shape: Sequence[int]) -> bool:
 
 def sampled(found: Samples, data: Array) -> Figure | None:
     """Draw samples of a model as images, or as points over the data `(m, 2)`; None for data of other shapes."""
-    x = array(found.x)
-    if not is_shown(x.shape[1:]):
-        return None
-    what = "means of p(x | z)" if found.is_mean else "draws of p(x | z)"
-    told = ", ".join(f"{plain(name)} = {_range(numpy_of(values))}" for name, values in found.covariates.items())
-    caption = f"{what[0].upper()}{what[1:]}, each at its own draw of z from the prior{told and f', given {told}'}."
-    if x.ndim == 2:
-        return _points([(x, what)], data, "Samples", caption)
-    shown = x[:SHEET]
-    some = f" ({len(shown)} of {len(x)})" if len(shown) < len(x) else ""
-    return _sheet(shown, math.ceil(math.sqrt(len(shown))), data, f"Samples{some}", caption)
+    x, what = array(found.x), "means of p(x | z)" if found.is_mean else "draws of p(x | z)"
+    shown, told = x[:SHEET], {plain(name): _range(numpy_of(values)) for name, values in found.covariates.items()}
+    side, n = math.ceil(math.sqrt(len(shown))), len(shown)
+    return _drawn("sampled", shown, side, data, [(x, what)], what=what, told=told, shown=n, count=len(x))
 
 
 def _range(values: Array) -> str:
@@ -197,14 +192,13 @@ def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | Non
         return None
     what = "mean" if found.is_mean else "draw"
     if x.ndim == 2:
-        caption = f"Lines join each datum to the {what} of p(x | z) at one draw of q(z | x)."
+        caption = text("reconstructed.joined", what=what)
         return _points([(made, f"{what}s of p(x | z)")], x, "Reconstructions", caption, "data")
     picks = best_to_worst(log_p, 8)
     titles = list(picks) if len(picks) > 1 else ["Reconstructions"]
     parts = [Rebuilt(name, x[i], made[i], log_p[i]) for name, i in zip(titles, picks.values(), strict=True)]
     sheet = reconstructions(parts, float(data.min()), float(data.max()), what)
-    told = "at one draw of q(z | x); log p(x | z), nats."
-    base.set_caption(sheet, f"Above the datum, below the {what} of p(x | z) {told}")
+    base.set_caption(sheet, text("reconstructed.below", what=what))
     return sheet
 
 
@@ -219,26 +213,35 @@ def moved(found: Traversal) -> tuple[list[str], list[str], str]:
 def traversed(found: Traversal, data: Array) -> Figure | None:
     """Draw a latent traversal: a row of images per coordinate, or paths over 2D data; None for data of other shapes."""
     x, (names, columns, below) = array(found.x), moved(found)
-    if not is_shown(x.shape[2:]):
-        return None
-    title, by = f"Traversal of {plain(found.latent)[: base.SHORT]}", f", ordered by {found.order}" if names[1:] else ""
-    if x.ndim == 3:
-        caption = f"Paths of the mean of p(x | z) as one coordinate moves, the others held{by}; a dot where each ends."
-        return _points(list(zip(x, names, strict=True)), data, title, caption, "path")
-    caption = f"Means of p(x | z); in each row one coordinate moves, the others are held{by}. {below}"
-    return _sheet(x.reshape(-1, *x.shape[2:]), x.shape[1], data, title, caption, names, columns)
+    images, paths = x.reshape(-1, *x.shape[2:]), list(zip(x, names, strict=True))
+    latent, order = plain(found.latent)[: base.SHORT], found.order if names[1:] else ""
+    return _drawn(
+        "traversed", images, x.shape[1], data, paths, names, columns,
+        lines="path", latent=latent, order=order, below=below,
+    )  # fmt: skip
 
 
 def interpolated(found: Interpolation, data: Array) -> Figure | None:
     """Draw an interpolation of two data: a row of images, or a path over 2D data; None for data of other shapes."""
-    x = array(found.x)
+    x, known = array(found.x), [] if found.log_prior is None else found.log_prior.tolist()
+    below = [f"{value:.1f}".replace("-", "−") for value in known]
+    return _drawn("interpolated", x, len(x), data, [(x, "the way")], (), below, lines="path", known=bool(below))
+
+
+def _drawn(
+    name: str, x: Array, columns: int, data: Array, groups: Sequence[tuple[Array, str]], *names: Sequence[str],
+    lines: str = "", **fields: Any,
+) -> Figure | None:  # fmt: skip
+    """Draw images x on a sheet, or else groups of 2D points; None for data of other shapes.
+
+    The entry `name` of the catalogue has `title` and `caption`.
+    """
     if not is_shown(x.shape[1:]):
         return None
-    title, caption = "Interpolation", "Means of p(x | z) on the line between the codes of two data"
+    title, caption = (text(f"{name}.{key}", points=x.ndim == 2, **fields) for key in ("title", "caption"))
     if x.ndim == 2:
-        return _points([(x, "the way")], data, title, f"{caption}; a dot where it ends.", "path")
-    below, values = ("", []) if found.log_prior is None else (" Below: log p(z), nats.", found.log_prior.tolist())
-    return _sheet(x, len(x), data, title, f"{caption}.{below}", (), [f"{v:.1f}".replace("-", "−") for v in values])
+        return _points(groups, data, title, caption, lines)
+    return _sheet(x, columns, data, title, caption, *names)
 
 
 def encoded(
