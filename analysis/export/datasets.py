@@ -14,7 +14,6 @@ import pandas
 import xarray
 from numpy.typing import NDArray
 
-from pvae.analysis.figures.estimate import text
 from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
 from pvae.util.files import read_inside, require_plain_target, sync_folder, temporary_for, write_atomic
 
@@ -87,7 +86,10 @@ class PosteriorDraws:
         try:
             import arviz
         except Exception as problem:  # it can fail in many ways: a read-only cache, a plotting package too old or new
-            raise MissingExtraError(text("refused.arviz", kind=type(problem).__name__, problem=problem)) from problem
+            raise MissingExtraError(
+                f"Expected ArviZ to import; got {type(problem).__name__}: {problem}. Install it with "
+                f"`pip install 'arviz>=0.23.4,<2'`, or use .groups or .to_datatree(), which need only xarray."
+            ) from problem
         if int(arviz.__version__.partition(".")[0]) >= 1:
             return self.to_datatree()
         return arviz.InferenceData(**dict[str, Any](self.groups))
@@ -199,8 +201,12 @@ def _verify(path: Path) -> None:
         found = _DIGEST_LINE.match(read_inside(checksum.parent, checksum.name, 1 << 16))
         digest = _sha256(path)
     except (OSError, DataError) as problem:
-        raise CheckpointError(text("refused.no_checksum", path=path, problem=problem)) from problem
+        raise CheckpointError(
+            f"{path}: expected the file and its {checksum.name}; got {problem} Copy both, or export it again."
+        ) from problem
     if found is None:
         raise CheckpointError(f"{checksum}: expected a line of sha256sum; got none. Export the file again.")
     if (wanted := found[1].decode()) != digest:
-        raise CheckpointError(text("refused.other_bytes", path=path, wanted=wanted, digest=digest))
+        raise CheckpointError(
+            f"{path}: expected SHA-256 {wanted}; got {digest} (its bytes changed). Copy it anew, or export it again."
+        )
