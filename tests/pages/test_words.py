@@ -27,16 +27,16 @@ TEXTS = {
     "text": ("",), "alert": ("",), "section": ("title", "lead"), "picture": ("alt", "caption"),
     "table": ("table", "columns", "words"), "tile": ("what", "figure", "unit"),
 }  # fmt: skip
-TEXTS |= {"_by_run": TEXTS["table"], "table_of": TEXTS["table"], "_drawn": ("title", "caption")}
+TEXTS |= {"_by_run": TEXTS["table"], "table_of": TEXTS["table"]}
 """Texts of an entry that a call of each function fills in."""
 OPTIONAL = {"lead", "columns", "words"}
-SETTINGS = {"where", "digits", "strong", "folded", "is_appendix", "scored", "lines"}
+SETTINGS = {"where", "digits", "strong", "folded", "is_appendix", "scored"}
 """Keywords of those functions that are no fields."""
 FIELDS: dict[str, Any] = {
     "best": Reading, "bound": Evidence, "distances": Distances, "draws": Copying, "exam": Examination,
     "fidelity": Fidelity, "first": Copying, "gap": Gap, "holes": Holes, "latent": LatentCollapse, "probe": Probe,
     "raw": Reading, "rows": ChosenRows, "run": {"id", "started"}, "surgery": Surgery, "test": TwoSample,
-    "use": CodeUse, "watched": {"rows", "split"}, **dict.fromkeys(("gains", "known", "told", "wide"), {"items"}),
+    "use": CodeUse, "watched": {"rows", "split"}, **dict.fromkeys(("gains", "known", "wide"), {"items"}),
 }  # fmt: skip
 """Classes of the fields whose attributes texts name."""
 
@@ -112,7 +112,7 @@ def fields_of(name: str, texts_of: tuple[str, ...], given: set[str]) -> set[str]
 @pytest.mark.parametrize(("function", "names", "given"), CALLS, ids=[f"{f} {' '.join(names)}" for f, names, _ in CALLS])
 def test_every_text_is_given_its_fields(function: str, names: tuple[str, ...], given: set[str]):
     """Each of the entries that a call may say can be made of the fields it gives, and each of these is of use."""
-    known = given | {"table_of": {"title"}, "_drawn": {"points"}}.get(function, set())
+    known = given | ({"title"} if function == "table_of" else set())
     asked = [fields_of(name, TEXTS[function], known) for name in names]
     assert given <= set().union(*asked) <= known
 

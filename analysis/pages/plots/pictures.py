@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.export.sites import numpy_of
-from pvae.analysis.pages.document.words import text
+from pvae.analysis.figures.estimate import texts
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, array, nats, panels, plain, style
 from pvae.analysis.pages.plots.clouds import Cloud, plane
@@ -173,7 +172,8 @@ def sampled(found: Samples, data: Array) -> Figure | None:
     x, what = array(found.x), "means of p(x | z)" if found.is_mean else "draws of p(x | z)"
     shown, told = x[:SHEET], {plain(name): _range(numpy_of(values)) for name, values in found.covariates.items()}
     side, n = math.ceil(math.sqrt(len(shown))), len(shown)
-    return _drawn("sampled", shown, side, data, [(x, what)], what=what, told=told, shown=n, count=len(x))
+    words = texts("pictures.sampled", points=x.ndim == 2, what=what, told=told, shown=n, count=len(x))
+    return _drawn(words, shown, side, data, [(x, what)])
 
 
 def _range(values: Array) -> str:
@@ -191,14 +191,14 @@ def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | Non
     if not is_shown(x.shape[1:]):
         return None
     what = "mean" if found.is_mean else "draw"
+    (caption,) = texts("pictures.reconstructed", points=x.ndim == 2, what=what)
     if x.ndim == 2:
-        caption = text("reconstructed.joined", what=what)
         return _points([(made, f"{what}s of p(x | z)")], x, "Reconstructions", caption, "data")
     picks = best_to_worst(log_p, 8)
     titles = list(picks) if len(picks) > 1 else ["Reconstructions"]
     parts = [Rebuilt(name, x[i], made[i], log_p[i]) for name, i in zip(titles, picks.values(), strict=True)]
     sheet = reconstructions(parts, float(data.min()), float(data.max()), what)
-    base.set_caption(sheet, text("reconstructed.below", what=what))
+    base.set_caption(sheet, caption)
     return sheet
 
 
@@ -215,30 +215,26 @@ def traversed(found: Traversal, data: Array) -> Figure | None:
     x, (names, columns, below) = array(found.x), moved(found)
     images, paths = x.reshape(-1, *x.shape[2:]), list(zip(x, names, strict=True))
     latent, order = plain(found.latent)[: base.SHORT], found.order if names[1:] else ""
-    return _drawn(
-        "traversed", images, x.shape[1], data, paths, names, columns,
-        lines="path", latent=latent, order=order, below=below,
-    )  # fmt: skip
+    words = texts("pictures.traversed", points=x.ndim == 3, latent=latent, order=order, below=below)
+    return _drawn(words, images, x.shape[1], data, paths, names, columns, lines="path")
 
 
 def interpolated(found: Interpolation, data: Array) -> Figure | None:
     """Draw an interpolation of two data: a row of images, or a path over 2D data; None for data of other shapes."""
     x, known = array(found.x), [] if found.log_prior is None else found.log_prior.tolist()
     below = [f"{value:.1f}".replace("-", "−") for value in known]
-    return _drawn("interpolated", x, len(x), data, [(x, "the way")], (), below, lines="path", known=bool(below))
+    words = texts("pictures.interpolated", points=x.ndim == 2, known=bool(below))
+    return _drawn(words, x, len(x), data, [(x, "the way")], (), below, lines="path")
 
 
 def _drawn(
-    name: str, x: Array, columns: int, data: Array, groups: Sequence[tuple[Array, str]], *names: Sequence[str],
-    lines: str = "", **fields: Any,
+    words: Sequence[str], x: Array, columns: int, data: Array, groups: Sequence[tuple[Array, str]],
+    *names: Sequence[str], lines: str = "",
 ) -> Figure | None:  # fmt: skip
-    """Draw images x on a sheet, or else groups of 2D points; None for data of other shapes.
-
-    The entry `name` of the catalogue has `title` and `caption`.
-    """
+    """Draw images x on a sheet, or else groups of 2D points, under title and caption; None for data of other shapes."""
     if not is_shown(x.shape[1:]):
         return None
-    title, caption = (text(f"{name}.{key}", points=x.ndim == 2, **fields) for key in ("title", "caption"))
+    title, caption = words
     if x.ndim == 2:
         return _points(groups, data, title, caption, lines)
     return _sheet(x, columns, data, title, caption, *names)
