@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -167,6 +167,29 @@ def critic(shared: Shared, run: str, split: str = "train") -> None:
         return pvae.analysis.critic(opened, rows_of(opened, split, shared.rows, shared.seed)[1], shared.seed, **bar)
 
     shared.measure(run, "critic", estimate, split=split)
+
+
+@command(["rows", "seed", "data", "as_json"])
+def audit(
+    shared: Shared,
+    functions: Annotated[str, Argument(help="Encoder and decoder in a Python file.", metavar="FILE.py:ENCODE,DECODE")],
+    noise: Annotated[float | None, Option("--noise", min=0, help="Deviation of latents around points.")] = None,
+    likelihood: Annotated[
+        Literal["normal", "bernoulli", "discretized_logistic"], Option("--likelihood", help="Of x around the means.")
+    ] = "normal",
+    scale: Annotated[float | None, Option("--scale", min=0, help="Its scale; fitted unless given.")] = None,
+    levels: Annotated[int, Option("--levels", min=2, help="Grey values of a discretized_logistic.")] = 256,
+    codes: Annotated[int | None, Option("--codes", min=1, help="Number of codes; those found unless given.")] = None,
+) -> None:
+    """Examine an autoencoder that pvae did not fit: scale, use and information of its latents, reconstruction."""
+    from pvae.cli.handwritten import load_arguments, load_names
+
+    encode, decode, *_ = (*load_names(functions), None)
+    found = pvae.analysis.audit(
+        encode, decode, load_arguments(shared.data, None), noise=noise, likelihood=likelihood, scale=scale,
+        levels=levels, codes=codes, rows=shared.rows, seed=shared.seed,
+    )  # fmt: skip
+    shared.answer(found.to_dict(), found)
 
 
 @command(["seed", "data_dir", "as_json"])

@@ -19,8 +19,8 @@ from pvae.data.split import Split
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.pair import Pair
 
-PAIR_FILE = re.compile(r"(?P<file>.+\.py):(?P<name>[A-Za-z_][A-Za-z0-9_]*)")
-"""A pair on the command line: a Python file and the name of a `Pair` in it."""
+PAIR_FILE = re.compile(r"(?P<file>.+\.py):(?P<names>[A-Za-z_]\w*(,[A-Za-z_]\w*)*)", re.ASCII)
+"""A pair on the command line: a Python file and the name of a `Pair` in it, or the names of several objects."""
 
 
 def is_pair_file(text: str) -> bool:
@@ -29,12 +29,28 @@ def is_pair_file(text: str) -> bool:
 
 
 def load_pair(text: str) -> Pair:
-    """Return the pair `FILE.py:NAME`; the file is run, because the user names it on the command line.
+    """Return the pair `FILE.py:NAME`.
+
+    Raises:
+        DeclarationError: there is no such file, it fails, or there is no `Pair` of that name in it.
+    """
+    pair, *others = load_names(text)
+    if others or not isinstance(pair, Pair):
+        name = text.rpartition(":")[2]
+        raise DeclarationError(
+            f"{text}: expected a pvae.Pair of this name; got {type(pair).__name__}. Write `{name} = "
+            f"pvae.Pair(model, guide)` in the file."
+        )
+    return pair
+
+
+def load_names(text: str) -> list[Any]:
+    """Return the objects `FILE.py:NAME,NAME`, None for names without one; the user names the file, and it is run once.
 
     Modules beside the file can be imported, after all others.
 
     Raises:
-        DeclarationError: there is no such file, it fails, or there is no `Pair` of that name in it.
+        DeclarationError: there is no such file, or it fails.
     """
     found = PAIR_FILE.fullmatch(text)
     path = Path(found["file"]) if found else Path(text)
@@ -53,19 +69,13 @@ def load_pair(text: str) -> Pair:
         lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
         at = f"{path}:{lines[-1]}" if lines else str(path)
         raise DeclarationError(f"{at}: expected a file that runs; got {type(error).__name__}: {error}.") from error
-    pair = getattr(module, found["name"], None)
-    if not isinstance(pair, Pair):
-        raise DeclarationError(
-            f"{text}: expected a pvae.Pair of this name; got {type(pair).__name__}. Write `{found['name']} = "
-            f"pvae.Pair(model, guide)` in the file."
-        )
-    return pair
+    return [getattr(module, name, None) for name in found["names"].split(",")]
 
 
-def load_arguments(path: Path | None, pair: Pair) -> Any:
+def load_arguments(path: Path | None, pair: Pair | None) -> Any:
     """Return the data of a hand-written pair: the array of a .npy file, or the arrays of a .npz file.
 
-    Several arrays are keyword arguments of the programs, by their names.
+    Several arrays are keyword arguments of the programs, by their names; without a pair there is one, x.
 
     Raises:
         DataError: there is no such file, it holds no arrays, or their names are not those of the model's arguments.
@@ -78,7 +88,7 @@ def load_arguments(path: Path | None, pair: Pair) -> Any:
         tensors = {name: torch.as_tensor(array) for name, array in arrays.items()}
     if len(tensors) == 1:
         return next(iter(tensors.values()))
-    known = inspect.signature(pair.model).parameters
+    known = {"x": None} if pair is None else inspect.signature(pair.model).parameters
     if missing := sorted(arrays.keys() - known.keys()):
         raise DataError(f"{path}: expected arrays named as the model's arguments ({', '.join(known)}); got {missing}.")
     return tensors

@@ -2,6 +2,7 @@
 
 import math
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from torch import nn
 from pvae import analysis
 from pvae.analysis.audit.latents import intrinsic_dimension, moments
 from pvae.errors import DataError
-from tests.audit.layouts import LAYOUTS
+from tests.audit.layouts import DIGITS, LAYOUTS
+from tests.cli_runner import run_cli, run_cli_json
 
 
 def draws(*shape, seed=0):
@@ -241,3 +243,25 @@ def test_large_latents_are_examined():
     assert found.shape == (4, 32, 32)
     assert found["new_gain"] is None
     assert found["kl_exact"].value > found["mutual_information"].value
+
+
+MINE = """
+import torch
+W = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)) / 8
+def encode(x): return x.flatten(1) @ W
+def decode(z): return (z @ torch.linalg.pinv(W)).reshape(-1, 1, 8, 8)
+"""
+
+
+def test_the_command_says_what_the_function_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(MINE)
+    np.save("x.npy", DIGITS[:200].numpy())
+    asked = ("audit", "mine.py:encode,decode", "--data", "x.npy", "--noise", "0.1")
+    said = run_cli_json(*asked)
+    names: dict = {}
+    exec(MINE, names)  # noqa: S102 - written above
+    found = analysis.audit(names["encode"], names["decode"], DIGITS[:200], noise=0.1)
+    assert said["figures"] == found.to_dict()["figures"]
+    for wrong in ("mine.py:encode", "mine.py:encode,decoder"):
+        assert "expected two functions" in run_cli("audit", wrong, "--data", "x.npy", code=2)[1]
