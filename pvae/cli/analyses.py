@@ -169,7 +169,7 @@ def critic(shared: Shared, run: str, split: str = "train") -> None:
     shared.measure(run, "critic", estimate, split=split)
 
 
-@command(["rows", "seed", "data", "as_json"])
+@command(["rows", "seed", "out", "data", "as_json"])
 def audit(
     shared: Shared,
     functions: Annotated[str, Argument(help="Encoder and decoder in a Python file.", metavar="FILE.py:ENCODE,DECODE")],
@@ -181,14 +181,21 @@ def audit(
     levels: Annotated[int, Option("--levels", min=2, help="Grey values of a discretized_logistic.")] = 256,
     codes: Annotated[int | None, Option("--codes", min=1, help="Number of codes; those found unless given.")] = None,
 ) -> None:
-    """Examine an autoencoder that pvae did not fit: scale, use and information of its latents, reconstruction."""
+    """Examine an autoencoder that pvae did not fit: scale, use and information of its latents, reconstruction.
+
+    --out also writes a page, one HTML file.
+    """
+    from pvae.analysis.pages.audit import page_of
     from pvae.cli.handwritten import load_arguments, load_names
+    from pvae.util.files import write_atomic
 
     encode, decode, *_ = (*load_names(functions), None)
     found = pvae.analysis.audit(
         encode, decode, load_arguments(shared.data, None), noise=noise, likelihood=likelihood, scale=scale,
         levels=levels, codes=codes, rows=shared.rows, seed=shared.seed,
     )  # fmt: skip
+    if shared.out is not None:
+        write_atomic(shared.out, page_of(found, functions).to_html())
     shared.answer(found.to_dict(), found)
 
 

@@ -253,15 +253,18 @@ def decode(z): return (z @ torch.linalg.pinv(W)).reshape(-1, 1, 8, 8)
 """
 
 
-def test_the_command_says_what_the_function_says(tmp_path, monkeypatch):
+def test_the_command_says_what_the_function_says_and_writes_a_page(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("mine.py").write_text(MINE)
     np.save("x.npy", DIGITS[:200].numpy())
     asked = ("audit", "mine.py:encode,decode", "--data", "x.npy", "--noise", "0.1")
-    said = run_cli_json(*asked)
+    said = run_cli_json(*asked, "--out", "page.html")
     names: dict = {}
     exec(MINE, names)  # noqa: S102 - written above
     found = analysis.audit(names["encode"], names["decode"], DIGITS[:200], noise=0.1)
     assert said["figures"] == found.to_dict()["figures"]
+    page = Path("page.html").read_text()
+    assert page.count("<img") == 2
+    assert "scale.3" in page
     for wrong in ("mine.py:encode", "mine.py:encode,decoder"):
         assert "expected two functions" in run_cli("audit", wrong, "--data", "x.npy", code=2)[1]

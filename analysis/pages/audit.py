@@ -1,0 +1,37 @@
+"""Page of the audit of an autoencoder that pvae did not fit: its figures, and pictures of latents and data."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from pvae.analysis.audit.audit import Audit
+from pvae.analysis.pages.document.blocks import Part
+from pvae.analysis.pages.document.document import Document
+from pvae.analysis.pages.document.words import picture, section, table_of, text
+from pvae.analysis.pages.plots.base import array
+from pvae.analysis.pages.plots.clouds import Cloud, plane
+from pvae.analysis.pages.plots.pictures import Rebuilt, reconstructions
+from pvae.analysis.samples.features import is_image
+
+
+def page_of(found: Audit, name: str) -> Document:
+    """Return the page of an audit; `name` names encoder and decoder."""
+    return Document(
+        kicker="pvae audit", title=found.title, description="", identity=name, numbers=found.to_dict(),
+        sections=tuple(filter(None, [_audited(found)])), footer=text("page.nats"),
+    )  # fmt: skip
+
+
+@section("audited")
+def _audited(found: Audit) -> Iterator[Part]:
+    """Yield remarks, all figures, and pictures."""
+    yield from found.remarks
+    yield table_of("audited", found)
+    if "elements" in found.pictures:
+        unit = (array(found.pictures["elements"]) - found["shift"].value) * found["scale"].value
+        normal = np.random.default_rng(0).standard_normal((len(unit), 1))
+        yield picture("audited.histogram", plane(Cloud("unit latents", unit[:, None], unit[:, None], normal)))
+    if is_image(found.event):
+        data, means = (array(found.pictures[key]) for key in ("data", "means"))
+        shown = Rebuilt("", data, means, ((data - means) ** 2).reshape(len(data), -1).sum(1))
+        yield picture("audited.reconstructions", reconstructions([shown], data.min(), data.max()))
