@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.export.sites import numpy_of
-from pvae.data.rows.prepare import ColumnTransforms
+from pvae.data.new import FittedTransforms
 from pvae.errors import DeclarationError, require_extra
 from pvae.util import follows
 from pvae.util.files import replaced
@@ -44,7 +44,7 @@ class Origin:
     """
 
     columns: Mapping[str, Array] = field(default_factory=dict)
-    table: ColumnTransforms | None = None
+    table: FittedTransforms | None = None
 
     def frame(self, part: Part, start: int = 0) -> pandas.DataFrame:
         """Return consecutive results as a data frame with a column for every number of a row.
@@ -205,7 +205,7 @@ def _put(group: Any, name: str, values: Array) -> None:
     made.attrs.update({"encoding-type": "string-array" if is_text else "array", "encoding-version": "0.2.0"})
 
 
-def _in_units(part: Part, table: ColumnTransforms | None) -> Part:
+def _in_units(part: Part, table: FittedTransforms | None) -> Part:
     if table is None:
         return part
     shown = {key: t for key, t in part.items() if key not in OF_TRANSFORMED}

@@ -89,6 +89,7 @@ def compare(
     evidence_samples: int = 500,
     seed: int = 0,
     figures: bool = False,
+    data: Any = None,
     on_progress: StageProgress = silent,
 ) -> Path:
     """Compare runs on the same rows of data; write `index.html`, `report.json` and `tables/*.csv` into a folder.
@@ -105,6 +106,7 @@ def compare(
         evidence_samples: importance samples per datum, on at most 250 rows.
         seed: seed of the chosen rows and of all samples, the same for all runs.
         figures: also write each picture as `figures/*.png`.
+        data: data of the runs that were fitted to data passed in Python, and lack them: anything `Dataset.of` takes.
         on_progress: called with (units done, total units, name of the present stage).
 
     Returns:
@@ -122,7 +124,8 @@ def compare(
         ```
     """
     settings: dict[str, Any] = {"split": split, "samples": samples, "evidence_samples": evidence_samples, "seed": seed}
-    found = Comparison(runs, names, groups, **settings)
+    given = [Run.load(run.path, data=data) if data is not None and run.lacks_data else run for run in runs]
+    found = Comparison(given, names, groups, **settings)
     with claimed(out):
         return examine_runs(found, title, description, on_progress).write(out, figures=figures)
 

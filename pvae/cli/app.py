@@ -59,7 +59,10 @@ OPTIONS: dict[str, Any] = {
     "run_dir": Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
     "data_dir": Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
     "pair": Option("--pair", help="The pair of a run of a hand-written pair, FILE.py:PAIR."),
-    "data": Option("--data", help="Data of a hand-written pair: .npz (arrays by argument) or .npy."),
+    "data": Option(
+        "--data",
+        help="File of the data, where none is declared; of a hand-written pair .npz (arrays by argument) or .npy.",
+    ),
     "quiet": Option("--quiet", help="No progress."),
     "strict": Option("--strict", help="Exit with 3 where the run finished with alerts."),
     "as_json": Option("--json", help="Print JSON for programs."),
@@ -104,6 +107,8 @@ class Shared:
             opened = on_data(run, self.data)
         elif self.pair is None:
             opened = pvae.Run.load(run, root=self.run_dir, data_dir=self.data_dir)
+            if self.data is not None and opened.lacks_data:
+                opened = pvae.Run.load(run, root=self.run_dir, data=self.data)
         else:
             pair = load_pair(self.pair)
             opened = pvae.Run.load(run, root=self.run_dir, pair=pair, data=load_arguments(self.data, pair))

@@ -35,7 +35,8 @@ def fit(shared: Shared, name: str, overrides: list[str] | None = None) -> None:
         _finish(shared, pvae.fit(pair, *(overrides or ()), data=given, run_dir=shared.run_dir, **shared.fitting()))
         return
     declared = load_declaration(name, overrides)
-    _finish(shared, pvae.fit(declared, run_dir=shared.run_dir, data_dir=shared.data_dir, **shared.fitting()))
+    places: dict[str, Any] = {"data": shared.data, "run_dir": shared.run_dir, "data_dir": shared.data_dir}
+    _finish(shared, pvae.fit(declared, **places, **shared.fitting()))
 
 
 @command(TO_FIT, device="auto")
@@ -192,7 +193,7 @@ def runs(shared: Shared) -> None:
 # ---------------------------------------------------------------------- studies
 
 
-@command(["device", "run_dir", "data_dir", "quiet", "as_json"], device="auto")
+@command(["device", "run_dir", "data_dir", "data", "quiet", "as_json"], device="auto")
 def study(
     shared: Shared,
     file: Annotated[str, Argument(help="A study (priors, discrete, capacity) or a TOML file with [sweep].")],
@@ -220,7 +221,7 @@ def study(
     where = out or Path(f"study-{slug(declared.name)}")
     if page or out is not None:
         earlier(where)  # before the work
-    options: dict[str, Any] = {"run_dir": shared.run_dir, "data_dir": shared.data_dir, "device": shared.device}
+    options: dict[str, Any] = {name: getattr(shared, name) for name in ("run_dir", "data_dir", "data", "device")}
     options |= {"on": on, "slurm": [*(slurm or ()), *(more or ())], "progress": not shared.quiet}
     found = pvae.study(file, **options, jobs=jobs, threads=threads, allow_changes=allow_changes)
     written = None

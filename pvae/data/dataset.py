@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -17,13 +16,14 @@ from torch.distributions import constraints
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
-from pvae.data.rows.files import Stored, candidate
-from pvae.data.rows.prepare import ColumnTransforms, Scaled, extremes, prepare, scaled
+from pvae.data.new import FittedTransforms, rows_of, source_of
+from pvae.data.rows.files import Stored
+from pvae.data.rows.prepare import Scaled, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
-from pvae.data.sources.base import Data, FileData, foreign
-from pvae.data.sources.python import TensorSource, anndata_rows, collected, is_anndata, tensors
+from pvae.data.sources.base import Data, named
+from pvae.data.sources.python import TensorSource, anndata_rows, collected, feature_names, tensors
 from pvae.data.sources.tabular import FrameSource
-from pvae.data.split import Split, elementwise
+from pvae.data.split import Split, fingerprint_of, together
 from pvae.data.streamed import Streamed, streams
 from pvae.errors import DataError, DeclarationError, near
 
@@ -43,7 +43,8 @@ class Dataset:
         fingerprint: SHA-256 over all values of all splits, in hexadecimal; equal data have equal fingerprints.
         label_names: name of each label, or None.
         notes: remarks that are not errors: files left out, rows shared between splits, constant features.
-        table: columns of a tabular data set and their transforms; None for other data.
+        table: transforms of a tabular data set, which has columns; None for other data.
+        transforms: what was fitted to the training rows, by which new rows are prepared as these were.
 
     Example:
         >>> data = Dataset.of(torch.rand(100, 3))
@@ -62,7 +63,8 @@ class Dataset:
     fingerprint: str
     label_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
-    table: ColumnTransforms | None = None
+    table: FittedTransforms | None = None
+    transforms: FittedTransforms | None = None
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -79,6 +81,20 @@ class Dataset:
         if name not in found:
             raise DeclarationError(f"Expected a split, {', '.join(found)}; got {name!r}{near(name, found)}.")
         return found[name]
+
+    def whole(self) -> Split:
+        """Return the rows of all splits as one split, "all", in the order of the source.
+
+        `Split.numbers` has their numbers in the source, `Split.splits` the split of each. Rows that are in no split,
+        because the declared ranges leave them out, are not among them: `Run.rows` reads a whole file. Streamed values
+        that are binarised at random are drawn for the whole, not as in their splits.
+
+        Example:
+            >>> everything = Dataset.of(torch.arange(60.0).reshape(20, 3)).whole()
+            >>> everything.x[:, 0].tolist() == list(range(0, 60, 3)), everything.numbers[:3]
+            (True, array([0, 1, 2]))
+        """
+        return together(self.splits)
 
     def to(self, device: str | torch.device) -> Dataset:
         """Return the data set with all its tensors on a device."""
@@ -98,10 +114,7 @@ class Dataset:
             covariates: number of label values by covariate name, at most one entry: the label is the only covariate.
             tokens: for each covariate, the token sequence of every label, if the model is conditioned on text tokens.
         """
-        if not covariates:
-            return self if self.train.event is None else self._each(Split.plain)
-        ((name, codes),) = covariates.items()
-        return self._each(lambda split: split.plain().conditioned(codes, (tokens or {}).get(name)))
+        return self._each(lambda split: split.conditioned(covariates, tokens))
 
     @classmethod
     def from_tensors(
@@ -215,20 +228,15 @@ class Dataset:
         """Make a data set of any supported object.
 
         Supported are a `Dataset`, which is returned unchanged; a torch `Dataset`; AnnData; a tensor, an array or a
-        sparse matrix; and, if a table is declared, a DataFrame.
+        sparse matrix; if a table is declared, a DataFrame; and the path of a file of any of them.
 
         Raises:
             DataError: see `from_torch`, `from_anndata`, `from_frame` and `from_tensors`.
         """
         if isinstance(data, Dataset):
             return data
-        if isinstance(declared, FrameSource):
-            return cls.from_frame(data, declared=declared)
-        if isinstance(data, TorchDataset):
-            return cls.from_torch(data, declared=declared)
-        if is_anndata(data):
-            return cls.from_anndata(data, declared=declared)
-        return cls.from_tensors(data, declared=declared)
+        declared = declared or TensorSource()
+        return _assembled(declared, rows_of(data, source_of(data, declared)))
 
     def require_support(self, constraint: constraints.Constraint, hint: str) -> None:
         """Refuse data with values outside the support of a likelihood.
@@ -240,10 +248,8 @@ class Dataset:
         Raises:
             DataError: a value is outside; the message gives its split, row, element and the expected values.
         """
-        if (element := elementwise(constraint)) is constraints.real:  # all data are finite
-            return
         for split in self.splits:
-            split.require_support(element, hint)
+            split.require_support(constraint, hint)
 
 
 def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
@@ -262,52 +268,40 @@ def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
         >>> load(Digits(binarize="dynamic")).train.x.shape
         torch.Size([1000, 1, 8, 8])
     """
-    try:
+    with named(data, data_dir):
         return _assembled(data, data.read(data_dir, seed))
-    except DataError as error:
-        if not isinstance(data, FileData):
-            raise
-        said = f"{error}{foreign(candidate(data.path, data_dir, Path.is_file), getattr(data, data.tag))}"
-        raise DataError(said if Path(data.path).name in said else f"{data.path}: {said}") from error
 
 
 def _assembled(data: Data, rows: Rows) -> Dataset:
     parts = partition(data.splits.declared, rows)
-    x = reshape(rows, data.shape)
+    x = reshape(rows.x, data.shape, rows.name)
     ready = scaled(data.scale, rows, x, parts["train"])
     prepared, raw = (streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
-    splits = {name: Split(name, prepared[name], _labels(rows, parts[name])) for name in SPLITS}
+    splits = {name: _split(name, prepared[name], rows, parts[name]) for name in SPLITS}
     splits["train"] = replace(splits["train"], raw=raw)
     shared = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
     repeated = [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in shared.items() if n]
     found = [*_constant_features(splits["train"], rows.notes), *_dim(rows, data, ready, parts), *repeated]
+    if rows.ids is not None and (many := len(rows.ids) - len(np.unique(rows.ids))):
+        found.append(f"{many} of {len(rows.ids)} ids repeat that of another row")
+    transforms = FittedTransforms.of(ready, rows, data.binarize)
+    shape = tuple(x.shape[1:])
     return Dataset(
-        **splits,
-        shape=tuple(x.shape[1:]),
-        source=str(getattr(data, data.tag)),
-        binarize=data.binarize,
-        fingerprint=_fingerprint(splits.values(), tuple(x.shape[1:]), data.binarize),
-        label_names=rows.label_names,
-        table=ColumnTransforms(rows.table, ready.shift, ready.divisor, ready.warps) if rows.table else None,
-        notes=(*rows.notes, *found),
-    )
+        **splits, shape=shape, source=str(getattr(data, data.tag)), binarize=data.binarize,
+        fingerprint=fingerprint_of(splits.values(), shape, data.binarize), label_names=rows.label_names,
+        table=transforms.table, transforms=transforms, notes=(*rows.notes, *found),
+    )  # fmt: skip
 
 
-def _labels(rows: Rows, part: Part) -> Tensor | None:
-    return None if rows.y is None else torch.from_numpy(rows.y[np.asarray(part)].astype(np.int64))
-
-
-def _fingerprint(splits: Iterable[Split], shape: tuple[int, ...], binarize: str) -> str:
-    digest = hashlib.sha256(f"{shape} {binarize}".encode())
-    for split in splits:
-        for field, x in (("x", split.rows), ("y", split.y), ("raw", split.raw)):
-            if x is not None:
-                digest.update(f" {split.name}.{field} {tuple(x.shape)} {x.dtype} ".encode())
-                digest.update(x.blocks.survey.digest if isinstance(x, Streamed) else x.numpy().data.cast("B"))
-    return digest.hexdigest()
+def _split(name: str, x: Any, rows: Rows, part: Part) -> Split:
+    numbers = np.asarray(part)
+    y = None if rows.y is None else torch.from_numpy(rows.y[numbers].astype(np.int64))
+    ids = None if rows.ids is None else rows.ids[numbers]
+    return Split(name, x, y, part=part, ids=ids, label_names=rows.label_names)
 
 
 def _constant_features(train: Split, notes: tuple[str, ...]) -> list[str]:
+    """Return a remark on features that are constant in train; raise DataError if all are."""
     x = train.rows if train.raw is None else train.raw
     low, high = x.blocks.survey[:2] if isinstance(x, Streamed) else extremes(x.numpy(), range(len(x)))
     constant, features = int((low == high).sum()), prod(x.shape[1:])
@@ -338,4 +332,5 @@ def _passed(read: Any, declared: TensorSource | None, label_names: Sequence[str]
     if declared.splits.declared and len(given) > 1:
         raise DataError("Expected data.splits or validation=... and test=...; got both.")
     arrays = {name: read(part, name) for name, part in given.items()}
-    return _assembled(declared, joined(arrays, declared.split_seed, label_names=label_names))
+    more: dict[str, Any] = {"label_names": label_names, "features": feature_names(given.get("train"))}
+    return _assembled(declared, joined(arrays, declared.split_seed, **more))

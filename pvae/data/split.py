@@ -1,18 +1,22 @@
 """One split (train, validation or test) of a data set, from which mini-batches are taken."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.data.rows.rows import chunks
+from pvae.data.rows.rows import NEW, Part, chunks
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.util import group, seeds
+from pvae.util.types import Array
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +24,17 @@ class Split:
     """Split of a data set: its rows, labels, and covariates if the model is conditional.
 
     Arguments:
-        name: "train", "validation" or "test".
+        name: "train", "validation", "test", "all" (see `Dataset.whole`) or "new" (see `Run.rows`).
         rows: (n, *shape) float32; with covariates (n, D + covariates), each datum flattened and followed by its
             covariates. Data that stay on the disk are `Streamed`: rows are read when they are indexed.
         y: (n,) int64 labels, or None.
         raw: (n, *shape) intensities in [0, 1] that `draw` binarises anew for every batch, or None.
         event: shape of a datum without covariates, if rows include covariates; else None.
+        part: row numbers in the source, or None if they are 0, 1, 2, ...
+        ids: (n,) name of each row as NumPy text, as the source has it, or None; names may repeat.
+        label_names: name of each label, or None.
+        origin: (n,) name of the split that each row is from, as NumPy text; None if all are from this one.
+        notes: remarks on how the rows were read.
     """
 
     name: str
@@ -33,6 +42,11 @@ class Split:
     y: Tensor | None = None
     raw: Tensor | Streamed | None = None
     event: tuple[int, ...] | None = None
+    part: Part | None = None
+    ids: Array | None = None
+    label_names: tuple[str, ...] | None = None
+    origin: Array | None = None
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -45,6 +59,24 @@ class Split:
             DataError: the rows are streamed and too many to be read at once; index `rows` instead.
         """
         return self.rows[:] if isinstance(self.rows, Streamed) else self.rows
+
+    @property
+    def numbers(self) -> NDArray[np.int64]:
+        """Number of each row in its source, `(n,)` int64 counted from 0; of an archive of splits, in their order."""
+        part = range(len(self)) if self.part is None else self.part
+        return np.arange(part.start, part.stop) if isinstance(part, range) else part
+
+    @property
+    def splits(self) -> Array:
+        """Name of the split of each row, `(n,)` NumPy text."""
+        return np.full(len(self), self.name) if self.origin is None else self.origin
+
+    @property
+    def words(self) -> Array | None:
+        """Name of the label of each row, `(n,)` NumPy text, its number if it has none; None without labels."""
+        if self.y is None or self.label_names is None:
+            return None if self.y is None else self.y.cpu().numpy().astype(np.str_)
+        return np.array(self.label_names)[self.y.cpu()]
 
     @property
     def data(self) -> Tensor:
@@ -91,46 +123,52 @@ class Split:
         rows = self.rows.with_columns(None) if isinstance(self.rows, Streamed) else self.data
         return replace(self, rows=rows, event=None)
 
-    def conditioned(self, codes: int, tokens: Sequence[Sequence[int]] | None = None) -> Self:
-        """Return the split with each row flattened and followed by its label as a covariate.
+    def conditioned(
+        self, covariates: Mapping[str, int], tokens: Mapping[str, Sequence[Sequence[int]]] | None = None
+    ) -> Self:
+        """Return the split as a conditional model needs it: each row flattened and followed by its covariate.
 
-        Arguments:
-            codes: number of values of the label.
-            tokens: token sequence of every label; if given, rows are followed by these tokens, not by the label.
+        The arguments are those of `Dataset.conditioned`.
 
         Raises:
             DataError: the split has no labels, or a label is outside 0 .. codes - 1.
         """
+        plain = self.plain()
+        if not covariates:
+            return plain
+        ((name, codes),) = covariates.items()
         if self.y is None:
             raise DataError(f"{self.name}: expected labels, on which the model is conditioned; got none.")
         if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < codes:
             raise DataError(
-                f"{self.name}: expected labels 0 .. {codes - 1}; got {int(self.y.min())} .. {int(self.y.max())}. "
-                f"Set the covariate's codes to {int(self.y.max()) + 1}."
+                f"{self.name}: expected labels 0 .. {codes - 1}; got {int(self.y.min())} .. {int(self.y.max())}."
+                + f" Set the covariate's codes to {int(self.y.max()) + 1}." * (self.name != NEW)
             )
-        columns = self.y[:, None] if tokens is None else torch.tensor(tokens, device=self.y.device)[self.y]
-        event = tuple(self.rows.shape[1:])
-        if isinstance(self.rows, Streamed):
-            return replace(self, rows=self.rows.with_columns(columns), event=event)
-        return replace(self, rows=torch.cat([self.rows.flatten(1), columns.to(self.rows)], 1), event=event)
+        words, rows = (tokens or {}).get(name), plain.rows
+        columns = self.y[:, None] if words is None else torch.tensor(words, device=self.y.device)[self.y]
+        if isinstance(rows, Streamed):
+            return replace(plain, rows=rows.with_columns(columns), event=tuple(rows.shape[1:]))
+        return replace(plain, rows=torch.cat([rows.flatten(1), columns.to(rows)], 1), event=tuple(rows.shape[1:]))
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield the data without covariates in consecutive chunks `(m, *shape)` of about `CHUNK_ELEMENTS` values."""
         rows: Any = self.rows
         return (self.observed(torch.as_tensor(chunk)) for _, chunk in chunks(rows, range(len(self))))
 
-    def require_support(self, constraint: Any, hint: str) -> None:
+    def require_support(self, constraint: Any, hint: str, of: str = "the likelihood does") -> None:
         """Refuse a split with an element outside a constraint.
 
         Arguments:
-            constraint: support of one element, as `elementwise` returns it.
+            constraint: support of the likelihood; one on whole events is applied to each element.
             hint: advice that ends the message, such as the transform to use instead.
+            of: what expects such values.
 
         Raises:
             DataError: an element is outside; the message gives its split, row, element and the support.
         """
+        constraint = elementwise(constraint)
         row = 0
-        for chunk in self.chunks():
+        for chunk in () if constraint is constraints.real else self.chunks():  # all data are finite
             inside = constraint.check(chunk)
             if not bool(inside.all()):
                 first, *element = (int(i) for i in (~inside).nonzero()[0])
@@ -138,10 +176,37 @@ class Split:
                 shown = f"{value.item():g}" if value.numel() == 1 else str(value.flatten()[:6].tolist())
                 where, wanted = _named(constraint, element)
                 raise DataError(
-                    f"{self.name}, row {row + first}, {where}: expected {wanted}, as the likelihood does; got {shown}. "
-                    f"{hint}".rstrip()
+                    f"{self.name}, row {row + first}, {where}: expected {wanted}, as {of}; got {shown}. {hint}".rstrip()
                 )
             row += len(chunk)
+
+
+def together(splits: Sequence[Split]) -> Split:
+    """Return the rows of several splits of a data set as one split, "all", in the order of their numbers."""
+    numbers = np.concatenate([split.numbers for split in splits])
+    order = np.argsort(numbers, kind="stable")
+
+    def joined(parts: Sequence[Any]) -> Any:
+        if any(part is None for part in parts):
+            return None
+        if isinstance(first := parts[0], Streamed):
+            return first.of_part(numbers[order], joined([part.columns for part in parts]))
+        return torch.cat(list(parts))[order] if isinstance(first, Tensor) else np.concatenate(parts)[order]
+
+    fields = {"part": "numbers", "origin": "splits", "rows": "rows", "y": "y", "ids": "ids"}
+    found = {field: joined([getattr(split, name) for split in splits]) for field, name in fields.items()}
+    return replace(splits[0], name="all", raw=None, **found)
+
+
+def fingerprint_of(splits: Iterable[Split], shape: tuple[int, ...], binarize: str) -> str:
+    """Return the SHA-256 over all values of all splits, in hexadecimal."""
+    digest = hashlib.sha256(f"{shape} {binarize}".encode())
+    for split in splits:
+        for field, x in (("x", split.rows), ("y", split.y), ("raw", split.raw)):
+            if x is not None:
+                digest.update(f" {split.name}.{field} {tuple(x.shape)} {x.dtype} ".encode())
+                digest.update(x.blocks.survey.digest if isinstance(x, Streamed) else x.numpy().data.cast("B"))
+    return digest.hexdigest()
 
 
 def elementwise(constraint: Any) -> Any:

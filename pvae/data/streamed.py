@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, require_unit
-from pvae.data.rows.rows import SPLITS, Part, rows_of
+from pvae.data.rows.rows import NEW, SPLITS, Part, rows_of
 from pvae.errors import DataError
 from pvae.util import group, seeds
 
@@ -252,13 +252,18 @@ class Streamed:
         """Return the same rows, to be moved to a device when they are read."""
         return replace(self, device=torch.device(device))
 
+    def of_part(self, part: Part, columns: Tensor | None) -> Self:
+        """Return the rows of the source with the numbers in `part`, prepared as these are, and their covariates."""
+        own = self.blocks
+        return replace(self, blocks=Blocks(own.rows, part, own.survey, own.rule), columns=columns)
+
     def with_columns(self, columns: Tensor | None) -> Self:
         """Return the rows flattened and followed by covariates `(n, c)`; for None, the rows without covariates."""
         return replace(self, columns=None if columns is None else columns.float().cpu())
 
 
 def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[dict[str, Streamed], Streamed | None]:
-    """Return the three splits as streamed rows, and the train intensities if binarisation is dynamic (else None).
+    """Return each split as streamed rows, and the train intensities if binarisation is dynamic (else None).
 
     Static binarisation samples each block with a seed made of the split and the block number, so that its values never
     change; they differ from those of `pvae.data.rows.prepare.prepare`, which follows the published protocol.
@@ -266,19 +271,19 @@ def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     Raises:
         DataError: values to binarise are outside [0, 1].
     """
-    found = {name: survey(data, parts[name], binarize) for name in SPLITS}
-    plain = {name: Streamed(Blocks(data, parts[name], found[name])) for name in SPLITS}
+    found = {name: survey(data, part, binarize) for name, part in parts.items()}
+    plain = {name: Streamed(Blocks(data, part, found[name])) for name, part in parts.items()}
     if binarize == "none":
         return plain, None
     x = {}
-    for number, (name, seen) in enumerate(found.items()):
+    for name, seen in found.items():
         low, high = data.scale(seen.low), data.scale(seen.high)
         require_unit(name, float(low.min()), float(high.max()))
-        blocks = Blocks(data, parts[name], seen, partial(fixed, number))
+        blocks = Blocks(data, parts[name], seen, partial(fixed, (*SPLITS, NEW).index(name)))
         if binarize == "threshold":
             blocks = Blocks(data, parts[name], seen._replace(low=low > 0.5, high=high > 0.5), threshold)
         x[name] = Streamed(blocks)
-    return x, plain["train"] if binarize == "dynamic" else None
+    return x, plain.get("train") if binarize == "dynamic" else None
 
 
 def threshold(block: Floats, _number: int) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -15,6 +15,7 @@ from pvae.component import Section, Shape, Table, load_members, problem
 from pvae.data.dataset import Dataset, load
 from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
+from pvae.data.split import Split
 from pvae.errors import DeclarationError, is_refused_draw
 from pvae.experiment import zoo
 from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides
@@ -30,6 +31,8 @@ from pvae.pair.pair import Pair
 from pvae.util import toml
 from pvae.util.memory import weighed
 from pvae.words import text
+
+D = TypeVar("D", Dataset, Split)
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 RESERVED = {OBSERVED, "data", "chain", "draw"}
@@ -172,8 +175,8 @@ class Experiment(Plan):
             raise DeclarationError.of("experiment.experiment.moved", kinds=kinds)
         return names
 
-    def conditioned(self, data: Dataset) -> Dataset:
-        """Return a data set as the pair takes it: with a covariate, every row ends with its label or prompt tokens."""
+    def conditioned(self, data: D) -> D:
+        """Return data as the pair takes them: with a covariate, every row ends with its label or prompt tokens."""
         tokens = {}
         for name, covariate in self.covariates.items():
             if covariate.words is not None and (vocabulary := covariate.vocabulary) is not None:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import html
 import platform
-from collections.abc import Callable, Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
+from pvae.data.new import FittedTransforms, rows_of_new
 from pvae.data.rows.files import CONFINED
 from pvae.data.sources.python import TensorSource
 from pvae.data.sources.tabular import FrameSource
@@ -23,7 +22,9 @@ from pvae.experiment.plan import Plan
 from pvae.objectives.base import named
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.runs.rundir import RunDirectory
+from pvae.runs.rundir import TRANSFORMS, RunDirectory
+from pvae.runs.weights import attended, chosen, load_weights
+from pvae.util.files import digest, read_inside
 from pvae.util.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -32,72 +33,13 @@ if TYPE_CHECKING:
     from pvae.analysis.export.datasets import PosteriorDraws
     from pvae.analysis.samples.modules import PlainDecoder, PlainEncoder
 
-LISTED_DIFFERENCES = 12
-"""Largest number of differences between a checkpoint and a declaration that an error message lists."""
-
-
-def load_weights(
-    module: nn.Module, tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
-) -> None:
-    """Copy named weights into a module whose state_dict has the same names, shapes and dtypes.
-
-    `dtype` is that of floating-point weights which were trained in another one than the module's.
-
-    Raises:
-        CheckpointError: names, shapes or dtypes differ; the message lists the differences after `origin`.
-    """
-    require_same(module.state_dict(), tensors, origin, dtype)
-    module.load_state_dict(dict(tensors))
-
-
-def require_same(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
-) -> None:
-    """Raise CheckpointError unless named tensors have the names, shapes and dtypes of others; see `load_weights`."""
-    lines = [f"{name}: expected by the declaration; not in the checkpoint" for name in own if name not in tensors]
-    lines += [f"{name}: in the checkpoint; not in the declaration" for name in tensors if name not in own]
-    for name in own.keys() & tensors.keys():
-        wanted, found = own[name], tensors[name]
-        kind = dtype if dtype and wanted.is_floating_point() else wanted.dtype
-        if wanted.shape != found.shape:
-            lines.append(f"{name}: expected shape {list(wanted.shape)}; got {list(found.shape)}")
-        elif found.dtype != kind:
-            lines.append(f"{name}: expected {kind}; got {found.dtype}")
-    if lines:
-        more = [f"... and {len(lines) - LISTED_DIFFERENCES} more"] if len(lines) > LISTED_DIFFERENCES else []
-        raise CheckpointError(
-            f"{origin}: expected a checkpoint of this declaration; got another:\n  "
-            + "\n  ".join(sorted(lines)[:LISTED_DIFFERENCES] + more)
-        )
-
-
-def attended(pair: Pair, train: Callable[[], Split]) -> Pair:
-    """Return the model/guide pair after parts that depend on data, such as an exemplar prior, got the training data.
-
-    Other pairs need no data.
-    """
-    return pair.attend(train().data) if pair.made_of_data() else pair
-
-
-def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
-    """Return the weights of a checkpoint that its fit selected: the best, the averaged, or the last weights.
-
-    Raises:
-        CheckpointError: the checkpoint contains no weights, or not those that its state selects.
-    """
-    if "weights" not in saved.tensors:
-        raise CheckpointError(f"{saved.path}: expected weights.safetensors; got {', '.join(saved.tensors) or 'none'}.")
-    if (select := saved.state.get("select", "weights")) not in [*{"weights", "average", "best"} & saved.tensors.keys()]:
-        raise CheckpointError(f"{saved.path / 'state.json'}: expected 'select' to name weights; got {select!r}.")
-    return {**saved.tensors["weights"], **saved.tensors[select]}
-
 
 class Run:
     """Fitted experiment in a run directory: its declaration, data, fitted model and guide, and metrics.
 
     Arguments:
         files: run directory.
-        data: data set, if the fit used data passed in Python.
+        data: data set, if the fit used data passed in Python, or the path of a file of the data.
         pair: model/guide pair, if the fit used a hand-written one.
         data_dir: folder in which data files are looked for first.
         is_own: True if the caller has declared the same experiment, so that it names the data files.
@@ -120,7 +62,7 @@ class Run:
         self,
         files: RunDirectory,
         *,
-        data: Dataset | None = None,
+        data: Dataset | str | Path | None = None,
         pair: Pair | None = None,
         data_dir: Path | None = None,
         is_own: bool = False,
@@ -130,6 +72,7 @@ class Run:
         self._given_data = data
         self._given_pair = pair
         self._data_dir = data_dir
+        self._device: str | torch.device = "cpu"
 
     @classmethod
     def load(
@@ -144,7 +87,7 @@ class Run:
         """Return a run by its folder, by name (for the newest run), by `name/id`, or by `latest`.
 
         A run of a hand-written pair, or of data passed in Python, needs the same `pair`, or the same `data` (any object
-        that `Dataset.of` accepts), again.
+        that `Dataset.of` accepts), again; a file of them is read when it is needed.
         """
         where = Path(data_dir) if data_dir else None
         run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=where)
@@ -152,12 +95,15 @@ class Run:
             data = pair.pack(data)
             if not pair.declared and not torch.as_tensor(data).is_floating_point():
                 pair.accept(torch.as_tensor(data)[:100])  # whole numbers, before the data set makes them floats
-        if data is not None and not isinstance(data, Dataset):
-            bare = run.files.manifest.get("data", {}).get("shape") == []
-            declared = run.plan.data if isinstance(run.plan, Experiment) else TensorSource(shape=() if bare else None)
-            data = Dataset.of(data, declared if isinstance(declared, TensorSource | FrameSource) else None)
+        if data is not None and not isinstance(data, Dataset | str | Path):
+            data = run._passed(data)
         run._given_data = data
         return run
+
+    def _passed(self, data: Any) -> Dataset:
+        bare = self.files.manifest.get("data", {}).get("shape") == []
+        declared = self.plan.data if isinstance(self.plan, Experiment) else TensorSource(shape=() if bare else None)
+        return Dataset.of(data, declared if isinstance(declared, TensorSource | FrameSource) else None)
 
     @property
     def path(self) -> Path:
@@ -198,9 +144,13 @@ class Run:
     def data(self) -> Dataset:
         """Data set of the fit, read again; raises DataError if its fingerprint differs from the recorded one."""
         data = self._given_data
+        if isinstance(data, str | Path):
+            data = self._passed(data)
         if self.lacks_data:
-            said = f", or {origin} on the command line" if (origin := self.files.manifest.get("origin")) else ""
-            raise DataError(f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load{said}.")
+            said = f"{self.files.manifest.get('origin', '--data FILE')} on the command line"
+            raise DataError(
+                f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load, or {said}."
+            )
         if data is None:
             token = CONFINED.set(self._foreign)
             try:
@@ -214,6 +164,62 @@ class Run:
                 f"The run was fitted on other data."
             )
         return self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data
+
+    @cached_property
+    def transforms(self) -> FittedTransforms:
+        """Transforms of the fit, by which new rows are prepared; a run of an earlier version reads its data for them.
+
+        Raises:
+            DataError: the file of the run is not as it was written.
+        """
+        if (wanted := self.files.manifest.get("transforms")) is None:
+            assert self.data.transforms is not None  # noqa: S101 - a data set that was read has them
+            return self.data.transforms
+        text = read_inside(self.path, TRANSFORMS, 1 << 30)
+        if digest(text) != wanted:
+            raise DataError(f"{self.path / TRANSFORMS}: expected the file of the fit; got an edited one.")
+        return FittedTransforms.parse(text, str(self.path / TRANSFORMS))
+
+    def rows(self, data: Any, *, data_dir: str | Path | None = None) -> Split:
+        """Return new data as the split "new", prepared as those of the fit were, none of which are needed.
+
+        The transforms, levels and words of the fit are in the folder of the run. Columns are found by their names, in
+        any order; labels may be absent unless the model is conditioned on them; words that the fit does not know get
+        codes of their own. Values that are binarised at random are drawn once, from a published seed.
+
+        Arguments:
+            data: path of a file of any source (or of a folder of images), DataFrame, array or tensor `(n, *shape)`,
+                sparse matrix, AnnData, torch dataset, or a tuple (x, y) of arrays or paths; for a hand-written pair of
+                several arguments a tuple or dictionary of tensors. A path is read as the declaration of the run says
+                where it is of the same format.
+            data_dir: folder in which a relative path is looked for first.
+
+        Raises:
+            DataError: a column or a covariate is absent, a level is unknown, rows have another shape, or a value is not
+                finite or outside the support of the likelihood; the message names row and column.
+
+        Example:
+            >>> from tempfile import TemporaryDirectory
+            >>> import numpy, pvae
+            >>> runs = TemporaryDirectory()
+            >>> few = "data.splits.train=[0, 200]"
+            >>> run = pvae.fit("vae", few, "train.epochs=1", run_dir=runs.name, progress=False)
+            >>> new = run.rows(numpy.full((3, 8, 8), 16, numpy.uint8))  # grey levels of the digits, 0 to 16
+            >>> new.name, new.x.shape, new.numbers, float(new.x.mean())
+            ('new', torch.Size([3, 1, 8, 8]), array([0, 1, 2]), 1.0)
+            >>> runs.cleanup()
+        """
+        plan = self.plan if isinstance(self.plan, Experiment) else None
+        if self._given_pair is not None and not isinstance(data, str | Path):
+            data = self._given_pair.pack(data)
+        labelled = plan is not None and bool(plan.covariates)
+        declared, folder = None if plan is None else plan.data, Path(data_dir) if data_dir else None
+        found = rows_of_new(data, declared, self.transforms, folder, labelled=labelled)
+        split = self.transforms.split(found, closed=labelled)
+        if plan is not None:
+            split.require_support(plan.observed().support, plan.decoder.likelihood.hint)
+            split = plan.conditioned(split)
+        return split.to(self._device)
 
     @property
     def _foreign(self) -> str:
@@ -270,7 +276,9 @@ class Run:
                 f"{self.path}: expected the hand-written pair of this run; got none. Pass pair= and data= to Run.load, "
                 f"or {said} on the command line."
             )
-        shape = self.shape if self._given_data is None else self.data.shape  # which compares the fingerprint
+        shape = (
+            self.data.shape if isinstance(self._given_data, Dataset) else self.shape
+        )  # which compares the fingerprint
         return attended(self.plan.build(shape), lambda: self.data.train)
 
     @property
@@ -321,6 +329,7 @@ class Run:
 
     def to(self, device: str | torch.device) -> Run:
         """Move the pair and the data to a device, and return the run itself."""
+        self._device = device
         self.__dict__["pair"] = self.pair.to(device)
         self.__dict__["data"] = self.data.to(device)
         return self

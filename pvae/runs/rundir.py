@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import pandas
 
 RUN_STATES = ("running", "finished", "interrupted", "failed")
+TRANSFORMS = "transforms.json"
+"""Name of the file of what a fit learned of its data."""
 ALERT_KINDS = frozenset(["alert", "analysis", "fallback", "nonfinite", "storage"])
 """Kinds of events that are shown to the user as alerts."""
 MANIFEST: dict[str, list[str]] = tomllib.loads(Path(__file__).with_name("manifest.toml").read_text())
@@ -53,7 +55,9 @@ class RunDirectory:
         return f"RunDirectory({str(self.path)!r})"
 
     @classmethod
-    def create(cls, root: Path, name: str, spec: str | None = None, fields: Mapping[str, Any] = {}) -> RunDirectory:
+    def create(
+        cls, root: Path, name: str, spec: str | None = None, fields: Mapping[str, Any] = {}, transforms: str = ""
+    ) -> RunDirectory:
         """Return a new run directory ``<root>/<slug of name>/<UTC time>-<8 hex digits>/``, with these files.
 
         Raises OutputError if it cannot be created, StorageError on a full disk; nothing of it is left then.
@@ -70,6 +74,9 @@ class RunDirectory:
                 if spec is not None:
                     cls(begun).write_spec(spec)
                     own["spec"] = files.digest(spec.encode())
+                if transforms:
+                    write_atomic(begun / TRANSFORMS, transforms)
+                    own["transforms"] = files.digest(transforms.encode())
                 cls(begun).write_manifest({**fields, **own})
                 os.rename(begun, path)
         finally:

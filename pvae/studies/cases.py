@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pvae.data.sources.python import TensorSource
-from pvae.data.sources.tabular import FrameSource
 from pvae.errors import DeclarationError, near
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
@@ -223,8 +221,6 @@ def _cases(file: StudyFile, setting: _Setting, problems: _Problems) -> Iterator[
     name = file.name if setting.label == file.name else f"{file.name} {setting.label}"
     try:
         base = overridden(setting.raw, setting.changes, name[:250])
-        if isinstance(base.data, TensorSource | FrameSource):
-            raise DeclarationError(f"data.source: expected one that is read from files; got {base.data.source!r}.")
     except DeclarationError as error:
         _note(problems, setting.label, error)
         return

@@ -11,11 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
+from pvae.data.sources.python import TensorSource, as_array
+from pvae.data.sources.tabular import FrameSource
 from pvae.errors import DeclarationError, printable
 from pvae.runs import RunDirectory, find
 from pvae.runs.run import Run
@@ -68,11 +71,13 @@ class Study:
     failures: Mapping[Key, str]
     data_dir: Path | None = None
     searching: Searching | None = None
+    data: str | None = None
 
     @cached_property
     def runs(self) -> dict[Key, Run]:
         """Return the finished runs by (label, seed, stage), in the order of the study."""
-        return {key: Run(files, data_dir=self.data_dir, is_own=True) for key, files in self.finished.items()}
+        given: dict[str, Any] = {"data": self.data, "data_dir": self.data_dir, "is_own": True}
+        return {key: Run(files, **given) for key, files in self.finished.items()}
 
     def to_frame(self) -> pandas.DataFrame:
         """Return a data frame of metrics with one row per finished run.
@@ -172,6 +177,7 @@ def study(
     file: str | Path,
     *,
     run_dir: str | Path = "runs",
+    data: Any = None,
     data_dir: str | Path | None = None,
     device: str = "auto",
     jobs: int | None = None,
@@ -191,6 +197,8 @@ def study(
     Arguments:
         file: the name of a study that comes with pvae, or a TOML file with a table `[sweep]`.
         run_dir: folder of the run directories.
+        data: data of cases whose source is "tensor" or "frame": a path, DataFrame, array or tensor. What is no path is
+            written into `run_dir`, where the processes of the cases read it.
         data_dir: folder that is searched first for data files.
         device: "auto", "cpu" or "cuda"; a resumed run keeps its device.
         jobs: number of processes at a time; by default the number of cores divided by `threads`, or 100 jobs.
@@ -229,6 +237,11 @@ def study(
         >>> runs.cleanup()
     """
     declared = Declared.load(file)
+    passed = [case.label for case in declared.cases if isinstance(case.experiment.data, TensorSource | FrameSource)]
+    if passed and data is None:
+        raise DeclarationError(
+            f"{file}: case {passed[0]!r}: data.source: expected one that is read from files, or data=."
+        )
     for name, given in (("jobs", jobs), ("threads", threads)):
         if given is not None and given < 1:
             raise DeclarationError(f"{name}: expected at least 1; got {given}.")
@@ -236,9 +249,10 @@ def study(
     searching = Searching(declared.search, declared.base, declared.name, root) if declared.search else None
     trials = range(declared.search.trials) if declared.search else ()
     tasks = [*tasks_of(declared.cases), *(Task((), search=searching, number=number) for number in trials)]
-    setting = {
+    setting: dict[str, Any] = {
         "run_dir": str(root.absolute()), "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device,
         "threads": threads, "allow_changes": allow_changes, "measure": declared.measure.model_dump(exclude_none=True),
+        "data": kept(data, root / find.slug(declared.name)),
     }  # fmt: skip
     place = placed(declared, root.absolute(), on, slurm, jobs, threads)
     board = Board(declared.name, root, show=progress)
@@ -248,7 +262,19 @@ def study(
     failed = {case.key: task.error for task in tasks if task.state == "failed" for case in task.cases}
     failed |= {(task.title, 0, "trial"): task.error for task in tasks if task.state == "failed" and task.search}
     failures = {key: error for key, error in failed.items() if key not in finished}
-    return Study(declared, finished, failures, data_folder, searching)
+    return Study(declared, finished, failures, data_folder, searching, setting["data"])
+
+
+def kept(data: Any, path: Path) -> str | None:
+    """Return the path of data: that of a file, or `path` with the ending of the file that they are written to."""
+    if data is None or isinstance(data, str | Path):
+        return None if data is None else str(Path(data).absolute())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if hasattr(data, "to_parquet"):
+        data.to_parquet(path := path.with_suffix(".parquet"))
+    else:
+        np.save(path := path.with_suffix(".npy"), np.asarray(as_array(data, "data")), allow_pickle=False)
+    return str(path.absolute())
 
 
 def placed(

@@ -228,7 +228,7 @@ def work(order: Mapping[str, Any]) -> None:
 
 def own_run(files: RunDirectory, order: Mapping[str, Any]) -> Run:
     """Return the run of a case of an order, on whatever machine it was begun."""
-    return Run(files, data_dir=order["data_dir"] and Path(order["data_dir"]), is_own=True)
+    return Run(files, data=order.get("data"), data_dir=order["data_dir"] and Path(order["data_dir"]), is_own=True)
 
 
 def fitted(experiment: Experiment, parent: Case | None, order: Mapping[str, Any], measure: Measure) -> Run:
@@ -248,7 +248,8 @@ def fitted(experiment: Experiment, parent: Case | None, order: Mapping[str, Any]
     doing, found, had = Task((case, *second)).left(Shelf(root), measure)
     device = str(had.get("device", order["device"]))
     if doing == "fit":
-        return fit(experiment, run_dir=root, data_dir=order["data_dir"], device=device, progress=False)
+        places = {"run_dir": root, "data": order.get("data"), "data_dir": order["data_dir"]}
+        return fit(experiment, device=device, progress=False, **places)
     if found is None:
         raise DataError("its first stage failed")
     if doing == "held":

@@ -20,7 +20,8 @@ from pvae.objectives.base import Objective, weigh_step
 from pvae.objectives.elbo import PyroELBO, TraceELBO, TraceMeanFieldELBO, same_step
 from pvae.pair import CHECKED_ROWS, Pair, evaluating, quiet
 from pvae.runs.export.exporting import require
-from pvae.runs.run import Run, attended
+from pvae.runs.run import Run
+from pvae.runs.weights import attended
 from pvae.training.launch import begun_before, launch, pick_device
 from pvae.training.resume import resume, second_stage
 from pvae.util import group

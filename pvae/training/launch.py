@@ -74,7 +74,8 @@ def launch(
         "data": {"source": dataset.source, "shape": list(dataset.shape), "fingerprint": dataset.fingerprint},
         "exports": list(export),
     }
-    made = group.from_first(lambda: str(RunDirectory.create(run_dir, plan.name, plan.to_toml(), fields).path))
+    fitted = dataset.transforms.model_dump_json(exclude_defaults=True) if dataset.transforms else ""
+    made = group.from_first(lambda: str(RunDirectory.create(run_dir, plan.name, plan.to_toml(), fields, fitted).path))
     files = RunDirectory(Path(made))
     for note in dataset.notes:
         files.log_event("alert" if "also occur in train" in note else "data", note)

@@ -16,7 +16,7 @@ from pvae.errors import CheckpointError, DeviceError, NonFiniteError, Stopped, S
 from pvae.objectives.base import Loss
 from pvae.pair import Pair, log_prob, samples
 from pvae.runs import checkpoint, seal
-from pvae.runs.run import chosen, load_weights, require_same
+from pvae.runs.weights import chosen, load_weights, require_same
 from pvae.training import step
 from pvae.training.trainer import State, Trainer, first_line
 from pvae.util.files import follows, write_atomic

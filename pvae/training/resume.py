@@ -17,7 +17,8 @@ from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
-from pvae.runs.run import Run, attended, load_weights
+from pvae.runs.run import Run
+from pvae.runs.weights import attended, load_weights
 from pvae.training import launch as start
 from pvae.training import loop, recovery, step
 from pvae.training.trainer import Trainer

@@ -15,12 +15,13 @@ from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, seal, state_of
 from pvae.runs.find import is_stale, leftovers
 from pvae.runs.run import Run
+from pvae.runs.rundir import TRANSFORMS
 from pvae.training.launch import changed_keys, own_plan
 from pvae.upkeep import weights
 from pvae.util.checks import Check, Checks, Level, attempt
 from pvae.util.files import MIB, digest, read_inside, read_lines, walk
 
-FILES = ("manifest.json", "spec.toml", "status.json", "metrics.jsonl", "events.jsonl", ".lock")
+FILES = ("manifest.json", "spec.toml", TRANSFORMS, "status.json", "metrics.jsonl", "events.jsonl", ".lock")
 FOLDERS = ("checkpoints", "analysis", "report", "exports")
 LISTED_FILES = 20
 """Largest number of unexpected files that are listed by name; any others are only counted."""
@@ -98,14 +99,14 @@ class _Inspection:
         }  # fmt: skip
 
     def manifest(self) -> Iterator[Check]:
-        """Yield the check of manifest.json: name, id and start time are strings, and the data are described."""
+        """Yield the check of manifest.json: name, id and start time are strings; data and transforms are described."""
         found = self.run.files.manifest
         if missing := {"name", "id", "started"} - found.keys():
             raise DataError(f"{self.path / 'manifest.json'}: expected {' and '.join(sorted(missing))}; got none.")
         if "data" not in found:
             yield Check("manifest.json", "warning", "the fit was stopped before it said what its data are", "Fit anew.")
             return
-        _ = self.run.shape
+        _ = self.run.shape, self.run.transforms if "transforms" in found else None
         if lines := seal.edits(self.run.files):
             raise DataError(f"{self.path}: expected {' '.join(lines)} Put back what was edited.")
         told = "" if "spec" in found else "; not sealed (of an earlier version): edits of the run are not seen"

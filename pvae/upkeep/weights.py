@@ -9,7 +9,8 @@ from torch import Tensor
 from pvae.errors import CheckpointError
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
-from pvae.runs.run import Run, chosen, load_weights
+from pvae.runs.run import Run
+from pvae.runs.weights import chosen, load_weights
 from pvae.training.evaluation import evaluate
 from pvae.training.recovery import bad_weights
 from pvae.training.trainer import State

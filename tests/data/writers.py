@@ -79,8 +79,8 @@ def matlab(path: Path, **arrays: np.ndarray) -> str:
     return str(path)
 
 
-def h5ad(path: Path, x: Any, obs: pandas.DataFrame, **layers: Any) -> str:
-    """Write a matrix, its layers and the table of its rows as the AnnData file format says."""
+def h5ad(path: Path, x: Any, obs: pandas.DataFrame, var: pandas.DataFrame | None = None, **layers: Any) -> str:
+    """Write a matrix, its layers, and the tables of its rows and columns as the AnnData file format says."""
 
     def matrix(group: h5py.Group, name: str, values: Any) -> None:
         if not sparse.issparse(values):
@@ -103,6 +103,10 @@ def h5ad(path: Path, x: Any, obs: pandas.DataFrame, **layers: Any) -> str:
                 made.attrs["encoding-type"], made.attrs["ordered"] = "categorical", column.cat.ordered
             else:
                 table[name] = column.to_list()
+        for name, frame in (("obs", obs), ("var", var)):
+            if frame is not None and not isinstance(frame.index, pandas.RangeIndex):
+                file.require_group(name)["_index"] = frame.index.to_list()
+                file[name].attrs["_index"] = "_index"
     return str(path)
 
 

@@ -20,8 +20,8 @@ from pvae.errors import CheckpointError, DataError, DeclarationError, NonFiniteE
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.elbo import TraceMeanFieldELBO
 from pvae.runs.checkpoint import Checkpoint
-from pvae.runs.run import chosen
 from pvae.runs.rundir import RunDirectory
+from pvae.runs.weights import chosen
 from pvae.training.recovery import first_bad_site
 from pvae.training.trainer import State
 from pvae.util.files import read_lines

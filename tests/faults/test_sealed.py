@@ -22,9 +22,9 @@ from pvae.data import Data, load
 from pvae.errors import CheckpointError, DataError, DeclarationError, PvaeError
 from pvae.experiment.plan import Train
 from pvae.runs import checkpoint
-from pvae.runs.run import chosen
 from pvae.runs.rundir import RunDirectory
 from pvae.runs.seal import edits
+from pvae.runs.weights import chosen
 from pvae.training.launch import own_plan
 from pvae.training.trainer import State
 from pvae.util.files import digest, sealed

@@ -12,6 +12,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
+import pandas
 import pytest
 import tomli_w
 import torch
@@ -384,6 +386,24 @@ def test_a_declared_second_stage_is_part_of_its_case(tmp_path, started):
     run(write(tmp_path, {}, refit=second))
     assert started == ["fit", "resume"]
     assert len(list((tmp_path / "runs" / "tiny").iterdir())) == 1  # the first stage was not fitted again
+
+
+@pytest.mark.parametrize("kind", ["array", "frame", "file"])
+def test_a_study_takes_data_from_python(kind: str, tmp_path, started):
+    x = np.random.RandomState(0).standard_normal((60, 4))
+    table = pandas.DataFrame(x, columns=list("abcd"))
+    columns: dict[str, Any] = {"columns": dict.fromkeys("abcd", "continuous")}
+    source = {"source": "frame", **columns} if kind == "frame" else {"source": "tensor"}
+    np.save(tmp_path / "x.npy", x)
+    data = {"array": x, "frame": table, "file": tmp_path / "x.npy"}[kind]
+    likelihood = "columns" if kind == "frame" else "normal"
+    changes: dict[str, Any] = {"data": source, "decoder": {**NETWORK, "likelihood": likelihood}}
+    for orders in (["fit"], ["fit"]):  # the second finds its run
+        found = run(write(tmp_path, {}, **changes), data=data)
+        assert started == orders
+    (only,) = found.runs.values()
+    assert len(only.data.whole()) == 60
+    assert only.rows(data).x.shape == (60, 4)
 
 
 def test_a_failing_case_stops_no_other(tmp_path, started):

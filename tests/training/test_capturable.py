@@ -20,7 +20,7 @@ from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.graph.lifecycle import Moving
 from pvae.objectives.base import Loss
-from pvae.runs.run import attended
+from pvae.runs.weights import attended
 
 FROM_NUMBERS = (Tensor.new_tensor, torch.tensor, torch.as_tensor)
 """What makes a tensor on the host and moves it; on `meta` nothing would be seen of it."""

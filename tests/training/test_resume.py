@@ -10,7 +10,7 @@ import torch
 import pvae
 from pvae.errors import CheckpointError, DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.runs.run import load_weights
+from pvae.runs.weights import load_weights
 from pvae.training.loop import Stop
 from tests.runs_shared import TINY_TABLE, assert_resumes_exactly, assert_same, everything, fit, resume, tiny
 

@@ -18,9 +18,19 @@ from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
 from pvae.util.types import Array
 
 LOCK_SECONDS = 900
-DECODED_FORMAT = 4
+DECODED_FORMAT = 5
 """Format version of decoded cache entries; an entry of another version is decoded again."""
 INDEX = "index.json"
+NAME_BYTES = 200
+"""Largest number of bytes of the name of a row of a table."""
+
+
+def texts(values: Any) -> Array:
+    """Return names of rows `(n,)` as NumPy text, exactly as they are written; missing ones are empty."""
+    import pandas
+
+    cells = pandas.Series(values).reset_index(drop=True).convert_dtypes()  # 1 and not 1.0 beside a missing value
+    return np.array(cells.astype("string").fillna("").to_numpy(object), np.str_)
 
 
 def cache_folder() -> Path:
@@ -71,6 +81,10 @@ class Decoded:
     arrays: dict[str, FileArray]
     notes: dict[str, Any]
 
+    def texts(self, name: str) -> Array | None:
+        """Return the texts `(n,)` that were written under a name; None if there are none."""
+        return np.char.decode(self.arrays[name][:], "utf-8") if name in self.arrays else None
+
 
 class Writer:
     """Writer of a cache entry, to which a source appends rows chunk by chunk.
@@ -91,6 +105,18 @@ class Writer:
         self.arrays.setdefault(name, {"dtype": rows.dtype.str, "row": rows.shape[1:]})
         with room(self.folder), (self.folder / name).open("ab") as file:
             file.write(np.ascontiguousarray(rows).data)
+
+    def append_texts(self, name: str, words: Array, width: int | None = NAME_BYTES) -> None:
+        """Append texts `(m,)` of at most `width` bytes in UTF-8, the same at each call; None for texts of one call.
+
+        Raises:
+            DataError: a text is longer.
+        """
+        encoded = np.char.encode(words, "utf-8", "backslashreplace")
+        width = width or encoded.itemsize
+        if encoded.itemsize > width:
+            raise DataError(f"Expected names of rows of at most {width} bytes; got one of {encoded.itemsize}.")
+        self.append(name, encoded.astype(f"S{width}"))
 
     def extend(self, name: str, pieces: Iterable[Array]) -> None:
         """Append all chunks of rows to the named array."""

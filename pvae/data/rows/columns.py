@@ -157,6 +157,10 @@ class CountColumn(Column):
 class WordColumn(Column):
     """Column of levels (strings or integers), coded 0, 1, 2, ... in their declared order."""
 
+    unknown: Literal["error", "missing"] = "error"
+    """`error`: refuse a level that is not declared; `missing`: count it as a missing value, in the data of the fit and
+    in new data alike (needs `missing = "mask"`); the notes of the data say how many cells that are."""
+
     @property
     def expected(self) -> str:
         shown = ", ".join(map(repr, self.words[:12]))
@@ -169,6 +173,8 @@ class WordColumn(Column):
     def _different(self) -> Self:
         if len(set(self.words)) < len(self.said):
             raise ValueError(f"levels that differ as they are written; got {list(self.said)[:20]}")
+        if self.unknown == "missing" and self.missing == "error":
+            raise ValueError('missing = "mask" with unknown = "missing"; got missing = "error"')
         return self
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,6 @@ from pvae.data.rows.files import AnyArray
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError
 from pvae.util.types import Array
-
-if TYPE_CHECKING:
-    import pandas
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 Scale = Literal["unit", "raw", "standardise"]
@@ -109,8 +106,7 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
         DataError: a column has no value in the training rows, or a standardised column is constant there.
     """
     columns = rows.table.values()
-    warps = {name: [i for i, column in enumerate(columns) if column.warp == name] for name in WARPS}
-    warps = {name: places for name, places in warps.items() if places}
+    warps = warps_of(rows.table)
     low, high = extremes(x, train)
     if empty := [name for name, least in zip(rows.table, low, strict=True) if np.isnan(least)]:
         raise DataError(f"data.columns.{empty[0]!r}: expected values in train; got none, all are missing. Drop it.")
@@ -150,40 +146,13 @@ UNWARPS: Mapping[str, Callable[[Floats], Floats]] = {"log": np.exp, "log1p": np.
 """Inverses of the functions in `WARPS`, by the same names."""
 
 
-@dataclass(frozen=True, eq=False)
-class ColumnTransforms:
-    """Columns of a table and their fitted transforms: x is (f(value) - shift) / divisor.
-
-    Arguments:
-        columns: declared columns by name, in the order of x.
-        shift: shift of every column, `(D,)`.
-        divisor: divisor of every column, `(D,)`.
-        warps: column numbers to which each function f other than the identity is applied, by the function's name.
-    """
-
-    columns: Mapping[str, Column]
-    shift: Floats | float
-    divisor: Floats | float
-    warps: Mapping[str, list[int]]
-
-    def to_frame(self, x: Any) -> pandas.DataFrame:
-        """Return rows of x `(n, D)` as a data frame in the table's units, with codes rounded to the nearest level."""
-        import pandas
-
-        values = self.values(x)
-        made = {name: _worded(values[:, i], column) for i, (name, column) in enumerate(self.columns.items())}
-        return pandas.DataFrame(made)
-
-    def values(self, x: Any) -> Floats:
-        """Return rows of x `(..., D)` in the table's units, `(..., D)`, a level as its number."""
-        values = np.asarray(x, np.float64) * self.divisor + self.shift
-        for name, places in self.warps.items():
-            with np.errstate(over="ignore"):
-                values[..., places] = UNWARPS[name](values[..., places])
-        return values
+def warps_of(columns: Mapping[str, Column]) -> dict[str, list[int]]:
+    """Return the numbers of the columns to which each function of `WARPS` is applied, by the function's name."""
+    found = {name: [i for i, column in enumerate(columns.values()) if column.warp == name] for name in WARPS}
+    return {name: places for name, places in found.items() if places}
 
 
-def _worded(values: Floats, column: Column) -> Any:
+def worded(values: Floats, column: Column) -> Any:
     """Return a column of numbers as levels (categorical), as integers (counts), or unchanged (continuous)."""
     import pandas
 
@@ -209,11 +178,12 @@ def extremes(x: AnyArray, part: Part, digest: hashlib._Hash | None = None) -> tu
 
 
 def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Return the three splits scaled and binarised, (n, *shape) float32, and the train intensities or None.
+    """Return each split scaled and binarised, (n, *shape) float32, and the train intensities or None.
 
     The intensities are returned only for dynamic binarisation, which samples the training data anew for every batch.
     Static samples follow the published protocol: one ``RandomState(777)`` draws a binomial for the validation split
-    first, then for the test split, from float64 intensities; the training split has a seed of its own.
+    first, then for the test split, from float64 intensities; the training split has a seed of its own. New rows, a
+    split alone, are drawn as a validation split is.
 
     References: Exemplar VAE (Norouzi, Fleet, Norouzi, 2020), https://arxiv.org/abs/2004.04795
 
@@ -223,7 +193,7 @@ def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     if binarize == "none":
         return {name: data.apply(part) for name, part in parts.items()}, None
     published, own = np.random.RandomState(PUBLISHED_SEED), np.random.RandomState(TRAIN_SEED)
-    rules: dict[str, Rule] = dict.fromkeys(("validation", "test"), lambda p: published.binomial(1, p))
+    rules: dict[str, Rule] = {name: lambda p: published.binomial(1, p) for name in parts if name != "train"}
     rules["train"] = lambda p: own.random_sample(p.shape) < p
     if binarize == "threshold":
         rules = dict.fromkeys(rules, lambda p: p > 0.5)
@@ -232,8 +202,8 @@ def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
         require_unit(name, chunk.min(), chunk.max())
         return rules[name](chunk)
 
-    x = {name: data.apply(parts[name], partial(binarized, name)) for name in rules}
-    return x, data.apply(parts["train"]) if binarize == "dynamic" else None
+    x = {name: data.apply(parts[name], partial(binarized, name)) for name in rules if name in parts}
+    return x, data.apply(parts["train"]) if binarize == "dynamic" and "train" in parts else None
 
 
 def require_unit(name: str, low: float, high: float) -> None:

@@ -19,6 +19,8 @@ Part = range | NDArray[np.int64]
 """Row numbers of a split: a range, which a declaration may replace, or the indices of a random permutation."""
 
 SPLITS = ("train", "validation", "test")
+NEW = "new"
+"""Name of the split of rows that are no part of the data of a fit."""
 CHUNK_ELEMENTS = 2**22
 
 
@@ -35,6 +37,9 @@ class Rows:
         name: name of the array in messages.
         notes: remarks for the user that are not errors.
         table: declared columns by name if x is a table (n, columns), whose masked columns may be NaN; else empty.
+        ids: (n,) name of each row as text, or None; names may repeat.
+        features: names of the features of x (n, features), by which new rows find theirs; None if they have none.
+        read: matrix (`layer`) and column of labels (`labels`) that were read of an AnnData object or file; else empty.
 
     Raises:
         DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
@@ -48,6 +53,9 @@ class Rows:
     name: str = "x"
     notes: tuple[str, ...] = ()
     table: Mapping[str, Column] = field(default_factory=dict)
+    ids: Array | None = None
+    features: tuple[str, ...] | None = None
+    read: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name
@@ -62,6 +70,8 @@ class Rows:
             raise DataError(f"Labels of {name}: expected one for each of {len(x)} rows; got shape {y.shape}.{turn}")
         if y is not None and y.dtype.kind not in "biu":
             raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
+        if self.ids is not None and self.ids.shape != (len(x),):
+            raise DataError(f"Ids of {name}: expected one for each of {len(x)} rows; got shape {self.ids.shape}.")
 
 
 def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
@@ -92,18 +102,18 @@ def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
         )
 
 
-def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
-    """Return the stored values of rows reshaped to the declared shape, (n, *shape); unchanged if `shape` is None.
+def reshape(x: AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> AnyArray:
+    """Return stored values reshaped to the declared shape, (n, *shape); unchanged if `shape` is None.
 
     Raises:
         DataError: a row has another number of values, or its axes in another order (channels last); or rows are
             scalars and no shape is declared.
     """
-    if shape is None and len(rows.x.shape) == 1:
-        raise DataError(f"{rows.name}: expected rows of features, (n, ...); got shape {rows.x.shape}. Set shape = [1].")
+    if shape is None and len(x.shape) == 1:
+        raise DataError(f"{name}: expected rows of features, (n, ...); got shape {x.shape}. Set shape = [1].")
     if shape is None:
-        return rows.x
-    row = rows.x.shape[1:]
+        return x
+    row = x.shape[1:]
     size, wanted = prod(row), prod(shape)
     if size != wanted:
         raise DataError(f"data.shape: expected {size} values, as a row has; got {list(shape)}, which is {wanted}.")
@@ -113,7 +123,7 @@ def reshape(rows: Rows, shape: tuple[int, ...] | None) -> AnyArray:
             f"{list(shape)}, which has its axes in another order and would scramble every row. Save "
             f"x.transpose({', '.join(map(str, axes))}), which is {[row[i - 1] for i in axes[1:]]}."
         )
-    return rows.x.reshape(len(rows.x), *shape)
+    return x.reshape(len(x), *shape)
 
 
 def _moved(row: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...] | None:
@@ -150,7 +160,7 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
     """Return the row numbers of each split: the declared range, or the default of the source.
 
     Raises:
-        DataError: a range is empty, out of range, or shares rows with another.
+        DataError: a range is empty, out of range, or shares rows with another; or the rows are too few to be split.
     """
     fixed = all(isinstance(part, range) for part in rows.parts.values())
     missing = [name for name in SPLITS if name not in declared]
@@ -167,6 +177,8 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
             raise DataError(f"data.splits.{name}: expected rows in [0, {len(rows.x)}]; got [{start}, {stop}].")
         parts[name] = range(start, stop)
     own = {name: "" if name in declared else " (the source's own)" for name in SPLITS}
+    if lacking := [name for name in SPLITS if name not in parts]:
+        raise DataError(f"Expected at least {len(lacking) + 1} rows to split; got {len(rows.x)}. Pass the splits.")
     ranges = [(name, part) for name in SPLITS if isinstance(part := parts[name], range)]
     for (one, a), (other, b) in combinations(ranges, 2):
         if max(a.start, b.start) < min(a.stop, b.stop):
@@ -180,11 +192,10 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
 def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
     """Return random splits: a tenth of the rows for each missing split, all other rows for "train", each sorted.
 
-    Raises:
-        DataError: too few rows to give each split one.
+    Of too few rows to give each split one, which only `partition` refuses, "train" has all.
     """
     if rows <= len(missing):
-        raise DataError(f"Expected at least {len(missing) + 1} rows to split; got {rows}. Pass the splits yourself.")
+        return {"train": np.arange(rows)}
     order = np.random.RandomState(seed).permutation(rows).astype(np.int64)
     size = max(1, rows // 10)
     parts: dict[str, Part] = {name: np.sort(order[i * size : (i + 1) * size]) for i, name in enumerate(missing)}

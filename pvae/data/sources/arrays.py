@@ -18,9 +18,9 @@ from typing import IO, Any, Literal, cast
 import numpy as np
 
 from pvae.data.rows import files
-from pvae.data.rows.cache import decoded
+from pvae.data.rows.cache import decoded, texts
 from pvae.data.rows.files import AnyArray, ArrayLayout, FileArray
-from pvae.data.rows.rows import Rows, joined
+from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, near, printable
 from pvae.util.types import Array
@@ -200,6 +200,9 @@ class NamedArrays(FileData):
     y: str | None = None
     """Name of the array of labels in the file, without the name of a split; None for data without labels."""
 
+    id: str | None = None
+    """Name of the array with the name of each row (text or numbers), without the name of a split; None for no names."""
+
     @abstractmethod
     def names(self, path: Path) -> list[str]:
         """Return the names of all arrays of the file."""
@@ -213,24 +216,30 @@ class NamedArrays(FileData):
         names = self.names(path)
         wanted = self.x or next((name for name in USUAL_NAMES if _by_split(name, names, path)), "x")
         found = _by_split(wanted, names, path) or {"train": wanted}
-        labels = {} if self.y is None else _by_split(self.y, names, path) or {"train": self.y}
-        for name in (*found.values(), *labels.values()):
+        beside = {wanted: _by_split(wanted, names, path) or {"train": wanted} for wanted in (self.y, self.id) if wanted}
+        used = [*found.values(), *(name for known in beside.values() for name in known.values())]
+        for name in used:
             if name not in names:
                 shown = ", ".join(map(printable, names)) or "none"
                 raise DataError(f"{path}: expected an array {name!r}; got {shown}{near(name, names)}.")
         if "train" not in found:
             raise DataError(f"{path}: expected training rows, {wanted}_train; got {', '.join(names)}.")
-        if labels and (lacking := [split for split in found if split not in labels]):
-            raise DataError(f"{path}: expected labels {self.y!r} of {', '.join(lacking)}; got {', '.join(names)}.")
-        given = {}
-        for split, name in found.items():
-            x = self.array(path, name, False)
-            given[split] = x, np.asarray(self.array(path, labels[split], True)) if labels else None
-        left = [name for name in names if name not in {*found.values(), *labels.values()}]
+        for wanted, known in beside.items():
+            if lacking := [split for split in found if split not in known]:
+                kind = "labels" if wanted == self.y else "ids"
+                raise DataError(f"{path}: expected {kind} {wanted!r} of {', '.join(lacking)}; got {', '.join(names)}.")
+
+        def text(name: str | None, split: str) -> Array | None:
+            return np.asarray(self.array(path, beside[name][split], True)) if name else None
+
+        given = {split: (self.array(path, name, False), text(self.y, split)) for split, name in found.items()}
+        ids = [texts(text(self.id, split)) for split in SPLITS if self.id and split in found]
+        left = [name for name in names if name not in used]
         notes = [f"{path.name}: arrays that are not read: {', '.join(map(printable, left))}"] if left else []
         if self.x is None and wanted != "x":
             notes.append(f"{path.name}: rows are read from {', '.join(found.values())}")
-        return joined(given, self.split_seed, wanted, largest=self.largest, notes=tuple(notes))
+        more: dict[str, Any] = {"notes": tuple(notes), "ids": np.concatenate(ids) if ids else None}
+        return joined(given, self.split_seed, wanted, largest=self.largest, **more)
 
 
 class Npz(NamedArrays):

@@ -5,8 +5,8 @@ of its own in this folder.
 """
 
 from abc import abstractmethod
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -14,9 +14,10 @@ from pydantic import Field
 
 from pvae.component import Component, Ints, Section, Table
 from pvae.data.rows.columns import Column
-from pvae.data.rows.files import AnyArray
+from pvae.data.rows.files import AnyArray, candidate
 from pvae.data.rows.prepare import Binarize, Scale
 from pvae.data.rows.rows import Rows, joined
+from pvae.errors import DataError
 from pvae.util.types import Array
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
@@ -114,15 +115,33 @@ SIGNATURES: Mapping[bytes, str] = {
     b"MATLAB": "a MATLAB file (mat; of 7.3 also hdf5)",
     b"PAR1": "a Parquet file (parquet)",
     b"\x1f\x8b": "compressed with gzip (csv, idx)",
+    **{bytes([0, 0, kind]): "an IDX file (idx)" for kind in (8, 9, 11, 12, 13, 14)},
 }
 """Kinds of files by their first bytes, with the sources that read them."""
 
 
-def foreign(path: Path, source: str) -> str:
-    """Return the remark that a file is by its first bytes one for other sources; empty if it is not."""
+@contextmanager
+def named(data: Data, data_dir: Path | None) -> Iterator[None]:
+    """Add to a DataError of a source in the context the path of its file, and its kind by its first bytes."""
+    try:
+        yield
+    except DataError as error:
+        if not isinstance(data, FileData):
+            raise
+        said = f"{error}{foreign(candidate(data.path, data_dir, Path.is_file), getattr(data, data.tag))}"
+        raise DataError(said if Path(data.path).name in said else f"{data.path}: {said}") from error
+
+
+def signature(path: Path) -> str:
+    """Return the kind of a file by its first bytes, with the sources that read it; empty if it is not known."""
     start = b""
     if path.is_file():  # a pipe would be waited for
         with suppress(OSError), path.open("rb") as file:
             start = file.read(8)
-    kinds = (kind for magic, kind in SIGNATURES.items() if start.startswith(magic) and source not in kind)
-    return "".join(f" By its first bytes it is {kind}." for kind in kinds)
+    return next((kind for magic, kind in SIGNATURES.items() if start.startswith(magic)), "")
+
+
+def foreign(path: Path, source: str) -> str:
+    """Return the remark that a file is by its first bytes one for other sources; empty if it is not."""
+    kind = signature(path)
+    return f" By its first bytes it is {kind}." if kind and source not in kind else ""

@@ -18,7 +18,7 @@ import numpy as np
 from scipy import sparse
 
 from pvae.data.rows import files
-from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows.cache import Writer, decoded, texts
 from pvae.data.rows.files import AnyArray, ArrayLayout, Index, SparseRows, Stored
 from pvae.data.rows.rows import Rows, joined
 from pvae.data.sources.arrays import NamedArrays, unpacked
@@ -222,6 +222,7 @@ class H5ad(FileData):
     """AnnData file (`.h5ad`): the matrix `X` or a layer, dense or sparse, and labels from a column of `obs`.
 
     A sparse matrix stays sparse, its rows are made dense batch by batch; with `stream` it stays on the disk as well.
+    Names of observations are the ids of the rows; by those of variables new data find their features.
 
     References: The AnnData file format specification (scverse), https://anndata.readthedocs.io
     """
@@ -237,13 +238,16 @@ class H5ad(FileData):
         name = "X" if self.layer is None else f"layers/{self.layer}"
         with opened(path) as file:
             x = self._matrix(file, name, path)
-            y, names = (
-                (None, None) if self.labels is None else column_labels(_column(file, self.labels, path), self.labels)
-            )
+            y, names = None, None
+            if self.labels is not None:
+                y, names = column_labels(_column(file, self.labels, path), self.labels)
             inner = [f"{group}/{key}" for group in ("layers", "obsm", "obsp") for key in file.get(group, ())]
             left = [key for key in ("X", *inner, "raw/X") if key != name and key in file]
+            ids, features = (_index(file, table, path) for table in ("obs", "var"))
         notes = [f"{path.name}: matrices that are not read: {', '.join(map(printable, left))}"] if left else []
-        return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, label_names=names, notes=notes)
+        more: dict[str, Any] = {"ids": ids, "features": None if features is None else tuple(features.tolist())}
+        more |= {"label_names": names, "notes": notes, "read": {"layer": self.layer, "labels": self.labels}}
+        return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, **more)
 
     def _matrix(self, file: h5py.File, name: str, path: Path) -> AnyArray:
         node, where = node_of(file, name, str(path)), f"{path}, {name!r}"
@@ -309,19 +313,15 @@ class CsrRows(Stored):
         return np.asarray(found.toarray()[rows - low])
 
 
-def _column(file: h5py.File, name: str, path: Path) -> Any:
-    """Return a column of `obs` as a pandas Series, from any version of the AnnData format.
-
-    Raises:
-        DataError: there is no such column.
-    """
+def _column(file: h5py.File, name: str, path: Path, table: str = "obs") -> Any:
+    """Return a column of `obs` or `var`, from any version of the format; raises DataError if there is none."""
     import pandas
 
-    obs = node_of(file, "obs", str(path))
+    obs = node_of(file, table, str(path))
     if name not in obs:
         names = [key for key in obs if not key.startswith("__")]
         raise DataError(f"{path}: expected a column of obs, {', '.join(names)}; got {name!r}{near(name, names)}.")
-    node = node_of(file, f"obs/{name}", str(path))
+    node = node_of(file, f"{table}/{name}", str(path))
     if isinstance(node, h5py.Group) and "codes" in node:
         ordered = bool(node.attrs.get("ordered", False))
         return pandas.Series(_categories(node["codes"][...], node["categories"], ordered))
@@ -330,6 +330,13 @@ def _column(file: h5py.File, name: str, path: Path) -> Any:
     if "categories" in node.attrs:  # before version 0.8
         return pandas.Series(_categories(node[...], file[node.attrs["categories"]]))
     return pandas.Series(_values(node))
+
+
+def _index(file: h5py.File, table: str, path: Path) -> Array | None:
+    """Return the names of the rows (`obs`) or features (`var`) of an AnnData file; None if it has none."""
+    there = file.get(table)
+    name = str(there.attrs.get("_index", "index")) if isinstance(there, h5py.Group) else ""
+    return texts(_column(file, name, path, table)) if name and name in there else None
 
 
 def _values(node: h5py.Dataset) -> Array:

@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import PIL
@@ -43,7 +43,7 @@ class Images(FileData):
 
     Images are decoded once into the cache. A file that cannot be read is skipped and listed in `Dataset.notes`, which
     also counts images of which something is not read: transparency, further pages or frames, other colour spaces. If
-    every image is in a sub-folder, the names of the top sub-folders are the labels.
+    every image is in a sub-folder, the names of the top sub-folders are the labels. Paths in the folder are the ids.
     """
 
     source: Literal["images"] = "images"
@@ -76,7 +76,8 @@ class Images(FileData):
         kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))
         y = kept.arrays["y"][:] if "y" in kept.arrays else None
         x, names = held(kept.arrays["x"], self.stream, str(root)), tuple(kept.notes["label_names"]) or None
-        return self.to_rows(x, y, "images", label_names=names, notes=tuple(kept.notes["told"]))
+        more: dict[str, Any] = {"notes": tuple(kept.notes["told"]), "ids": kept.texts("id")}
+        return self.to_rows(x, y, "images", label_names=names, **more)
 
 
 ImageFile = tuple[str, *tuple[int, ...]]
@@ -144,6 +145,7 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
                 good.append(name)
     if not good:
         raise DataError(f"{root}: expected images that can be read; got none.{_listed(bad)}")
+    writer.append_texts("id", np.array(good), None)
     labels = [name.split("/", 1)[0] for name in good] if all("/" in name for name in good) else []
     if known := sorted(set(labels), key=natural):
         number = {name: code for code, name in enumerate(known)}

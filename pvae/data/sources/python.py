@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
-from pvae.data.rows.cache import cache_folder, created, room
+from pvae.data.rows.cache import cache_folder, created, room, texts
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, in_order, joined
@@ -76,6 +76,13 @@ def tensors(part: Any, name: str) -> tuple[AnyArray, Array | None]:
     if isinstance(array, np.ndarray):
         require_room(array.shape, array.dtype, name, "Pass a torch Dataset and stream=True to Dataset.from_torch.")
     return array, None if y is None else np.asarray(as_array(y, name))
+
+
+def feature_names(data: Any) -> tuple[str, ...] | None:
+    """Return the names of the columns of a DataFrame, or of the variables of an AnnData-like object; else None."""
+    data = data[0] if isinstance(data, tuple) and data else data
+    found = getattr(data, "var_names", getattr(data, "columns", None))
+    return None if found is None else tuple(map(str, found))
 
 
 # torch
@@ -236,7 +243,9 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -
             names = [str(name) for name in adata.obs]
             raise DataError(f"Expected a column of obs, {', '.join(names)}; got {labels!r}{near(labels, names)}.")
         y, label_names = column_labels(adata.obs[labels], labels)
-    return joined({"train": (x, y)}, seed, name, label_names=label_names)
+    ids = getattr(adata, "obs_names", None)
+    more: dict[str, Any] = {"ids": None if ids is None else texts(ids), "read": {"layer": layer, "labels": labels}}
+    return joined({"train": (x, y)}, seed, name, label_names=label_names, features=feature_names(adata), **more)
 
 
 def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:

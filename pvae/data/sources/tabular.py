@@ -18,7 +18,7 @@ from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
 from pvae.errors import DataError
 
-DECODED_FIELDS = {"source", "columns", "label", "na", "decimal", "thousands", "separator", "encoding", "header"}
+DECODED_FIELDS = {"source", "columns", "label", "id", "na", "decimal", "thousands", "separator", "encoding", "header"}
 """Fields of a declaration on which the decoded numbers of a table depend."""
 
 
@@ -31,6 +31,8 @@ class Tabular(Data):
     """Type of every column, by its name in the table; columns that are not declared are left out of x."""
     label: str | None = None
     """Name of the column that contains the labels, which is not part of x; None for data without labels."""
+    id: str | None = None
+    """Name of the column with the name of each row, which is kept as text and is not part of x; names may repeat."""
     na: Names = NA
     """Strings that mean a missing value."""
     decimal: Literal[".", ","] = "."
@@ -44,7 +46,7 @@ class Tabular(Data):
 
     def decoder(self, origin: str) -> CellDecoder:
         """Return the converter of this table's cells; `origin` names the table in messages."""
-        return CellDecoder(self.columns, self.label, self.na, origin, Spelling(self.decimal, self.thousands))
+        return CellDecoder(self.columns, self.label, self.na, origin, Spelling(self.decimal, self.thousands), self.id)
 
     @model_validator(mode="after")
     def _a_table(self) -> Self:
@@ -82,7 +84,7 @@ class TableFile(Tabular, FileData):
         declared = self.model_dump(include=DECODED_FIELDS)
         key = {"path": str(path.resolve()), "version": version_of(path), **declared}
         kept = decoded(key, lambda writer: self._decode(writer, path))
-        more: dict[str, Any] = {"table": self.columns, "notes": tuple(kept.notes["notes"])}
+        more: dict[str, Any] = {"table": self.columns, "notes": tuple(kept.notes["notes"]), "ids": kept.texts("id")}
         y = None
         if self.label is not None:
             y, more["label_names"] = in_order(kept.arrays["y"][:], kept.notes["labels"])
@@ -95,6 +97,8 @@ class TableFile(Tabular, FileData):
             writer.append("x", x)
             if y is not None:
                 writer.append("y", y)
+            if decoder.ids is not None:
+                writer.append_texts("id", decoder.ids)
             rows += len(x)
         if not rows:
             raise DataError(f"{path}: expected rows below the names of the columns; got none.")
@@ -155,6 +159,8 @@ class FrameSource(Tabular):
 
         if not isinstance(frame, pandas.DataFrame):
             raise DataError(f"data: expected a pandas DataFrame; got {type(frame).__name__}.")
+        if self.id is not None and self.id not in frame and self.id == frame.index.name:
+            frame = frame.reset_index()
         names = [str(name) for name in frame.columns]
         decoder = self.decoder("data")
         decoder.require_columns(names)
@@ -166,4 +172,4 @@ class FrameSource(Tabular):
             raise DataError(f"data: expected numbers and words; got something else: {brief(error)}.") from error
         y, words = (None, None) if y is None else in_order(y, list(decoder.labels))
         more: dict[str, Any] = {"label_names": words, "notes": decoder.notes, "table": self.columns}
-        return joined({"train": (x, y)}, self.split_seed, "data", **more)
+        return joined({"train": (x, y)}, self.split_seed, "data", ids=decoder.ids, **more)

@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pvae.data.rows.cache import texts
 from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.prepare import Floats
 from pvae.errors import DataError, near
+from pvae.util.types import Array
 
 if TYPE_CHECKING:
     import pandas
@@ -127,29 +129,6 @@ def read_time(seconds: Floats, unit: str) -> Floats:
     return np.sin(angle) if wave == "sin" else np.cos(angle)
 
 
-DATE_FORMS = tuple(
-    f"{day}{hour}" for hour in ("", " %H:%M", " %H:%M:%S") for day in ("%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
-)
-
-
-def date_forms(words: Sequence[str]) -> list[str | None]:
-    """Return the formats in which all words are dates: None for ISO 8601 or a duration, else codes of `strftime`.
-
-    Of several formats in which they are the same dates, the first is returned.
-    """
-    import pandas
-
-    cells = pandas.Series(list(words), dtype=object)
-    if not cells.map(lambda word: bool(re.search(r"\d[-.:/]\d", word))).all():
-        return []
-    found: dict[str | None, Floats] = {}
-    for form in (None, *DATE_FORMS):
-        seconds, _ = moments(cells, form)
-        if not np.isnan(seconds).any() and not any(np.array_equal(seconds, other) for other in found.values()):
-            found[form] = seconds
-    return list(found)
-
-
 def numbers_of(cells: pandas.Series[Any], spelling: Spelling) -> tuple[Floats, NDArray[np.bool_]]:
     """Return cells as numbers `(n,)`, NaN where a cell is missing or no number; and True for cells that are no number.
 
@@ -207,6 +186,7 @@ class CellDecoder:
         na: strings that mean a missing value.
         origin: name of the table in messages.
         spelling: marks of numbers written as text.
+        id: name of the column with the names of the rows, or None.
     """
 
     columns: Mapping[str, Column]
@@ -214,22 +194,25 @@ class CellDecoder:
     na: Sequence[str]
     origin: str
     spelling: Spelling = Spelling()
+    id: str | None = None
+    ids: Array | None = None
+    """Names of the rows of the last chunk, `(m,)` text; None without a column of them."""
     labels: dict[str, int] = field(default_factory=dict)
     """Integer code of every label found so far, by the label's text, in order of appearance."""
     notes: tuple[str, ...] = ()
-    """Remark for the user that lists the columns that are not declared and not read; empty if there are none."""
+    """Remarks for the user: columns that are not declared and not read, and undeclared levels that count as missing."""
 
     @property
     def names(self) -> list[str]:
-        """Names of the table's columns to read: those of x, then the label column if there is one."""
+        """Names of the table's columns to read: those of x, then the columns of labels and ids if there are some."""
         read = [column.of or name for name, column in self.columns.items()]
-        return list(dict.fromkeys([*read, *([] if self.label is None else [self.label])]))
+        return list(dict.fromkeys([*read, *(name for name in (self.label, self.id) if name is not None)]))
 
     @property
     def plain_numbers(self) -> list[str]:
         """Names of the table's columns that are read as plain numbers alone, which pandas can parse."""
         words = {c.of or name for name, c in self.columns.items() if c.words or getattr(c, "time", None)}
-        return [name for name in self.names if name not in words and name != self.label]
+        return [name for name in self.names if name not in words and name not in (self.label, self.id)]
 
     def require_columns(self, found: Sequence[str]) -> None:
         """Refuse a table that lacks a declared column; record undeclared columns in `notes`.
@@ -255,6 +238,7 @@ class CellDecoder:
         x = np.empty((len(frame), len(self.columns)))
         for place, (name, column) in enumerate(self.columns.items()):
             x[:, place] = self._column(frame[column.of or name], name, column, where)
+        self.ids = None if self.id is None else texts(frame[self.id])
         return x, None if self.label is None else self._labels(frame[self.label], self.label, where)
 
     def _column(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
@@ -295,7 +279,12 @@ class CellDecoder:
     def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
         codes, words = self._words(cells)
         found = [np.nan if word is None else column.code_of(word) for word in words]
-        if (wrong := np.isin(codes, [place for place, code in enumerate(found) if code is None])).any():
+        wrong = np.isin(codes, [place for place, code in enumerate(found) if code is None])
+        if wrong.any() and getattr(column, "unknown", "error") == "missing":
+            note = f"column {shown(name)}: levels that are not declared count as missing"
+            self.notes = tuple(dict.fromkeys([*self.notes, note]))
+            found = [np.nan if code is None else code for code in found]
+        elif wrong.any():
             at = int(wrong.argmax())
             word = str(words[codes[at]])
             raise self._wrong(at, name, column.expected, f"{shown(word)}{near(word, column.words)}", where)

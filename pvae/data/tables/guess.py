@@ -17,7 +17,7 @@ from pvae.data.rows.columns import TRUTH, Column
 from pvae.data.rows.files import located
 from pvae.data.rows.prepare import Floats
 from pvae.data.rows.rows import Part, natural, tenths
-from pvae.data.tables.cells import NA, SPELLINGS, Spelling, date_forms, listed, moments, numbers_of, shown, word_of
+from pvae.data.tables.cells import NA, SPELLINGS, Spelling, listed, moments, numbers_of, shown, word_of
 from pvae.data.tables.readers import TextTable, opened_parquet, opened_text
 from pvae.errors import DataError, near
 
@@ -175,6 +175,29 @@ def _missing_words(columns: Iterable[Sequence[str]], spelling: Spelling) -> list
         rest = [word for word in words if word.strip() not in MISSING_WORDS]
         plain = len(rest) > 1 and (all(spelling.number(w) is not None for w in rest) or bool(date_forms(rest)))
         found |= dict.fromkeys(word.strip() for word in odd if plain or word.strip() in NEVER_LEVELS)
+    return list(found)
+
+
+DATE_FORMS = tuple(
+    f"{day}{hour}" for hour in ("", " %H:%M", " %H:%M:%S") for day in ("%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
+)
+
+
+def date_forms(words: Sequence[str]) -> list[str | None]:
+    """Return the formats in which all words are dates: None for ISO 8601 or a duration, else codes of `strftime`.
+
+    Of several formats in which they are the same dates, the first is returned.
+    """
+    import pandas
+
+    cells = pandas.Series(list(words), dtype=object)
+    if not cells.map(lambda word: bool(re.search(r"\d[-.:/]\d", word))).all():
+        return []
+    found: dict[str | None, Floats] = {}
+    for form in (None, *DATE_FORMS):
+        seconds, _ = moments(cells, form)
+        if not np.isnan(seconds).any() and not any(np.array_equal(seconds, other) for other in found.values()):
+            found[form] = seconds
     return list(found)
 
 

@@ -1,0 +1,288 @@
+"""New rows for a fitted model: the transforms that a fit keeps, and other data read and prepared by them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from itertools import combinations
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch.distributions import constraints
+from torch.utils.data import Dataset as TorchDataset
+
+from pvae.component import Section
+from pvae.data.rows.columns import Column
+from pvae.data.rows.files import AnyArray, Index, Stored, candidate
+from pvae.data.rows.prepare import UNWARPS, Binarize, Floats, Scaled, prepare, warps_of, worded
+from pvae.data.rows.rows import NEW, Part, Rows, joined, reshape
+from pvae.data.sources.base import Data, FileData, named, signature
+from pvae.data.sources.hdf import H5ad
+from pvae.data.sources.python import TensorSource, anndata_rows, collected, feature_names, is_anndata, tensors
+from pvae.data.sources.tabular import FrameSource, Tabular
+from pvae.data.split import Split
+from pvae.data.streamed import streams
+from pvae.errors import DataError, near
+from pvae.util.types import Array
+
+if TYPE_CHECKING:
+    import pandas
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class FittedTransforms(Section):
+    """Everything of the data of a fit that is needed to prepare other rows in the same way: (f(x) - shift) / divisor.
+
+    A run keeps it as JSON.
+    """
+
+    shape: tuple[int, ...]
+    """Shape of a datum."""
+    dtype: str
+    """Type of the stored values, by NumPy's name."""
+    shift: float | tuple[float, ...] = 0.0
+    """Shift of all features, or of each in the order of the flattened datum."""
+    divisor: Positive | tuple[Positive, ...] = 1.0
+    """Divisor of all features, or of each."""
+    binarize: Binarize = "none"
+    """Binarisation of the values; what is drawn at random is drawn once for new rows."""
+    columns: dict[str, Column] = {}
+    """Columns of a table with their functions f, by name in the order of x; empty for other data."""
+    label_names: tuple[str, ...] | None = None
+    """Name of each label, or None."""
+    features: tuple[str, ...] | None = None
+    """Names of the features, in the order of x, where the source names them."""
+    read: dict[str, str | None] = {}
+    """Matrix and column of labels that were read of an AnnData object or file."""
+
+    @classmethod
+    def of(cls, ready: Scaled, rows: Rows, binarize: Binarize) -> Self:
+        """Return the transforms of scaled rows of a source."""
+        numbers = {"shift": ready.shift, "divisor": ready.divisor}
+        scaling: Any = {k: float(n) if np.ndim(n) == 0 else tuple(np.ravel(n).tolist()) for k, n in numbers.items()}
+        known: Any = {name: getattr(rows, name) for name in ("label_names", "features", "read")}
+        shape, dtype = tuple(ready.x.shape[1:]), ready.x.dtype.name
+        return cls(shape=shape, dtype=dtype, binarize=binarize, columns=dict(rows.table), **scaling, **known)
+
+    @classmethod
+    def parse(cls, text: bytes, origin: str) -> Self:
+        """Return the transforms that a run keeps; raises DataError if the text is not of their kind."""
+        try:
+            found = cls.model_validate_json(text)
+            found.on(np.empty((0, *found.shape)))
+        except ValueError as error:  # of pydantic, or of another number of features
+            raise DataError(f"{origin}: expected the transforms of a fit; got {error}.") from None
+        return found
+
+    @property
+    def table(self) -> Self | None:
+        """The transforms of a table; None for other data."""
+        return self if self.columns else None
+
+    def on(self, x: AnyArray) -> Scaled:
+        """Return stored rows `(n, *shape)` with the scaling of the fit."""
+        shift, divisor = (
+            n if isinstance(n, float) else np.array(n).reshape(self.shape) for n in (self.shift, self.divisor)
+        )
+        return Scaled(x, shift, divisor, warps_of(self.columns))
+
+    def to_frame(self, x: Any) -> pandas.DataFrame:
+        """Return rows of x `(n, D)` as a data frame in the table's units, with codes rounded to the nearest level."""
+        import pandas
+
+        columns = zip(self.values(x).T, self.columns.items(), strict=True)
+        return pandas.DataFrame({name: worded(found, column) for found, (name, column) in columns})
+
+    def values(self, x: Any) -> Floats:
+        """Return rows of x `(..., *shape)` in the units of the source, `(..., *shape)`, a level as its number."""
+        ready = self.on(np.asarray(x, np.float64))
+        values = np.asarray(ready.x) * ready.divisor + ready.shift
+        for name, places in ready.warps.items():
+            with np.errstate(over="ignore"):
+                values[..., places] = UNWARPS[name](values[..., places])
+        return values
+
+    def split(self, rows: Rows, *, closed: bool = False) -> Split:
+        """Return rows of a source as the split "new", prepared as the data of the fit were.
+
+        Labels that the fit knows by name have its codes. Binarised values that are drawn at random are the same at each
+        call. Streamed rows stay on the disk.
+
+        Arguments:
+            rows: rows of a source.
+            closed: refuse labels that the fit does not know, because the model is conditioned on them.
+
+        Raises:
+            DataError: rows have another shape or other features than the data of the fit, or an unknown label.
+        """
+        ready = self.on(reshape(self._arranged(rows), self.shape, rows.name))
+        part: dict[str, Part] = {NEW: range(len(ready.x))}
+        prepared: Any = (streams if isinstance(ready.x, Stored) else prepare)(ready, part, self.binarize)[0]
+        y, label_names = self._labels(rows, closed)
+        return Split(NEW, prepared[NEW], y, ids=rows.ids, label_names=label_names, notes=rows.notes)
+
+    def _arranged(self, rows: Rows) -> AnyArray:
+        """Return the stored values with the features in the order of the fit; raises DataError if they do not fit."""
+        x, row = rows.x, tuple(rows.x.shape[1:])
+        if self.features and rows.features and rows.features != self.features:
+            if absent := [name for name in self.features if name not in rows.features]:
+                wanted = f"{absent[0]!r}, a feature of the data of the fit ({len(absent)} lack)"
+                raise DataError(f"{rows.name}: expected {wanted}; got none{near(absent[0], rows.features)}.")
+            places = {name: i for i, name in enumerate(rows.features)}
+            order = np.array([places[name] for name in self.features])
+            x = x[:, order] if isinstance(x, np.ndarray) else Chosen(x, order)
+        elif prod(row) != prod(self.shape):
+            wanted = f"rows of shape {list(self.shape)}, as the data of the fit ({prod(self.shape)} values)"
+            raise DataError(f"{rows.name}: expected {wanted}; got {list(row)} ({prod(row)} values).")
+        if np.dtype(self.dtype).kind in "biu" and x.dtype.kind == "f" and self.divisor != 1.0:
+            stored: Any = x
+            of = f"the data of the fit have ({self.dtype}, divided by {self.divisor})"
+            Split(rows.name, stored).require_support(constraints.nonnegative_integer, "", of)
+        return x
+
+    def _labels(self, rows: Rows, closed: bool) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:
+        """Return labels as codes of the fit, and their names, those that the fit does not know behind its own."""
+        if rows.y is None:
+            return None, self.label_names
+        codes, known, words = rows.y.astype(np.int64), self.label_names or (), rows.label_names
+        if words is None:  # codes of the fit
+            return torch.from_numpy(codes), self.label_names if 0 <= codes.min() <= codes.max() < len(known) else None
+        if closed and (odd := [i for i in np.unique(codes).tolist() if words[i] not in known]):
+            expected = f"a label of the fit, {', '.join(known[:12]) or 'a whole number'}"
+            got = f"{words[odd[0]]!r}{near(words[odd[0]], known)}"
+            raise DataError(f"{rows.name}, row {(codes == odd[0]).argmax()}: expected {expected}; got {got}.")
+        names = tuple(dict.fromkeys([*known, *words]))
+        return torch.tensor([names.index(word) for word in words])[codes], names
+
+
+class Chosen(Stored):
+    """Some features of rows `(n, features)`, in another order.
+
+    Arguments:
+        x: rows of a source.
+        order: number of each chosen feature.
+    """
+
+    def __init__(self, x: AnyArray, order: Array) -> None:
+        self.x, self.order, self.shape, self.dtype = x, order, (len(x), len(order)), x.dtype
+        self.scattered = isinstance(x, Stored) and x.scattered  # type: ignore[misc]
+
+    def read(self, index: Index) -> Array:
+        return self.x[index][:, self.order]
+
+
+# Reading
+
+ENDINGS: Mapping[str, str] = {
+    ".npy": "npy", ".npz": "npz", ".h5": "hdf5", ".hdf5": "hdf5", ".mat": "mat", ".h5ad": "h5ad",
+    ".csv": "csv", ".tsv": "csv", ".txt": "csv", ".parquet": "parquet", ".pq": "parquet",
+}  # fmt: skip
+"""Source of a file, by the ending of its name (before that of a compression)."""
+OPTIONAL = ("label", "labels", "y", "id")
+"""Fields of a declaration that name what new rows may lack: labels and ids."""
+STREAMED_BYTES = 2**28
+"""Size of a file above which its rows stay on the disk, whatever the declaration says."""
+
+
+def rows_of_new(
+    data: Any, declared: Data | None, fitted: FittedTransforms, data_dir: Path | None = None, *, labelled: bool = False
+) -> Rows:
+    """Return the rows of other data than those of a fit, as its source would read them.
+
+    Arguments:
+        data: see `source_of`.
+        declared: declaration of the fit's source; None if there was none.
+        fitted: transforms of the fit.
+        data_dir: folder in which a relative path is looked for first.
+        labelled: refuse data without labels; otherwise labels (and ids) that cannot be read are noted, and left out.
+
+    Raises:
+        DataError: the data cannot be read, lack a column, or have values that the columns do not allow.
+    """
+    if fitted.columns and not isinstance(declared, Tabular):
+        declared = FrameSource(columns=fitted.columns)
+    source: Any = source_of(data, declared, data_dir, fitted.read)
+    names = [name for name in OPTIONAL if getattr(source, name, None) is not None and (name == "id" or not labelled)]
+    problems: list[DataError] = []
+    for left in (left for size in range(len(names) + 1) for left in combinations(names, size)):
+        try:
+            rows = rows_of(data, source.model_copy(update=dict.fromkeys(left)), data_dir, NEW)
+            notes = [f"{getattr(source, name)!r} is not read: {problems[0]}" for name in left]
+            return replace(rows, notes=(*rows.notes, *notes))
+        except DataError as error:
+            problems.append(error)
+    raise problems[-1]
+
+
+def source_of(
+    data: Any, declared: Data | None, data_dir: Path | None = None, read: Mapping[str, str | None] = {}
+) -> Data:
+    """Return the declaration by which data are read, with the fields of another one that it has too.
+
+    Arguments:
+        data: path of a file (or of a folder of images), DataFrame, array, tensor, sparse matrix, AnnData, torch
+            dataset, or a tuple (x, y) of arrays or of paths. The ending of a path and the first bytes of its file say
+            what reads it.
+        declared: declaration of another source, of which separator, encoding, columns, names of arrays and so on are
+            taken; None if there is none.
+        data_dir: folder in which a relative path is looked for first.
+        read: layer and column of labels to read of an AnnData object or file.
+
+    Raises:
+        DataError: no source reads the file.
+    """
+    path, *beside = _paths(data) or [""]
+    where = candidate(path, data_dir, Path.exists) if path else Path()
+    member: type[Data] = H5ad if is_anndata(data) else TensorSource
+    if path:
+        member = Data.members.get(_kind_of(where, declared), Data)
+        known = ", ".join(sorted(set(ENDINGS.values())))
+        if not issubclass(member, FileData):
+            raise DataError(f"{path}: expected a file of rows ({known}); got another.")
+        if issubclass(member, Tabular) and not isinstance(declared, Tabular):
+            raise DataError(f"{path}: expected arrays, or columns declared for this table; got none. Pass an array.")
+    elif isinstance(declared, Tabular):
+        member = FrameSource
+    shared = (declared.model_fields_set & member.model_fields.keys()) - {"source"} if declared else set()
+    given = {name: getattr(declared, name) for name in shared}
+    given |= {"path": path} if "path" in member.model_fields else {}
+    given |= {"stream": True} if where.is_file() and where.stat().st_size > STREAMED_BYTES else {}
+    if "labels" in member.model_fields:  # a column, or a file beside that of the rows
+        given |= read if member is H5ad else {"labels": next(iter(beside), None)}
+    return member(**given)
+
+
+def _paths(data: Any) -> list[str]:
+    parts = data if isinstance(data, tuple) else (data,)
+    return list(map(str, parts)) if all(isinstance(part, str | Path) for part in parts) else []
+
+
+def rows_of(data: Any, source: Data, data_dir: Path | None = None, name: str = "train") -> Rows:
+    """Return the rows of data in a file or in Python, read by the declaration that `source_of` returns for them."""
+    if isinstance(source, FileData) and source.path:
+        with named(source, data_dir):
+            return source.read(data_dir, 0)
+    if isinstance(source, FrameSource):
+        return source.rows_of(data)
+    seed = getattr(source, "split_seed", 0)
+    if isinstance(source, H5ad):
+        return anndata_rows(data, source.layer, source.labels, seed)
+    read = partial(collected, stream=False) if isinstance(data, TorchDataset) else tensors
+    return joined({"train": read(data, name)}, seed, name, features=feature_names(data))
+
+
+def _kind_of(path: Path, declared: Data | None) -> str:
+    """Return the source that reads a file, by the ending of its name and its first bytes; empty if none does."""
+    own = str(getattr(declared, declared.tag)) if isinstance(declared, FileData) else ""
+    ending = next((part.lower() for part in reversed(path.suffixes) if part.lower() not in (".gz", ".bz2", ".xz")), "")
+    names = ["images"] if path.is_dir() else re.findall(r"\w+", signature(path).rpartition("(")[2])
+    names = [ENDINGS[ending]] if ending in ENDINGS else names
+    same = isinstance(declared, FileData) and Path(declared.path).suffix == path.suffix != ""
+    return own if own and (same or own in names or not names) else next(iter(names), "")

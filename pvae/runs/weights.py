@@ -1,0 +1,78 @@
+"""Weights of a checkpoint, compared with those of the pair that they are copied into."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from pvae.data.split import Split
+from pvae.errors import CheckpointError, DataError
+from pvae.pair.pair import Pair
+from pvae.runs import checkpoint
+
+LISTED_DIFFERENCES = 12
+"""Largest number of differences between a checkpoint and a declaration that an error message lists."""
+
+
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
+) -> None:
+    """Copy named weights into a module whose state_dict has the same names, shapes and dtypes.
+
+    `dtype` is that of floating-point weights which were trained in another one than the module's.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes differ; the message lists the differences after `origin`.
+    """
+    require_same(module.state_dict(), tensors, origin, dtype)
+    module.load_state_dict(dict(tensors))
+
+
+def require_same(
+    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
+) -> None:
+    """Raise CheckpointError unless named tensors have the names, shapes and dtypes of others; see `load_weights`."""
+    lines = [f"{name}: expected by the declaration; not in the checkpoint" for name in own if name not in tensors]
+    lines += [f"{name}: in the checkpoint; not in the declaration" for name in tensors if name not in own]
+    for name in own.keys() & tensors.keys():
+        wanted, found = own[name], tensors[name]
+        kind = dtype if dtype and wanted.is_floating_point() else wanted.dtype
+        if wanted.shape != found.shape:
+            lines.append(f"{name}: expected shape {list(wanted.shape)}; got {list(found.shape)}")
+        elif found.dtype != kind:
+            lines.append(f"{name}: expected {kind}; got {found.dtype}")
+    if lines:
+        more = [f"... and {len(lines) - LISTED_DIFFERENCES} more"] if len(lines) > LISTED_DIFFERENCES else []
+        raise CheckpointError(
+            f"{origin}: expected a checkpoint of this declaration; got another:\n  "
+            + "\n  ".join(sorted(lines)[:LISTED_DIFFERENCES] + more)
+        )
+
+
+def attended(pair: Pair, train: Callable[[], Split]) -> Pair:
+    """Return the model/guide pair after parts that depend on data, such as an exemplar prior, got the training data.
+
+    Other pairs need no data.
+
+    Raises:
+        DataError: the training data cannot be read.
+    """
+    if not pair.made_of_data():
+        return pair
+    try:
+        return pair.attend(train().data)
+    except DataError as error:
+        raise DataError(f"{error} A part of the model is made of them, such as an exemplar prior.") from error
+
+
+def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint that its fit selected: the best, the averaged, or the last weights.
+
+    Raises:
+        CheckpointError: the checkpoint contains no weights, or not those that its state selects.
+    """
+    if "weights" not in saved.tensors:
+        raise CheckpointError(f"{saved.path}: expected weights.safetensors; got {', '.join(saved.tensors) or 'none'}.")
+    if (select := saved.state.get("select", "weights")) not in [*{"weights", "average", "best"} & saved.tensors.keys()]:
+        raise CheckpointError(f"{saved.path / 'state.json'}: expected 'select' to name weights; got {select!r}.")
+    return {**saved.tensors["weights"], **saved.tensors[select]}
