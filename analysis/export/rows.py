@@ -10,7 +10,7 @@ from itertools import count
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pvae.analysis.export.sites import numpy_of
 from pvae.data.new import FittedTransforms
+from pvae.data.split import Split
 from pvae.errors import DeclarationError, require_extra
 from pvae.util import follows
 from pvae.util.files import replaced
@@ -28,10 +29,6 @@ if TYPE_CHECKING:
 
 Part = Mapping[str, Tensor]
 """Results of consecutive rows: tensors `(m, ...)` by key."""
-LIKE_DATA = frozenset(["x", "lower", "upper", "draws"])
-"""Keys of tensors that are rows of data, `(m, [draws,] *shape)`; those of a table leave in its units and words."""
-OF_TRANSFORMED = frozenset(["mean", "std"])
-"""Keys of tensors that are moments of transformed values, which a table shows in no units of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,61 +37,72 @@ class Origin:
 
     Arguments:
         columns: those known of `id`, `row` (number in the source), `split` and `label` (its word), `(n,)` each.
-        table: units and words of the table that the rows are of; None for other data.
+        table: transforms of the data of the fit, which give rows of a table its units and words; or None.
     """
 
     columns: Mapping[str, Array] = field(default_factory=dict)
     table: FittedTransforms | None = None
 
-    def frame(self, part: Part, start: int = 0) -> pandas.DataFrame:
-        """Return consecutive results as a data frame with a column for every number of a row.
+    @classmethod
+    def of(cls, split: Split, chosen: Tensor, table: FittedTransforms | None = None) -> Self:
+        """Return the origin of the rows of a split at the positions `chosen` `(m,)`."""
+        found = {"id": split.ids, "row": split.numbers, "split": split.splits, "label": split.words}
+        return cls({key: v[chosen.numpy()] for key, v in found.items() if v is not None}, table)
+
+    def frames(self, parts: Iterable[Part]) -> Iterator[pandas.DataFrame]:
+        """Yield results of consecutive rows as data frames with a column for every number of a row.
 
         The columns of a latent `z` are `z0`, `z1`, ...; of a further tensor of it, such as `scale/z`, `scale_z0`, ...
         A table's columns have their own names, units and words.
 
-        Arguments:
-            part: tensors `(m, ...)` of the rows.
-            start: position of the first of them among the rows of this origin.
-
         Raises:
-            DeclarationError: the tensors have other numbers of rows, or none.
+            DeclarationError: the tensors of a part have different numbers of rows, or there are none.
         """
         import pandas
 
-        if len({t.shape[:1] for t in part.values()}) != 1:
-            shapes = ", ".join(f"{key} {list(t.shape)}" for key, t in part.items())
-            raise DeclarationError(f"Expected a result with one entry a row; got {shapes or 'none'}. Save it as .npz.")
-        size, table, part = len(next(iter(part.values()))), self.table, dict(part)
-        if table and "draws" in part:
-            part |= {f"draw {k}": t for k, t in enumerate(part.pop("draws").unbind(1))}
-        if table:
-            part = {key: t for key, t in part.items() if key not in OF_TRANSFORMED}
-        own = {key: values[start : start + size] for key, values in self.columns.items()}
-        words = [key for key in part if key in LIKE_DATA or key.startswith("draw ")] if table else []
-        worded = {key: table.to_frame(part[key]) for key in words} if table else {}
-        flat = {key: pandas.DataFrame(numpy_of(t).reshape(size, -1)) for key, t in part.items() if key not in worded}
-        found = pandas.concat([pandas.DataFrame(own), *({**worded, **flat}[key] for key in part)], axis=1)
-        tails = {key: tuple(t.shape[1:]) for key, t in part.items()}
-        tries = ([*(key + "_" * i for key in own), *self._names(tails, "_" * i)] for i in count())
-        found.columns = pandas.Index(next(names for names in tries if len({*names}) == len(names)))
-        return found
+        start = 0
+        for part in parts:
+            if len({t.shape[:1] for t in part.values()}) != 1:
+                got = ", ".join(f"{key} {list(t.shape)}" for key, t in part.items())
+                raise DeclarationError(f"Expected a result with one entry a row; got {got or 'none'}. Save it as .npz.")
+            stop, shown = start + len(next(iter(part.values()))), self.shown(part)
+            own = {key: values[start:stop] for key, values in self.columns.items()}
+            rest = (
+                table.to_frame(t) if table else pandas.DataFrame(numpy_of(t).reshape(stop - start, -1))
+                for t, table in shown.values()
+            )
+            found = pandas.concat([pandas.DataFrame(own), *rest], axis=1)
+            tails = {key: tuple(t.shape[1:]) for key, (t, _) in shown.items()}
+            tries = ([*(key + "_" * i for key in own), *self._names(tails, "_" * i)] for i in count())
+            found.columns = pandas.Index(next(names for names in tries if len({*names}) == len(names)))
+            yield found
+            start = stop
+
+    def shown(self, part: Part) -> dict[str, tuple[Tensor, FittedTransforms | None]]:
+        """Return the tensors of a part, each with the table that it has rows of, if it has.
+
+        Of a table draws are shown one by one, and no moments (`mean`, `std`) of transformed values.
+        """
+        if not self.names:
+            return {key: (t, None) for key, t in part.items()}
+        draws = {f"draw {k}": (t, self.table) for k, t in enumerate(part["draws"].unbind(1) if "draws" in part else ())}
+        kept = {key: t for key, t in part.items() if key not in ("draws", "mean", "std")}
+        return {key: (t, self.table if key in ("x", "lower", "upper") else None) for key, t in kept.items()} | draws
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns of the table; none for other data."""
+        return [*self.table.columns] if self.table else []
 
     def _names(self, tails: Mapping[str, tuple[int, ...]], gap: str) -> Iterator[str]:
         """Yield a name for every number of a row, in order, given the shape of a row of each tensor."""
         for key, tail in tails.items():
             stem = _stem(key)
             joint = gap or ("_" if stem[-1:].isdigit() else "")
-            if self.table and tail == (len(self.table.columns),) and "/" not in key:  # a number for each column
-                yield from (column if key == "x" else f"{key} {column}" for column in self.table.columns)
+            if self.names and tail == (len(self.names),) and "/" not in key:  # a number for each column
+                yield from (column if key == "x" else f"{key} {column}" for column in self.names)
             else:
                 yield from (stem + joint + "_".join(map(str, at)) if at else stem for at in np.ndindex(*tail))
-
-    def frames(self, parts: Iterable[Part]) -> Iterator[pandas.DataFrame]:
-        """Yield the data frame of each of consecutive parts."""
-        start = 0
-        for part in parts:
-            yield self.frame(part, start)
-            start += len(next(iter(part.values())))
 
 
 def _stem(key: str) -> str:
@@ -107,7 +115,7 @@ def _stem(key: str) -> str:
 def write(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None = None) -> None:
     """Write rows part by part to a file in the format of its ending, which replaces what stood there at the end.
 
-    CSV and Parquet are written as `Origin.frame` shows them, npz as the arrays that `parts` consist of. In h5ad the
+    CSV and Parquet are written as `Origin.frames` shows them, npz as the arrays that `parts` consist of. In h5ad the
     latents are `.obsm["X_pvae"]`, rows of data layers `pvae_<key>`, single numbers columns `pvae_<key>` of `.obs`. Of a
     table, the moments of transformed values (`mean`, `std`) are in npz alone, where all values are transformed ones.
 
@@ -164,12 +172,16 @@ def _h5ad(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None) 
 
     if like is not None:
         shutil.copyfile(like, path)
-    with _spooled(path, (_in_units(part, origin.table) for part in parts)) as arrays, h5py.File(path, "a") as file:
+    shown = (
+        {key: torch.from_numpy(table.values(t)) if table else t for key, (t, table) in origin.shown(part).items()}
+        for part in parts
+    )
+    with _spooled(path, shown) as arrays, h5py.File(path, "a") as file:
         count = len(next(iter(arrays.values())))
         rows = origin.columns.get("row", np.arange(count))
         if like is None:
             width = prod(arrays["x"].shape[1:]) if "x" in arrays else 0
-            names = np.array([*origin.table.columns] if origin.table else [*map(str, range(width))], np.str_)
+            names = np.array(origin.names or [*map(str, range(width))], np.str_)
             obs = {"_index": origin.columns.get("id", rows).astype(np.str_), **origin.columns}
             file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
             for room, columns in (("obs", obs), ("var", {"_index": names})):
@@ -179,37 +191,26 @@ def _h5ad(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None) 
                     _put(file[room], name, values)
         whole, width = (len(file[room][file[room].attrs["_index"]]) for room in ("obs", "var"))
         several = sum(key.startswith("latents/") for key in arrays) > 1
-        for key, values in arrays.items():
-            room, name = _place(key, values, width, several)
-            shown = values if room == "obs" else values.reshape(count, -1)
+        for key, array in arrays.items():
+            room, name = _place(key, array, width, several)
+            values = array if room == "obs" else array.reshape(count, -1)
             if whole != count:  # of the other rows it is not known
-                shown = np.full((whole, *shown.shape[1:]), np.nan)
-                shown[rows] = values.reshape(count, *shown.shape[1:])
+                some, values = values, np.full((whole, *values.shape[1:]), np.nan)
+                values[rows] = some
             if room not in file:
                 file.create_group(room).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
             if room == "obs":
                 file[room].attrs["column-order"] = [*dict.fromkeys([*file[room].attrs["column-order"], name])]
-            _put(file[room], name, shown)
+            _put(file[room], name, values)
 
 
 def _put(group: Any, name: str, values: Array) -> None:
     """Write an array into a group of an h5ad file, in place of what had its name."""
-    import h5py
-
     is_text = values.dtype.kind == "U"
     if name in group:
         del group[name]
-    made = group.create_dataset(
-        name, data=values.astype(object) if is_text else values, dtype=h5py.string_dtype() if is_text else None
-    )
+    made = group.create_dataset(name, data=values.tolist() if is_text else values)
     made.attrs.update({"encoding-type": "string-array" if is_text else "array", "encoding-version": "0.2.0"})
-
-
-def _in_units(part: Part, table: FittedTransforms | None) -> Part:
-    if table is None:
-        return part
-    shown = {key: t for key, t in part.items() if key not in OF_TRANSFORMED}
-    return {key: torch.from_numpy(table.values(t)) if key in LIKE_DATA else t for key, t in shown.items()}
 
 
 def _place(key: str, values: Array, width: int, several: bool) -> tuple[str, str]:

@@ -69,7 +69,7 @@ class Generated:
 
         A latent `z` has columns `z0`, `z1`, ...; rows of a table have its columns, in its units and words.
         """
-        found = self.origin.frame(self.tensors())
+        (found,) = self.origin.frames([self.tensors()])
         return found.set_index(found.columns[0]) if self.origin.columns else found.rename_axis("row")
 
     def save(self, path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from pvae.signals import STOPPED, Raising
 
 __all__ = ["app", "main"]
 
-for group in ("declarations", "fitting", "analyses", "making", "upkeep"):  # in the order of `pvae --help`
+for group in ("declarations", "fitting", "analyses", "making", "rows", "upkeep"):  # in the order of `pvae --help`
     import_module(f"pvae.cli.{group}")
 
 

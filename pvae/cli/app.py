@@ -42,13 +42,15 @@ OPTIONS: dict[str, Any] = {
     "name": Argument(help="A zoo name (see `pvae list`), a TOML file or FILE.py:PAIR.", metavar="NAME_OR_FILE"),
     "run": Argument(help="A run: its folder, its name (the newest), name/id, or latest; or FILE.py:PAIR."),
     "overrides": Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
-    "split": Option("--split", help="train, validation or test."),
+    "split": Option("--split", help="train, validation or test; of commands that write rows also all."),
     "rows": Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
     "seed": Option("--seed", help="Seed of the random numbers."),
     "mean": Option("--mean", help="Means of p(x | z), without the likelihood's noise."),
     "samples": Option("--samples", min=1, help="Samples of z per datum."),
     "given": Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
-    "out": Option("--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."),
+    "out": Option(
+        "--out", help="File without suffix; rows also .csv, .parquet, .npz, .h5ad. In the run's folder unless said."
+    ),
     "evidence_samples": Option(
         "--evidence-samples", min=2, help="Importance samples for each of 500 data (compare: 250)."
     ),
@@ -59,10 +61,7 @@ OPTIONS: dict[str, Any] = {
     "run_dir": Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
     "data_dir": Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
     "pair": Option("--pair", help="The pair of a run of a hand-written pair, FILE.py:PAIR."),
-    "data": Option(
-        "--data",
-        help="File of the data, where none is declared; of a hand-written pair .npz (arrays by argument) or .npy.",
-    ),
+    "data": Option("--data", help="File of other rows, or of data that are not declared (of a pair: .npz, .npy)."),
     "quiet": Option("--quiet", help="No progress."),
     "strict": Option("--strict", help="Exit with 3 where the run finished with alerts."),
     "as_json": Option("--json", help="Print JSON for programs."),
@@ -71,7 +70,8 @@ OPTIONS: dict[str, Any] = {
 ON_RUN = ("run_dir", "data_dir", "as_json")
 ON_FITTED = ("seed", "run_dir", "data_dir", "pair", "data", "as_json")
 ON_RUN_AND_DEVICE = ("device", *ON_FITTED)
-SHARED_OUT = frozenset(["fit", "resume", "refit", "surgery", "evidence", "gap", "posterior", "report", "compare"])
+ON_ROWS = ("split", "rows", "out", *ON_RUN_AND_DEVICE)
+SHARED_OUT = "fit resume refit surgery evidence gap posterior report compare encode reconstruct score impute".split()
 """Commands whose work the processes that torchrun started share out."""
 TO_FIT = ("device", "export", "run_dir", "data_dir", "pair", "data", "quiet", "strict", "as_json")
 

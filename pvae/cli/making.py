@@ -1,10 +1,9 @@
-"""Commands for samples, latents, reconstructions, traversals, interpolations, and the rate-distortion plane."""
+"""Commands for samples, traversals, interpolations, and the rate-distortion plane."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Argument, Option
 
 import pvae
-from pvae.cli.app import ON_FITTED, Shared, beside, command, rows_of, tell
+from pvae.cli.app import ON_FITTED, Shared, beside, command, tell
 from pvae.errors import DataError, DeclarationError
 from pvae.util.files import write_atomic, write_together
 
@@ -38,45 +37,6 @@ def sample(
     asked = partial(pvae.analysis.sample, mean=mean, given=_given(given), seed=shared.seed)
     found = shared.watched("sample", asked, opened, n, total=n)
     keep(shared, opened, "sample", found, _over_data(opened, "sampled"))
-
-
-@command(("split", "rows", "out", *ON_FITTED))
-def encode(
-    shared: Shared,
-    run: str,
-    mean: Annotated[bool, Option("--mean", help="Centres of q(z | x) in place of samples.")] = False,
-) -> None:
-    """Encode the rows of a split: write their latents, and plot each latent beside samples from its prior."""
-    from pvae.analysis.export.rows import Origin
-
-    opened = shared.open(run)
-    chosen, x, y = rows_of(opened, shared.split, shared.rows, shared.seed)
-    asked = partial(pvae.analysis.encode, mean=mean, seed=shared.seed)
-    found = shared.watched("encode", asked, opened, x, total=len(chosen))
-    prior, labels = pvae.analysis.sample(opened, 1000, seed=shared.seed), None if y is None else y.numpy()
-    planes = pvae.analysis.pages.plots.pictures.encoded(found, prior, labels, opened.data.label_names)
-    columns = {"row": chosen.numpy()} | ({} if labels is None else {"label": labels})
-    found = replace(found, origin=Origin(columns, opened.data.table))
-    keep(shared, opened, f"encode-{shared.split}", found, lambda _: planes)
-
-
-@command(("split", "rows", "out", *ON_FITTED))
-def reconstruct(
-    shared: Shared,
-    run: str,
-    draw: Annotated[bool, Option("--draw", help="Samples of p(x | z) in place of its means.")] = False,
-) -> None:
-    """Encode a split's rows and decode them again, with log p(x | z) of each."""
-    from pvae.analysis.export.rows import Origin
-
-    opened = shared.open(run)
-    chosen, x, _ = rows_of(opened, shared.split, shared.rows, shared.seed)
-    asked = partial(pvae.analysis.reconstruct, mean=not draw, seed=shared.seed)
-    found = shared.watched("reconstruct", asked, opened, x, total=len(chosen))
-    seen = opened.data.split(shared.split).observed(x).double().numpy()
-    picture = pvae.analysis.pages.plots.pictures.reconstructed(found, seen, background(opened))
-    found = replace(found, origin=Origin({"row": chosen.numpy()}, opened.data.table))
-    keep(shared, opened, f"reconstruct-{shared.split}", found, lambda _: picture)
 
 
 @command(("split", "out", *ON_FITTED))
@@ -189,7 +149,7 @@ def keep(
     arrays = found.save(beside(path, ".npz"))
     tensors, drawn, table, tables = found.tensors(), None, None, []
     try:
-        table = run.data.table
+        table = run.transforms if run.transforms.columns else None
         drawn = plot(found)
     except DataError as error:  # samples need none
         tell(f"note: no plot, without the data: {error}", err=True)

@@ -22,6 +22,7 @@ from pvae.experiment.plan import Plan
 from pvae.objectives.base import named
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
+from pvae.runs.applied import Applied
 from pvae.runs.rundir import TRANSFORMS, RunDirectory
 from pvae.runs.weights import attended, chosen, load_weights
 from pvae.util.files import digest, read_inside
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from pvae.analysis.samples.modules import PlainDecoder, PlainEncoder
 
 
-class Run:
+class Run(Applied):
     """Fitted experiment in a run directory: its declaration, data, fitted model and guide, and metrics.
 
     Arguments:
@@ -163,7 +164,7 @@ class Run:
                 f"{self.path}: expected data of fingerprint {str(wanted)[:16]}; got {data.fingerprint[:16]}. "
                 f"The run was fitted on other data."
             )
-        return self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data
+        return (self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data).to(self._device)
 
     @cached_property
     def transforms(self) -> FittedTransforms:
@@ -328,8 +329,9 @@ class Run:
         return asked(predictive_rows=predictive_rows, predictive_draws=predictive_draws)
 
     def to(self, device: str | torch.device) -> Run:
-        """Move the pair and the data to a device, and return the run itself."""
-        self._device = device
+        """Move the pair to a device, and the data if they are read, and return the run itself."""
         self.__dict__["pair"] = self.pair.to(device)
-        self.__dict__["data"] = self.data.to(device)
+        self._device = device
+        if "data" in self.__dict__:
+            self.__dict__["data"] = self.data.to(device)
         return self

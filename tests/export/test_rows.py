@@ -55,7 +55,7 @@ def test_tables_read_back_are_the_frame(ending: str, origin: Origin, tmp_path: P
     found = pd.read_csv(path) if ending == ".csv" else pd.read_parquet(path)
     names = ["z0", "z1", "z2", "log_q_z", "scale_z0", "scale_z1", "scale_z2"]
     assert list(found.columns) == ["id", "row", "split", "label", *names]
-    pd.testing.assert_frame_equal(found[names].astype(np.float32), origin.frame(whole)[names])
+    pd.testing.assert_frame_equal(found[names].astype(np.float32), next(origin.frames([whole]))[names])
     for name, values in origin.columns.items():
         assert found[name].tolist() == values.tolist()
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -142,16 +142,18 @@ def test_rows_of_a_table_leave_in_its_units_and_words(ending: str, tmp_path: Pat
 
 
 def test_no_two_columns_have_one_name() -> None:
-    found = Origin({"row": np.arange(N)}).frame(part_of({"latents/z": (12,), "latents/z1": (), "latents/row": ()}))
+    found = next(
+        Origin({"row": np.arange(N)}).frames([part_of({"latents/z": (12,), "latents/z1": (), "latents/row": ()})])
+    )
     assert found.columns.is_unique
     assert found.columns[:2].tolist() == ["row_", "z_0"]
-    alone = Origin().frame(part_of({"latents/z1": (2,), "x": (2, 2)}))
+    alone = next(Origin().frames([part_of({"latents/z1": (2,), "x": (2, 2)})]))
     assert alone.columns.tolist() == ["z1_0", "z1_1", "x0_0", "x0_1", "x1_0", "x1_1"]
 
 
 def test_results_without_an_entry_a_row_have_no_frame() -> None:
     with pytest.raises(DeclarationError, match=r"one entry a row; got a \[2\], b \[3\]. Save it as .npz"):
-        Origin().frame({"a": torch.zeros(2), "b": torch.zeros(3)})
+        next(Origin().frames([{"a": torch.zeros(2), "b": torch.zeros(3)}]))
 
 
 def failing(problem: BaseException) -> Iterator[Part]:

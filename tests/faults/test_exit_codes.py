@@ -175,6 +175,8 @@ PRINTS_JSON: dict[str, list[str]] = {
     "sample": ["vae", "-n", "4", "--out", "OUT/shown"],
     "encode": ["vae", *PICTURES],
     "reconstruct": ["vae", *PICTURES],
+    "score": ["vae", "--rows", "4", "--samples", "5", "--out", "OUT/scores.csv"],
+    "impute": ["vae", "--rows", "4", "--samples", "5", "--out", "OUT/made.npz"],
     "traverse": ["vae", "--steps", "2", "--dims", "0", "--out", "OUT/shown"],
     "interpolate": ["vae", "0", "1", "--steps", "2", "--out", "OUT/shown"],
     "copying": ["vae", "--rows", "20"],

@@ -1,0 +1,102 @@
+"""Commands that apply a run to rows of data: codes, scores, reconstructions, imputations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+import pvae
+from pvae.cli.app import ON_ROWS, Shared, command, tell
+from pvae.cli.making import background, keep
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from pvae.analysis.samples.rows import RowBlocks
+
+
+@command(ON_ROWS)
+def encode(
+    shared: Shared,
+    run: str,
+    mean: Annotated[bool, Option("--mean", help="Centres of q(z | x) in place of samples.")] = False,
+) -> None:
+    """Encode rows: write their latents, and plot each latent beside samples from its prior."""
+    _apply(shared, pvae.analysis.encode, run, _planes, mean=mean)
+
+
+def _planes(blocks: RowBlocks[Any], found: Any) -> Mapping[str, Figure]:
+    prior, part = pvae.analysis.sample(blocks.run, 1000, seed=blocks.seed), blocks.split
+    labels = None if part.y is None else part.y[blocks.chosen].cpu().numpy()
+    return pvae.analysis.pages.plots.pictures.encoded(found, prior, labels, part.label_names)
+
+
+@command(ON_ROWS)
+def reconstruct(
+    shared: Shared,
+    run: str,
+    draw: Annotated[bool, Option("--draw", help="Samples of p(x | z) in place of its means.")] = False,
+) -> None:
+    """Encode rows and decode them again, with log p(x | z) of each."""
+    _apply(shared, pvae.analysis.reconstruct, run, _rebuilt, mean=not draw)
+
+
+def _rebuilt(blocks: RowBlocks[Any], found: Any) -> Figure | None:
+    split = blocks.split
+    seen = split.observed(split.rows[blocks.chosen]).double().cpu().numpy()
+    behind = seen if split.name == "new" else background(blocks.run)
+    return pvae.analysis.pages.plots.pictures.reconstructed(found, seen, behind)
+
+
+@command(ON_ROWS)
+def score(shared: Shared, run: str, samples: int = 100) -> None:
+    """Score rows: log p(x) with its error, each column or pixel, a p-value beside validation rows."""
+    _apply(shared, pvae.analysis.score, run, samples=samples)
+
+
+@command(ON_ROWS)
+def impute(
+    shared: Shared,
+    run: str,
+    samples: int = 200,
+    draws: Annotated[int, Option("--draws", min=1, help="Completed rows for each row.")] = 10,
+    sweeps: Annotated[int, Option("--sweeps", min=0, help="Metropolis sweeps after importance resampling.")] = 0,
+) -> None:
+    """Fill in the missing cells of rows of a table: estimates, intervals and draws; observed cells are untouched."""
+    _apply(shared, pvae.analysis.impute, run, samples=samples, draws=draws, sweeps=sweeps)
+
+
+def _apply(
+    shared: Shared, make: Callable[..., Any], run: str, picture: Callable[..., Any] | None = None, **options: Any
+) -> None:
+    """Apply an analysis to rows of a file, or of a split of the run's data, and write what it makes of each.
+
+    The file has the format of its ending; without one, it is an .npz beside a picture, or a CSV if there is none.
+    """
+    from pvae.analysis.export.rows import write
+    from pvae.analysis.samples.rows import RowBlocks
+    from pvae.cli.handwritten import is_pair_file
+    from pvae.util import seeds
+
+    is_new = bool(shared.data and not shared.pair and not is_pair_file(run))
+    opened, name = (replace(shared, data=None) if is_new else shared).open(run, shared.device), make.__name__
+    if is_new:
+        split = opened.rows(shared.data)
+    else:
+        split = opened.data.whole() if shared.split == "all" else opened.data.split(shared.split)
+    stem, chosen = f"{name}-{split.name}", seeds.subset(len(split), shared.rows, shared.seed)
+    path = shared.out or opened.files.analysis / (stem if picture else f"{stem}.csv")
+    with shared.bar(name) as bar:
+        blocks = RowBlocks(make, opened, split, chosen, seed=shared.seed, on_progress=bar.report, **options)
+        if picture and path.suffix in ("", ".png"):
+            keep(shared, opened, stem, blocks.whole(), lambda found: picture(blocks, found))
+            return
+        like = shared.data if shared.data and {shared.data.suffix, path.suffix} == {".h5ad"} else None
+        write(path, blocks.parts(), blocks.origin, like)
+    for key, why in blocks.absent.items():
+        tell(f"note: no {key}: {why}", err=True)
+    kind = path.suffix[1:]
+    shared.answer({"run": str(opened.path), "rows": len(chosen), kind: str(path)}, f"{kind}: {path}")
