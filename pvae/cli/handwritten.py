@@ -36,11 +36,7 @@ def load_pair(text: str) -> Pair:
     """
     pair, *others = load_names(text)
     if others or not isinstance(pair, Pair):
-        name = text.rpartition(":")[2]
-        raise DeclarationError(
-            f"{text}: expected a pvae.Pair of this name; got {type(pair).__name__}. Write `{name} = "
-            f"pvae.Pair(model, guide)` in the file."
-        )
+        raise DeclarationError.of("cli.handwritten.no_pair", text=text, pair=pair)
     return pair
 
 
@@ -111,10 +107,7 @@ class PairOnData:
     label_names: ClassVar[None] = None
 
     def __getattr__(self, name: str) -> Any:
-        raise DeclarationError(
-            f"{self.path}: expected a run; got a pair in a file, of which surgery, evidence, gap and report are made. "
-            f"Fit it first: pvae fit {self.path} --data FILE."
-        )
+        raise DeclarationError.of("cli.handwritten.no_run", path=self.path)
 
     def split(self, name: str) -> Split:
         """Return all rows, whatever split is asked for."""

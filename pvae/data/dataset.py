@@ -306,8 +306,7 @@ def _constant_features(train: Split, notes: tuple[str, ...]) -> list[str]:
     low, high = x.blocks.survey[:2] if isinstance(x, Streamed) else extremes(x.numpy(), range(len(x)))
     constant, features = int((low == high).sum()), prod(x.shape[1:])
     if constant == features:
-        got = f"all {features} are constant over its {len(x)} rows"
-        raise DataError(". ".join([f"Expected features that vary in train; {got}", *notes]) + ".")
+        raise DataError.of("data.dataset.constant", features=features, rows=len(x), notes=notes)
     return [f"{constant} of {features} features are constant in train"] if constant else []
 
 

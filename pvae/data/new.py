@@ -133,14 +133,13 @@ class FittedTransforms(Section):
         x, row = rows.x, tuple(rows.x.shape[1:])
         if self.features and rows.features and rows.features != self.features:
             if absent := [name for name in self.features if name not in rows.features]:
-                wanted = f"{absent[0]!r}, a feature of the data of the fit ({len(absent)} lack)"
-                raise DataError(f"{rows.name}: expected {wanted}; got none{near(absent[0], rows.features)}.")
+                hint = near(absent[0], rows.features)
+                raise DataError.of("data.new.feature", name=rows.name, absent=absent, hint=hint)
             places = {name: i for i, name in enumerate(rows.features)}
             order = np.array([places[name] for name in self.features])
             x = x[:, order] if isinstance(x, np.ndarray) else Chosen(x, order)
-        elif prod(row) != prod(self.shape):
-            wanted = f"rows of shape {list(self.shape)}, as the data of the fit ({prod(self.shape)} values)"
-            raise DataError(f"{rows.name}: expected {wanted}; got {list(row)} ({prod(row)} values).")
+        elif (found := prod(row)) != (wanted := prod(self.shape)):
+            raise DataError.of("data.new.shape", name=rows.name, shape=self.shape, wanted=wanted, row=row, found=found)
         if np.dtype(self.dtype).kind in "biu" and x.dtype.kind == "f" and self.divisor != 1.0:
             stored: Any = x
             of = f"the data of the fit have ({self.dtype}, divided by {self.divisor})"
@@ -155,9 +154,8 @@ class FittedTransforms(Section):
         if words is None:  # codes of the fit
             return torch.from_numpy(codes), self.label_names if 0 <= codes.min() <= codes.max() < len(known) else None
         if closed and (odd := [i for i in np.unique(codes).tolist() if words[i] not in known]):
-            expected = f"a label of the fit, {', '.join(known[:12]) or 'a whole number'}"
-            got = f"{words[odd[0]]!r}{near(words[odd[0]], known)}"
-            raise DataError(f"{rows.name}, row {(codes == odd[0]).argmax()}: expected {expected}; got {got}.")
+            word, said = words[odd[0]], {"name": rows.name, "row": (codes == odd[0]).argmax()}
+            raise DataError.of("data.new.label", **said, known=known, word=word, hint=near(word, known))
         names = tuple(dict.fromkeys([*known, *words]))
         return torch.tensor([names.index(word) for word in words])[codes], names
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.data.rows.rows import NEW, Part, chunks
+from pvae.data.rows.rows import Part, chunks
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.util import group, seeds
@@ -140,10 +140,7 @@ class Split:
         if self.y is None:
             raise DataError(f"{self.name}: expected labels, on which the model is conditioned; got none.")
         if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < codes:
-            raise DataError(
-                f"{self.name}: expected labels 0 .. {codes - 1}; got {int(self.y.min())} .. {int(self.y.max())}."
-                + f" Set the covariate's codes to {int(self.y.max()) + 1}." * (self.name != NEW)
-            )
+            raise DataError.of("data.split.codes", name=self.name, y=self.y, codes=codes)
         words, rows = (tokens or {}).get(name), plain.rows
         columns = self.y[:, None] if words is None else torch.tensor(words, device=self.y.device)[self.y]
         if isinstance(rows, Streamed):
@@ -172,12 +169,9 @@ class Split:
             inside = constraint.check(chunk)
             if not bool(inside.all()):
                 first, *element = (int(i) for i in (~inside).nonzero()[0])
-                value = chunk[(first, *element)]
-                shown = f"{value.item():g}" if value.numel() == 1 else str(value.flatten()[:6].tolist())
-                where, wanted = _named(constraint, element)
-                raise DataError(
-                    f"{self.name}, row {row + first}, {where}: expected {wanted}, as {of}; got {shown}. {hint}".rstrip()
-                )
+                value, (where, wanted) = chunk[(first, *element)].flatten()[:6].tolist(), _named(constraint, element)
+                place = {"split": self.name, "row": row + first, "value": value}
+                raise DataError.of("data.split.support", **place, where=where, wanted=wanted, of=of, hint=hint)
             row += len(chunk)
 
 

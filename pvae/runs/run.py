@@ -148,10 +148,7 @@ class Run(Applied):
         if isinstance(data, str | Path):
             data = self._passed(data)
         if self.lacks_data:
-            said = f"{self.files.manifest.get('origin', '--data FILE')} on the command line"
-            raise DataError(
-                f"{self.path}: expected the tensors of the fit; got none. Pass data=... to Run.load, or {said}."
-            )
+            raise DataError.of("runs.run.no_data", path=self.path, said=self.files.manifest.get("origin"))
         if data is None:
             token = CONFINED.set(self._foreign)
             try:
@@ -160,10 +157,7 @@ class Run(Applied):
                 CONFINED.reset(token)
         wanted = self.files.manifest.get("data", {}).get("fingerprint")
         if wanted and data.fingerprint != wanted:
-            raise DataError(
-                f"{self.path}: expected data of fingerprint {str(wanted)[:16]}; got {data.fingerprint[:16]}. "
-                f"The run was fitted on other data."
-            )
+            raise DataError.of("runs.run.other_data", path=self.path, wanted=str(wanted), found=data.fingerprint)
         return (self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data).to(self._device)
 
     @cached_property
@@ -272,11 +266,7 @@ class Run(Applied):
             self._given_pair.accept(self.data.train.rows)
             return self._given_pair
         if not isinstance(self.plan, Experiment):
-            said = self.files.manifest.get("origin") or "--pair FILE.py:PAIR --data FILE"
-            raise DeclarationError(
-                f"{self.path}: expected the hand-written pair of this run; got none. Pass pair= and data= to Run.load, "
-                f"or {said} on the command line."
-            )
+            raise DeclarationError.of("runs.run.no_pair", path=self.path, said=self.files.manifest.get("origin"))
         shape = (
             self.data.shape if isinstance(self._given_data, Dataset) else self.shape
         )  # which compares the fingerprint

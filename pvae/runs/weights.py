@@ -43,10 +43,8 @@ def require_same(
             lines.append(f"{name}: expected {kind}; got {found.dtype}")
     if lines:
         more = [f"... and {len(lines) - LISTED_DIFFERENCES} more"] if len(lines) > LISTED_DIFFERENCES else []
-        raise CheckpointError(
-            f"{origin}: expected a checkpoint of this declaration; got another:\n  "
-            + "\n  ".join(sorted(lines)[:LISTED_DIFFERENCES] + more)
-        )
+        said = f"{origin}: expected a checkpoint of this declaration; got another:"
+        raise CheckpointError("\n  ".join([said, *sorted(lines)[:LISTED_DIFFERENCES], *more]))
 
 
 def attended(pair: Pair, train: Callable[[], Split]) -> Pair:

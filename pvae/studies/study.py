@@ -239,9 +239,7 @@ def study(
     declared = Declared.load(file)
     passed = [case.label for case in declared.cases if isinstance(case.experiment.data, TensorSource | FrameSource)]
     if passed and data is None:
-        raise DeclarationError(
-            f"{file}: case {passed[0]!r}: data.source: expected one that is read from files, or data=."
-        )
+        raise DeclarationError.of("studies.study.no_data", file=file, case=passed[0])
     for name, given in (("jobs", jobs), ("threads", threads)):
         if given is not None and given < 1:
             raise DeclarationError(f"{name}: expected at least 1; got {given}.")

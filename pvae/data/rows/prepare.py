@@ -92,10 +92,7 @@ def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
     mean, deviation, flat = _moments(Scaled(x), train)
     if constant := np.argwhere(np.atleast_1d((low == high) | flat)).tolist():
         where = constant[0][0] if len(constant[0]) == 1 else tuple(constant[0])
-        raise DataError(
-            f'data.scale = "standardise": expected columns that vary in train; column {where} is constant '
-            f"({len(constant)} such columns in all). Drop them, or use another scale."
-        )
+        raise DataError.of("data.rows.constant", where=where, count=len(constant))
     return Scaled(x, mean, deviation)
 
 
@@ -114,11 +111,7 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
     mean, deviation, flat = _moments(Scaled(x, warps=warps), train)
     for name, constant, least, most in zip(rows.table, chosen & (flat | (low == high)), low, high, strict=True):
         if constant:
-            got = f"{least:g} alone" if least == most else "differences that are rounding"
-            raise DataError(
-                f"data.columns.{name!r}: expected a column that varies in train; got {got}. Drop it, or set "
-                f'transform = "none".'
-            )
+            raise DataError.of("data.rows.constant_column", name=name, least=least, most=most)
     return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, deviation, 1.0), warps)
 
 
@@ -213,6 +206,4 @@ def require_unit(name: str, low: float, high: float) -> None:
         DataError: `low` is below 0 or `high` above 1.
     """
     if low < 0 or high > 1:
-        raise DataError(
-            f'data.binarize: expected values in [0, 1]; got {low if low < 0 else high:g} in {name}. Use scale = "unit".'
-        )
+        raise DataError.of("data.rows.unit", name=name, found=low if low < 0 else high)

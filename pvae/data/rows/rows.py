@@ -66,8 +66,7 @@ class Rows:
         if x.dtype.kind == "f":
             require_finite(x, name, [column.missing == "mask" for column in self.table.values()])
         if y is not None and (y.ndim != 1 or len(y) != len(x)):
-            turn = " Transpose x (hdf5, mat: data.rows = 'last')." if y.shape[:1] == x.shape[-1:] else ""
-            raise DataError(f"Labels of {name}: expected one for each of {len(x)} rows; got shape {y.shape}.{turn}")
+            raise DataError.of("data.rows.labels", name=name, x=x, y=y)
         if y is not None and y.dtype.kind not in "biu":
             raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
         if self.ids is not None and self.ids.shape != (len(x),):
@@ -97,9 +96,7 @@ def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
             first = f"{chunk[(row, *column)]} in row {start + row}, column {place}"
         count += int(bad.sum())
     if first:
-        raise DataError(
-            f"{name}: expected finite numbers; got {first} ({count} such values in all). Remove or impute them."
-        )
+        raise DataError.of("data.rows.finite", name=name, first=first, count=count)
 
 
 def reshape(x: AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> AnyArray:
@@ -118,11 +115,7 @@ def reshape(x: AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> AnyA
     if size != wanted:
         raise DataError(f"data.shape: expected {size} values, as a row has; got {list(shape)}, which is {wanted}.")
     if axes := _moved(row, shape):
-        raise DataError(
-            f"data.shape: expected {list(row)} as the file has it, or a shape that keeps the order of its values; got "
-            f"{list(shape)}, which has its axes in another order and would scramble every row. Save "
-            f"x.transpose({', '.join(map(str, axes))}), which is {[row[i - 1] for i in axes[1:]]}."
-        )
+        raise DataError.of("data.rows.scrambled", row=row, shape=shape, axes=axes, moved=[row[i - 1] for i in axes[1:]])
     return x.reshape(len(x), *shape)
 
 
@@ -165,10 +158,7 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
     fixed = all(isinstance(part, range) for part in rows.parts.values())
     missing = [name for name in SPLITS if name not in declared]
     if declared and missing and not fixed:
-        raise DataError(
-            f"data.splits: expected train, validation and test, as this source has no order of its own; "
-            f"{', '.join(missing)} missing."
-        )
+        raise DataError.of("data.rows.all_splits", missing=missing)
     parts: dict[str, Part] = dict(rows.parts)
     for name, (start, stop) in declared.items():
         if start >= stop:
@@ -176,16 +166,12 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
         if start < 0 or stop > len(rows.x):
             raise DataError(f"data.splits.{name}: expected rows in [0, {len(rows.x)}]; got [{start}, {stop}].")
         parts[name] = range(start, stop)
-    own = {name: "" if name in declared else " (the source's own)" for name in SPLITS}
     if lacking := [name for name in SPLITS if name not in parts]:
         raise DataError(f"Expected at least {len(lacking) + 1} rows to split; got {len(rows.x)}. Pass the splits.")
     ranges = [(name, part) for name in SPLITS if isinstance(part := parts[name], range)]
     for (one, a), (other, b) in combinations(ranges, 2):
         if max(a.start, b.start) < min(a.stop, b.stop):
-            raise DataError(
-                f"data.splits: expected splits that share no row; got {one} = [{a.start}, {a.stop}]{own[one]} and "
-                f"{other} = [{b.start}, {b.stop}]{own[other]}. Declare both."
-            )
+            raise DataError.of("data.rows.shared", found={one: a, other: b}, declared=declared)
     return {name: parts[name] for name in SPLITS}
 
 
@@ -233,8 +219,7 @@ def joined(
         if x.shape[1:] != first.shape[1:]:
             raise DataError(f"{split}: expected rows of shape {first.shape[1:]}, as in train; got {x.shape[1:]}.")
         if (y is None) != (labels is None):
-            have, lack = (split, "train") if labels is None else ("train", split)
-            raise DataError(f"Expected labels in every split or in none; got some in {have} and none in {lack}.")
+            raise DataError.of("data.rows.labels_of", split=split, train=labels is not None)
     order = [split for split in SPLITS if split in given]
     arrays = [given[split][0] for split in order]
     held = [array for array in arrays if isinstance(array, np.ndarray)]

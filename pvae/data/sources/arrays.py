@@ -111,11 +111,8 @@ def read_idx(path: Path, wanted: tuple[int, ...] | None = None, *, stream: bool 
         if not zipped:
             _require_length(path, layout, version[0])
             return files.held(FileArray(path, layout.dtype, layout.shape, layout.offset, version), stream, str(path))
-        if layout.total > MAX_DEFLATE_RATIO * version[0]:
-            raise DataError(
-                f"{path}: expected {layout.total} bytes, as its header says; got a gzipped file of {version[0]}, which "
-                f"holds at most {MAX_DEFLATE_RATIO * version[0]}."
-            )
+        if layout.total > (most := MAX_DEFLATE_RATIO * version[0]):
+            raise DataError.of("data.sources.gzip", path=path, layout=layout, size=version[0], most=most)
         key = {"source": "idx", "path": str(path.resolve()), "version": version}
         return unpacked(_unzipped(file, layout, path, version[0]), layout, stream, str(path), key)
 
@@ -130,8 +127,9 @@ def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> 
     if wanted:
         known, expected = magic == idx_header(wanted)[:4], idx_header(wanted)[:4].hex(" ")
     if not known:
-        shown = f"{magic.hex(' ') or 'no bytes'}{' (a web page?)' if magic[:1] == b'<' else ''}"
-        raise DataError(f"{path}: expected the IDX magic {expected}; got {shown}.")
+        raise DataError.of(
+            "data.sources.magic", path=path, expected=expected, found=magic.hex(" "), page=magic[:1] == b"<"
+        )
     sizes = file.read(4 * magic[3])
     if len(sizes) < 4 * magic[3]:
         raise DataError(f"{path}: expected a header of {4 + 4 * magic[3]} bytes; got {4 + len(sizes)}.")
@@ -153,8 +151,7 @@ def _unzipped(file: IO[bytes], layout: ArrayLayout, path: Path, size: int) -> It
 
 def _require_length(path: Path, layout: ArrayLayout, found: int, more: str = "") -> None:
     if found != layout.total:
-        kind = "trailing bytes" if found > layout.total else "a truncated file"
-        raise DataError(f"{path}: expected {layout.total} bytes; got {more}{found} ({kind}).")
+        raise DataError.of("data.sources.length", path=path, layout=layout, found=found, more=more)
 
 
 LOCAL_HEADER = struct.Struct("<26x2H")
@@ -226,8 +223,7 @@ class NamedArrays(FileData):
             raise DataError(f"{path}: expected training rows, {wanted}_train; got {', '.join(names)}.")
         for wanted, known in beside.items():
             if lacking := [split for split in found if split not in known]:
-                kind = "labels" if wanted == self.y else "ids"
-                raise DataError(f"{path}: expected {kind} {wanted!r} of {', '.join(lacking)}; got {', '.join(names)}.")
+                raise DataError.of("data.sources.beside", path=path, wanted=wanted, y=self.y, of=lacking, names=names)
 
         def text(name: str | None, split: str) -> Array | None:
             return np.asarray(self.array(path, beside[name][split], True)) if name else None
@@ -320,15 +316,9 @@ def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
         raise DataError(f"{where}: expected an array in the archive; got a link.")
     ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: MAX_DEFLATE_RATIO}
     if info.compress_type not in ratios:
-        raise DataError(
-            f"{where}: expected an array stored or deflated, as NumPy does; got method {info.compress_type}."
-        )
-    most = info.compress_size * ratios[info.compress_type]
-    if info.file_size > most:
-        raise DataError(
-            f"{where}: expected {info.file_size} bytes, as the archive says; got {info.compress_size}, which hold at "
-            f"most {most}."
-        )
+        raise DataError.of("data.sources.packed", where=where, method=info.compress_type)
+    if info.file_size > (most := info.compress_size * ratios[info.compress_type]):
+        raise DataError.of("data.sources.archive", where=where, info=info, most=most)
 
 
 def _offset(path: Path, info: zipfile.ZipInfo) -> int:

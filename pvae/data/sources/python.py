@@ -140,8 +140,7 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | 
     if not blocks:
         raise DataError(f"{name}: expected a dataset of at least one item; got none.")
     if (known := [label for label in labels if label is not None]) and len(known) < len(labels):
-        got = f"{len(known)} with {len(labels)} items"
-        raise DataError(f"{name}: expected a label with every item or with none; got {got}.")
+        raise DataError.of("data.sources.some_labels", name=name, known=known, labels=labels)
     last = blocks[-1]
     held = Spool(file, last.dtype, (len(labels), *last.shape[1:])) if file else np.concatenate(blocks)
     return held, np.asarray(as_array(known, f"Labels of {name}")) if known else None
@@ -154,9 +153,7 @@ def _blocks(dataset: Any, name: str) -> Iterator[tuple[Array, list[Any]]]:
         x, y = _parted(item, f"{name}, item {number}")
         first = x if first is None else first
         if (x.shape, x.dtype) != (first.shape, first.dtype):
-            raise DataError(
-                f"{name}, item {number}: expected {first.shape} {first.dtype}, as item 0; got {x.shape} {x.dtype}."
-            )
+            raise DataError.of("data.sources.item", name=name, number=number, first=first, x=x)
         xs.append(x)
         ys.append(y)
         if len(xs) * max(1, x.nbytes) >= PIECE_BYTES:
@@ -250,8 +247,7 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -
 
 def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
     if layer is not None and layer not in adata.layers:
-        held = list(adata.layers)
-        raise DataError(f"Expected a layer, {', '.join(held) or 'none there'}; got {layer!r}{near(layer, held)}.")
+        raise DataError.of("data.sources.layer", layer=layer, held=adata.layers, hint=near(layer, adata.layers))
     if (matrix := adata.X if layer is None else adata.layers[layer]) is None:
         raise DataError(f"{name}: expected a matrix; got none. Name a layer.")
     if isinstance(matrix, np.ndarray | Stored | Tensor) or issparse(matrix):

@@ -223,9 +223,9 @@ class CellDecoder:
         require_named_once(found, self.origin)
         there, read = set(found), set(self.names)
         if absent := [name for name in self.names if name not in there]:
-            got = f"{listed(found)}{near(absent[0], found)}."
-            got += " Without names in the first line set data.header = false." * any(map(self.spelling.number, found))
-            raise DataError(f"{self.origin}: expected a column {shown(absent[0])}; got {got}")
+            name, hint = shown(absent[0]), near(absent[0], found)
+            said = {"found": listed(found), "hint": hint, "numbers": any(map(self.spelling.number, found))}
+            raise DataError.of("data.tables.column", origin=self.origin, name=name, **said)
         if left := [name for name in found if name not in read]:
             self.notes = (f"{len(left)} of {len(found)} columns are not declared and left out: {listed(left)}",)
 
@@ -306,8 +306,7 @@ class CellDecoder:
         for code in dict.fromkeys(codes.tolist()):
             self.labels.setdefault(str(words[code]), len(self.labels))
         if len(self.labels) > MAX_LABELS:
-            found = f"{shown(name)}, which has more. Declare another label"
-            raise DataError(f"{self.origin}: expected at most {MAX_LABELS} different labels; got {found}.")
+            raise DataError.of("data.tables.labels", origin=self.origin, most=MAX_LABELS, name=shown(name))
         return np.array([self.labels.get(str(word), -1) for word in words], np.int64)[codes]
 
     def _is_missing(self, value: Any) -> bool:

@@ -166,8 +166,7 @@ class TextTable:
             encoding="utf-8", skip_blank_lines=False, quotechar='"',
         )  # fmt: skip
         if len(frame) != len(piece.lines):
-            where = f"lines {piece.lines[0]} to {piece.lines[-1]}"
-            raise DataError(f"Expected {len(piece.lines)} records in {where}; got {len(frame)}. Check its quotes.")
+            raise DataError.of("data.tables.records", lines=piece.lines, found=len(frame))
         return frame
 
 
