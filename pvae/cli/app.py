@@ -45,7 +45,10 @@ OPTIONS: dict[str, Any] = {
     "split": Option("--split", help="train, validation or test; of commands that write rows also all."),
     "rows": Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
     "seed": Option("--seed", help="Seed of the random numbers."),
-    "mean": Option("--mean", help="Means of p(x | z), without the likelihood's noise."),
+    "mean": Option("--mean", help="Means of p(x | z), or centres of q(z | x), in place of samples."),
+    "draw": Option("--draw", help="Samples of p(x | z) in place of its means."),
+    "draws": Option("--draws", min=1, help="Completed rows for each row."),
+    "sweeps": Option("--sweeps", min=0, help="Metropolis sweeps after importance resampling."),
     "samples": Option("--samples", min=1, help="Samples of z per datum."),
     "given": Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
     "out": Option(

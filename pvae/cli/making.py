@@ -143,28 +143,27 @@ def keep(
         plot: function that draws it: a picture, pictures by name, or none.
     """
     from pvae.analysis.export.sites import safe_names
+    from pvae.analysis.pages.plots.base import png
     from pvae.analysis.pages.study import csv
 
-    path = shared.out or run.files.analysis / stem
-    arrays = found.save(beside(path, ".npz"))
-    tensors, drawn, table, tables = found.tensors(), None, None, []
+    path, tensors, drawn, table = shared.out or run.files.analysis / stem, found.tensors(), None, None
+    written: dict[str, list[str]] = {"npz": [str(found.save(beside(path, ".npz")))], "csv": [], "png": []}
     try:
-        table = run.transforms if run.transforms.columns else None
+        table = run.transforms
         drawn = plot(found)
     except DataError as error:  # samples need none
         tell(f"note: no plot, without the data: {error}", err=True)
     figures = drawn if isinstance(drawn, Mapping) else {} if drawn is None else {"": drawn}
     names = safe_names({name: () for name in figures}) if len(figures) > 1 else dict.fromkeys(figures, "")
-    pictures = [beside(path, f"-{name}.png" if name else ".png") for name in names.values()]
-    for target, figure in zip(pictures, figures.values(), strict=True):
-        write_atomic(target, pvae.analysis.pages.plots.base.png(figure))
-    if table is not None and (x := tensors.get("x")) is not None and x.dim() == 2:
-        tables = [beside(path, ".csv")]
-        write_atomic(tables[0], csv(table.to_frame(x)))
+    files = {beside(path, f"-{names[key]}.png" if names[key] else ".png"): png(each) for key, each in figures.items()}
+    if table and table.columns and (x := tensors.get("x")) is not None and x.dim() == 2:
+        files[beside(path, ".csv")] = csv(table.to_frame(x))
+    for target, content in files.items():
+        write_atomic(target, content)
+        written[target.suffix[1:]].append(str(target))
     shapes = {key: list(t.shape) for key, t in tensors.items()}
-    written = {"npz": str(arrays), "png": [str(p) for p in pictures], "csv": [str(p) for p in tables]}
-    lines = [f"npz: {arrays}", *(f"csv: {p}" for p in tables), *(f"png: {p}" for p in pictures)]
-    shared.answer({"run": str(run.path), **written, "shapes": shapes}, "\n".join(lines))
+    lines = [f"{kind}: {target}" for kind, targets in written.items() for target in targets]
+    shared.answer({"run": str(run.path), **written, "npz": written["npz"][0], "shapes": shapes}, "\n".join(lines))
 
 
 def _over_data(run: Run, name: str) -> Callable[[Any], Figure | None]:

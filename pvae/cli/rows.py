@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Option
+from typing import TYPE_CHECKING, Any
 
 import pvae
 from pvae.cli.app import ON_ROWS, Shared, command, tell
@@ -19,11 +17,7 @@ if TYPE_CHECKING:
 
 
 @command(ON_ROWS)
-def encode(
-    shared: Shared,
-    run: str,
-    mean: Annotated[bool, Option("--mean", help="Centres of q(z | x) in place of samples.")] = False,
-) -> None:
+def encode(shared: Shared, run: str, mean: bool = False) -> None:
     """Encode rows: write their latents, and plot each latent beside samples from its prior."""
     _apply(shared, pvae.analysis.encode, run, _planes, mean=mean)
 
@@ -35,11 +29,7 @@ def _planes(blocks: RowBlocks[Any], found: Any) -> Mapping[str, Figure]:
 
 
 @command(ON_ROWS)
-def reconstruct(
-    shared: Shared,
-    run: str,
-    draw: Annotated[bool, Option("--draw", help="Samples of p(x | z) in place of its means.")] = False,
-) -> None:
+def reconstruct(shared: Shared, run: str, draw: bool = False) -> None:
     """Encode rows and decode them again, with log p(x | z) of each."""
     _apply(shared, pvae.analysis.reconstruct, run, _rebuilt, mean=not draw)
 
@@ -58,13 +48,7 @@ def score(shared: Shared, run: str, samples: int = 100) -> None:
 
 
 @command(ON_ROWS)
-def impute(
-    shared: Shared,
-    run: str,
-    samples: int = 200,
-    draws: Annotated[int, Option("--draws", min=1, help="Completed rows for each row.")] = 10,
-    sweeps: Annotated[int, Option("--sweeps", min=0, help="Metropolis sweeps after importance resampling.")] = 0,
-) -> None:
+def impute(shared: Shared, run: str, samples: int = 200, draws: int = 10, sweeps: int = 0) -> None:
     """Fill in the missing cells of rows of a table: estimates, intervals and draws; observed cells are untouched."""
     _apply(shared, pvae.analysis.impute, run, samples=samples, draws=draws, sweeps=sweeps)
 

@@ -144,34 +144,22 @@ class Dataset:
             >>> Dataset.from_tensors(torch.rand(50, 3)).validation.x.shape
             torch.Size([5, 3])
         """
-        return _passed(tensors, declared, label_names, (x, y), validation, test)
+        return _passed(tensors, (x, y), validation, test, declared, label_names)
 
     @classmethod
-    def from_torch(
-        cls,
-        dataset: TorchDataset[Any],
-        *,
-        validation: TorchDataset[Any] | None = None,
-        test: TorchDataset[Any] | None = None,
-        stream: bool = False,
-        declared: TensorSource | None = None,
-        label_names: Sequence[str] | None = None,
-    ) -> Dataset:
+    def from_torch(cls, dataset: TorchDataset[Any], *, stream: bool = False, **more: Any) -> Dataset:
         """Make a data set of a torch `Dataset`, map-style or iterable, whose items are read once.
 
         Arguments:
             dataset: dataset of items x, (x, y), or mappings with "x" and perhaps "y"; y is an integer label.
-            validation: dataset of the validation split; None takes a random tenth of the training rows.
-            test: test split, in the same form as ``validation``.
             stream: keep the rows in a temporary file of the cache folder, for data larger than memory.
-            declared: declaration of scale, binarisation, shape, splits, and the seed of the random splits.
-            label_names: name of each label, or None.
+            more: other options of `from_tensors`; `validation` and `test` are datasets, or None.
 
         Raises:
             DataError: items differ in shape or type, or are too large for memory; see `from_tensors`.
             StorageError: the cache folder is full.
         """
-        return _passed(partial(collected, stream=stream), declared, label_names, dataset, validation, test)
+        return _passed(partial(collected, stream=stream), dataset, **more)
 
     @classmethod
     def from_anndata(
@@ -289,7 +277,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     return Dataset(
         **splits, shape=shape, source=str(getattr(data, data.tag)), binarize=data.binarize,
         fingerprint=fingerprint_of(splits.values(), shape, data.binarize), label_names=rows.label_names,
-        table=transforms.table, transforms=transforms, notes=(*rows.notes, *found),
+        table=transforms if rows.table else None, transforms=transforms, notes=(*rows.notes, *found),
     )  # fmt: skip
 
 
@@ -318,7 +306,9 @@ def _dim(rows: Rows, data: Data, ready: Scaled, parts: Mapping[str, Part]) -> li
     return ['all values are 0 or 1, and scale = "unit" divides by 255: use scale = "raw"']
 
 
-def _passed(read: Any, declared: TensorSource | None, label_names: Sequence[str] | None, *splits: Any) -> Dataset:
+def _passed(
+    read: Any, train: Any, validation: Any = None, test: Any = None, declared: Any = None, label_names: Any = None
+) -> Dataset:
     """Return the data set of the splits passed for train, validation and test, without those that are None.
 
     `read` returns x and labels (or None) of a split, given it and its name.
@@ -326,8 +316,8 @@ def _passed(read: Any, declared: TensorSource | None, label_names: Sequence[str]
     Raises:
         DataError: a split is passed although the declaration has row ranges.
     """
-    declared = declared or TensorSource()
-    given = {name: part for name, part in zip(SPLITS, splits, strict=True) if part is not None}
+    declared, splits = declared or TensorSource(), zip(SPLITS, (train, validation, test), strict=True)
+    given = {name: part for name, part in splits if part is not None}
     if declared.splits.declared and len(given) > 1:
         raise DataError("Expected data.splits or validation=... and test=...; got both.")
     arrays = {name: read(part, name) for name, part in given.items()}

@@ -81,11 +81,6 @@ class FittedTransforms(Section):
             raise DataError(f"{origin}: expected the transforms of a fit; got {error}.") from None
         return found
 
-    @property
-    def table(self) -> Self | None:
-        """The transforms of a table; None for other data."""
-        return self if self.columns else None
-
     def on(self, x: AnyArray) -> Scaled:
         """Return stored rows `(n, *shape)` with the scaling of the fit."""
         shift, divisor = (
@@ -236,7 +231,8 @@ def source_of(
     Raises:
         DataError: no source reads the file.
     """
-    path, *beside = _paths(data) or [""]
+    parts = data if isinstance(data, tuple) else (data,)
+    path, *beside = map(str, parts) if all(isinstance(part, str | Path) for part in parts) else [""]
     where = candidate(path, data_dir, Path.exists) if path else Path()
     member: type[Data] = H5ad if is_anndata(data) else TensorSource
     if path:
@@ -255,11 +251,6 @@ def source_of(
     if "labels" in member.model_fields:  # a column, or a file beside that of the rows
         given |= read if member is H5ad else {"labels": next(iter(beside), None)}
     return member(**given)
-
-
-def _paths(data: Any) -> list[str]:
-    parts = data if isinstance(data, tuple) else (data,)
-    return list(map(str, parts)) if all(isinstance(part, str | Path) for part in parts) else []
 
 
 def rows_of(data: Any, source: Data, data_dir: Path | None = None, name: str = "train") -> Rows:

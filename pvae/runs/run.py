@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import platform
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,6 @@ from pvae.runs.applied import Applied
 from pvae.runs.rundir import TRANSFORMS, RunDirectory
 from pvae.runs.weights import attended, chosen, load_weights
 from pvae.util.files import digest, read_inside
-from pvae.util.progress import Progress, silent
 
 if TYPE_CHECKING:
     import pandas
@@ -298,16 +297,7 @@ class Run(Applied):
         return f"<b>{html.escape(self.name)}</b><table>{cells}</table>"
 
     def posterior(
-        self,
-        split: str = "test",
-        draws: int = 100,
-        rows: int | None = None,
-        seed: int = 0,
-        *,
-        predictive_rows: int = 20,
-        predictive_draws: int = 10,
-        memory: int = 1 << 30,
-        on_progress: Progress = silent,
+        self, split: str = "test", draws: int = 100, rows: int | None = None, seed: int = 0, **options: Any
     ) -> PosteriorDraws:
         """Return posterior samples of the latents of a split, with log densities and diagnostics.
 
@@ -315,8 +305,7 @@ class Run(Applied):
         """
         from pvae.analysis.export.posterior import posterior  # here, because analysis imports pvae.runs
 
-        asked = partial(posterior, self, split, draws, rows, seed, memory=memory, on_progress=on_progress)
-        return asked(predictive_rows=predictive_rows, predictive_draws=predictive_draws)
+        return posterior(self, split, draws, rows, seed, **options)
 
     def to(self, device: str | torch.device) -> Run:
         """Move the pair to a device, and the data if they are read, and return the run itself."""

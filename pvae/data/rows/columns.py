@@ -45,9 +45,9 @@ class Column(Component):
     """`error`: refuse missing values; `mask`: leave them out of the likelihood, and give the encoder an indicator."""
 
     @property
-    @abstractmethod
     def family(self) -> str:
-        """Name of the distribution of the column, as in `pvae.graph.site.Law`."""
+        """Name of the distribution of the column, as in `pvae.graph.site.Law`: the declared `likelihood`, if any."""
+        return str(getattr(self, "likelihood", ""))
 
     @property
     @abstractmethod
@@ -67,12 +67,12 @@ class Column(Component):
     @property
     def warp(self) -> str:
         """Name of the function applied to the values before standardisation: `none`, `log`, `log1p` or `logit`."""
-        return "none"
+        return str(getattr(self, "transform", "none")).replace("standardise", "none")
 
     @property
     def is_standardised(self) -> bool:
         """True if values are standardised, after `warp`, by mean and standard deviation of the training rows."""
-        return False
+        return getattr(self, "transform", "none") != "none"
 
     @abstractmethod
     def inside(self, values: Floats) -> NDArray[np.bool_]:
@@ -105,23 +105,11 @@ class ContinuousColumn(Column):
     """Format of dates that are text, in the codes of `strftime` such as `%d.%m.%Y`; None for ISO 8601."""
 
     @property
-    def family(self) -> str:
-        return self.likelihood
-
-    @property
     def expected(self) -> str:
         if self.time is not None:
             return f"a date ({self.format or 'ISO 8601'})" + (" or a duration" if self.format is None else "")
         where = {"log": " above 0", "log1p": " above -1", "logit": " between 0 and 1, neither of them"}
         return f"a finite number{where.get(self.transform, '')}"
-
-    @property
-    def warp(self) -> str:
-        return "none" if self.transform == "standardise" else self.transform
-
-    @property
-    def is_standardised(self) -> bool:
-        return self.transform != "none"
 
     @model_validator(mode="after")
     def _a_date(self) -> Self:
@@ -141,10 +129,6 @@ class CountColumn(Column):
     type: Literal["count"] = "count"
     likelihood: Literal["poisson", "negative_binomial"] = "poisson"
     """Distribution of the column; the dispersion of a negative binomial is learned, one value for the column."""
-
-    @property
-    def family(self) -> str:
-        return self.likelihood
 
     @property
     def expected(self) -> str:

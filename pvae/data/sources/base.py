@@ -128,7 +128,10 @@ def named(data: Data, data_dir: Path | None) -> Iterator[None]:
     except DataError as error:
         if not isinstance(data, FileData):
             raise
-        said = f"{error}{foreign(candidate(data.path, data_dir, Path.is_file), getattr(data, data.tag))}"
+        kind = signature(candidate(data.path, data_dir, Path.is_file))
+        said = (
+            f"{error} By its first bytes it is {kind}." if kind and getattr(data, data.tag) not in kind else f"{error}"
+        )
         raise DataError(said if Path(data.path).name in said else f"{data.path}: {said}") from error
 
 
@@ -139,9 +142,3 @@ def signature(path: Path) -> str:
         with suppress(OSError), path.open("rb") as file:
             start = file.read(8)
     return next((kind for magic, kind in SIGNATURES.items() if start.startswith(magic)), "")
-
-
-def foreign(path: Path, source: str) -> str:
-    """Return the remark that a file is by its first bytes one for other sources; empty if it is not."""
-    kind = signature(path)
-    return f" By its first bytes it is {kind}." if kind and source not in kind else ""
