@@ -45,6 +45,7 @@ OPTIONS: dict[str, Any] = {
     "split": Option("--split", help="train, validation or test; of commands that write rows also all."),
     "rows": Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
     "seed": Option("--seed", help="Seed of the random numbers."),
+    "n": Option("-n", min=1, help="Number of samples."),
     "mean": Option("--mean", help="Means of p(x | z), or centres of q(z | x), in place of samples."),
     "draw": Option("--draw", help="Samples of p(x | z) in place of its means."),
     "draws": Option("--draws", min=1, help="Completed rows for each row."),
@@ -69,7 +70,7 @@ OPTIONS: dict[str, Any] = {
     "strict": Option("--strict", help="Exit with 3 where the run finished with alerts."),
     "as_json": Option("--json", help="Print JSON for programs."),
 }
-"""Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
+"""Arguments and options of commands, by name of the parameter; a command may annotate one in its own way."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
 ON_FITTED = ("seed", "run_dir", "data_dir", "pair", "data", "as_json")
 ON_RUN_AND_DEVICE = ("device", *ON_FITTED)

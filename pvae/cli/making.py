@@ -25,13 +25,7 @@ if TYPE_CHECKING:
 
 
 @command(("out", *ON_FITTED))
-def sample(
-    shared: Shared,
-    run: str,
-    n: Annotated[int, Option("-n", min=1, help="Number of samples.")] = 64,
-    mean: bool = False,
-    given: list[str] | None = None,
-) -> None:
+def sample(shared: Shared, run: str, n: int = 64, mean: bool = False, given: list[str] | None = None) -> None:
     """Sample z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     opened = shared.open(run)
     asked = partial(pvae.analysis.sample, mean=mean, given=_given(given), seed=shared.seed)
@@ -155,7 +149,8 @@ def keep(
         tell(f"note: no plot, without the data: {error}", err=True)
     figures = drawn if isinstance(drawn, Mapping) else {} if drawn is None else {"": drawn}
     names = safe_names({name: () for name in figures}) if len(figures) > 1 else dict.fromkeys(figures, "")
-    files = {beside(path, f"-{names[key]}.png" if names[key] else ".png"): png(each) for key, each in figures.items()}
+    pictures = {key: beside(path, f"-{name}.png" if name else ".png") for key, name in names.items()}
+    files: dict[Path, str | bytes] = {pictures[key]: png(figure) for key, figure in figures.items()}
     if table and table.columns and (x := tensors.get("x")) is not None and x.dim() == 2:
         files[beside(path, ".csv")] = csv(table.to_frame(x))
     for target, content in files.items():

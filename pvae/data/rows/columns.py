@@ -146,6 +146,11 @@ class WordColumn(Column):
     in new data alike (needs `missing = "mask"`); the notes of the data say how many cells that are."""
 
     @property
+    @abstractmethod
+    def said(self) -> tuple[int | str, ...]:
+        """Levels that the codes 0, 1, 2, ... stand for, strings or integers as declared."""
+
+    @property
     def expected(self) -> str:
         shown = ", ".join(map(repr, self.words[:12]))
         return f"one of {shown}{', ...' if len(self.words) > 12 else ''}"

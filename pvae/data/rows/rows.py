@@ -188,31 +188,22 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
     return {"train": np.sort(order[len(missing) * size :]), **parts}
 
 
-def joined(
-    given: Mapping[str, tuple[AnyArray, Array | None]],
-    seed: int,
-    name: str = "train",
-    *,
-    label_names: Sequence[str] | None = None,
-    largest: float | None = None,
-    **more: Any,
-) -> Rows:
+def joined(given: Mapping[str, tuple[AnyArray, Array | None]], seed: int, name: str = "train", **more: Any) -> Rows:
     """Return rows that concatenate the given splits; each split not given is a random tenth of "train".
 
     Arguments:
         given: x and labels (or None) of each split, by its name; "train" is required.
         seed: seed of the permutation that makes the splits that are not given.
         name: name of the rows in messages.
-        label_names: name of each label, or None.
-        largest: largest possible value; None is 255 for unsigned bytes, 1 for booleans, and unknown for others.
-        more: further fields of `Rows`.
+        more: further fields of `Rows`; without `largest` it is 255 for unsigned bytes, 1 for booleans, and unknown for
+            others; without `label_names` they are the labels that are text.
 
     Raises:
         DataError: rows of different shapes, or labels for some splits only; see also `Rows` and `tenths`.
     """
     plain, words, remarks = plain_labels({split: y for split, (_, y) in given.items() if y is not None})
     given = {split: (x, plain.get(split)) for split, (x, _) in given.items()}
-    label_names, notes = label_names or words, (*more.pop("notes", ()), *remarks)
+    label_names, notes = more.pop("label_names", None) or words or (), (*more.pop("notes", ()), *remarks)
     first, labels = given["train"]
     for split, (x, y) in given.items() if len(given) > 1 else ():
         Rows(x, y, {}, name=split)
@@ -225,14 +216,14 @@ def joined(
     held = [array for array in arrays if isinstance(array, np.ndarray)]
     x = arrays[0] if len(arrays) == 1 else np.concatenate(held) if len(held) == len(arrays) else Joined(arrays)
     y = labels if labels is None or len(order) == 1 else np.concatenate([given[split][1] for split in order])
-    largest = largest or {"uint8": 255.0, "bool": 1.0}.get(x.dtype.name)
+    largest = more.pop("largest", None) or {"uint8": 255.0, "bool": 1.0}.get(x.dtype.name)
     parts: dict[str, Part] = {}
     if x.shape and 0 not in x.shape and x.dtype.kind in "biuf":  # else `Rows` refuses it
         missing = [split for split in SPLITS if split not in given]
         parts = tenths(len(first), missing, seed) if missing else {"train": np.arange(len(first))}
         ends = np.cumsum([len(array) for array in arrays]).tolist()
         parts |= {split: np.arange(*pair) for split, pair in zip(order[1:], pairwise(ends), strict=True)}
-    return Rows(x, y, parts, largest, tuple(label_names or ()) or None, name, notes, **more)
+    return Rows(x, y, parts, largest, tuple(label_names) or None, name, notes, **more)
 
 
 def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:

@@ -212,21 +212,20 @@ class NamedArrays(FileData):
         path = files.located(self.path, data_dir)
         names = self.names(path)
         wanted = self.x or next((name for name in USUAL_NAMES if _by_split(name, names, path)), "x")
-        found = _by_split(wanted, names, path) or {"train": wanted}
-        beside = {wanted: _by_split(wanted, names, path) or {"train": wanted} for wanted in (self.y, self.id) if wanted}
-        used = [*found.values(), *(name for known in beside.values() for name in known.values())]
+        known = {want: _by_split(want, names, path) or {"train": want} for want in (wanted, self.y, self.id) if want}
+        found, used = known[wanted], [name for arrays in known.values() for name in arrays.values()]
         for name in used:
             if name not in names:
                 shown = ", ".join(map(printable, names)) or "none"
                 raise DataError(f"{path}: expected an array {name!r}; got {shown}{near(name, names)}.")
         if "train" not in found:
             raise DataError(f"{path}: expected training rows, {wanted}_train; got {', '.join(names)}.")
-        for wanted, known in beside.items():
-            if lacking := [split for split in found if split not in known]:
-                raise DataError.of("data.sources.beside", path=path, wanted=wanted, y=self.y, of=lacking, names=names)
+        for want, arrays in known.items():
+            if lacking := [split for split in found if split not in arrays]:
+                raise DataError.of("data.sources.beside", path=path, wanted=want, y=self.y, of=lacking, names=names)
 
         def text(name: str | None, split: str) -> Array | None:
-            return np.asarray(self.array(path, beside[name][split], True)) if name else None
+            return np.asarray(self.array(path, known[name][split], True)) if name else None
 
         given = {split: (self.array(path, name, False), text(self.y, split)) for split, name in found.items()}
         ids = [texts(text(self.id, split)) for split in SPLITS if self.id and split in found]

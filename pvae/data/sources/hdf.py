@@ -236,8 +236,7 @@ class H5ad(FileData):
         path = files.located(self.path, data_dir)
         name = "X" if self.layer is None else f"layers/{self.layer}"
         with opened(path) as file:
-            x = self._matrix(file, name, path)
-            y, names = None, None
+            x, y, names = self._matrix(file, name, path), None, None
             if self.labels is not None:
                 y, names = column_labels(_column(file, self.labels, path), self.labels)
             inner = [f"{group}/{key}" for group in ("layers", "obsm", "obsp") for key in file.get(group, ())]

@@ -233,16 +233,14 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -
             `Rows`.
     """
     name = "X" if layer is None else f"layers[{layer!r}]"
-    x = _matrix(adata, layer, name)
-    y, label_names = None, None
+    x, y, words, ids = _matrix(adata, layer, name), None, None, getattr(adata, "obs_names", None)
     if labels is not None:
         if labels not in adata.obs:
             names = [str(name) for name in adata.obs]
             raise DataError(f"Expected a column of obs, {', '.join(names)}; got {labels!r}{near(labels, names)}.")
-        y, label_names = column_labels(adata.obs[labels], labels)
-    ids = getattr(adata, "obs_names", None)
+        y, words = column_labels(adata.obs[labels], labels)
     more: dict[str, Any] = {"ids": None if ids is None else texts(ids), "read": {"layer": layer, "labels": labels}}
-    return joined({"train": (x, y)}, seed, name, label_names=label_names, features=feature_names(adata), **more)
+    return joined({"train": (x, y)}, seed, name, label_names=words, features=feature_names(adata), **more)
 
 
 def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
