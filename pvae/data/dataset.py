@@ -21,7 +21,7 @@ from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import Scaled, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.sources.base import Data, named
-from pvae.data.sources.python import TensorSource, anndata_rows, collected, feature_names, tensors
+from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, collected, feature_names, tensors
 from pvae.data.sources.tabular import FrameSource
 from pvae.data.split import Split, fingerprint_of, together
 from pvae.data.streamed import Streamed, streams
@@ -212,7 +212,7 @@ class Dataset:
         return _assembled(source, source.rows_of(frame))
 
     @classmethod
-    def of(cls, data: Any, declared: TensorSource | FrameSource | None = None) -> Dataset:
+    def of(cls, data: Any, declared: PassedData | None = None) -> Dataset:
         """Make a data set of any supported object.
 
         Supported are a `Dataset`, which is returned unchanged; a torch `Dataset`; AnnData; a tensor, an array or a

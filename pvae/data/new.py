@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from itertools import combinations
 from math import prod
 from pathlib import Path
@@ -15,16 +14,15 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch.distributions import constraints
-from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import Section
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Index, Stored, candidate
 from pvae.data.rows.prepare import UNWARPS, Binarize, Floats, Scaled, prepare, warps_of, worded
-from pvae.data.rows.rows import NEW, Part, Rows, joined, reshape
+from pvae.data.rows.rows import NEW, Part, Rows, reshape
 from pvae.data.sources.base import Data, FileData, named, signature
 from pvae.data.sources.hdf import H5ad
-from pvae.data.sources.python import TensorSource, anndata_rows, collected, feature_names, is_anndata, tensors
+from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, is_anndata
 from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.data.split import Split
 from pvae.data.streamed import streams
@@ -258,13 +256,10 @@ def rows_of(data: Any, source: Data, data_dir: Path | None = None, name: str = "
     if isinstance(source, FileData) and source.path:
         with named(source, data_dir):
             return source.read(data_dir, 0)
-    if isinstance(source, FrameSource):
-        return source.rows_of(data)
-    seed = getattr(source, "split_seed", 0)
     if isinstance(source, H5ad):
-        return anndata_rows(data, source.layer, source.labels, seed)
-    read = partial(collected, stream=False) if isinstance(data, TorchDataset) else tensors
-    return joined({"train": read(data, name)}, seed, name, features=feature_names(data))
+        return anndata_rows(data, source.layer, source.labels, source.split_seed)
+    assert isinstance(source, PassedData)  # noqa: S101 - no other reads objects
+    return source.rows_of(data, name)
 
 
 def _kind_of(path: Path, declared: Data | None) -> str:

@@ -14,8 +14,7 @@ from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
 from pvae.data.new import FittedTransforms, rows_of_new
 from pvae.data.rows.files import CONFINED
-from pvae.data.sources.python import TensorSource
-from pvae.data.sources.tabular import FrameSource
+from pvae.data.sources.python import PassedData, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
@@ -103,7 +102,7 @@ class Run(Applied):
     def _passed(self, data: Any) -> Dataset:
         bare = self.files.manifest.get("data", {}).get("shape") == []
         declared = self.plan.data if isinstance(self.plan, Experiment) else TensorSource(shape=() if bare else None)
-        return Dataset.of(data, declared if isinstance(declared, TensorSource | FrameSource) else None)
+        return Dataset.of(data, declared if isinstance(declared, PassedData) else None)
 
     @property
     def path(self) -> Path:
@@ -137,7 +136,7 @@ class Run(Applied):
     @property
     def lacks_data(self) -> bool:
         """True if the fit used data passed in Python that were not passed again."""
-        declared = isinstance(self.plan, Experiment) and not isinstance(self.plan.data, TensorSource | FrameSource)
+        declared = isinstance(self.plan, Experiment) and not isinstance(self.plan.data, PassedData)
         return self._given_data is None and not declared
 
     @cached_property

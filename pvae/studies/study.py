@@ -17,8 +17,7 @@ from rich.live import Live
 from rich.table import Column, Table
 from rich.text import Text
 
-from pvae.data.sources.python import TensorSource, as_array
-from pvae.data.sources.tabular import FrameSource
+from pvae.data.sources.python import PassedData, as_array
 from pvae.errors import DeclarationError, printable
 from pvae.runs import RunDirectory, find
 from pvae.runs.run import Run
@@ -237,7 +236,7 @@ def study(
         >>> runs.cleanup()
     """
     declared = Declared.load(file)
-    passed = [case.label for case in declared.cases if isinstance(case.experiment.data, TensorSource | FrameSource)]
+    passed = [case.label for case in declared.cases if isinstance(case.experiment.data, PassedData)]
     if passed and data is None:
         raise DeclarationError.of("studies.study.no_data", file=file, case=passed[0])
     for name, given in (("jobs", jobs), ("threads", threads)):

@@ -60,7 +60,7 @@ class Data(Component):
     @property
     def table(self) -> Mapping[str, Column]:
         """Declared columns of a tabular source by name, in the order of x; empty for other sources."""
-        return {}
+        return getattr(self, "columns", {})
 
     @abstractmethod
     def read(self, data_dir: Path | None, seed: int) -> Rows:

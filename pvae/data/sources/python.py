@@ -2,7 +2,9 @@
 
 import tempfile
 import weakref
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sized
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -25,18 +27,36 @@ LARGEST_GAP = 4
 """Largest number of rows read for each row wanted: a sparser selection of rows is read row by row."""
 
 
-class TensorSource(Data):
-    """Source of tensors passed in Python: `pvae.fit(experiment, data=...)`, or `Dataset.from_tensors`."""
+class PassedData(Data):
+    """Base of the sources of objects passed in Python: `pvae.fit(experiment, data=...)`, or a method of `Dataset`."""
+
+    split_seed: Seed = 0
+    """Seed of the permutation that makes the splits that are neither passed nor declared."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Raise a DataError, because the data must be passed in Python and cannot be read."""
+        source = getattr(self, self.tag)
+        raise DataError(f'Expected data for data.source = "{source}"; got none. Pass data=... in Python.')
+
+    @abstractmethod
+    def rows_of(self, data: Any, name: str = "train") -> Rows:
+        """Return the rows of an object with random splits; `name` is that of the rows in messages.
+
+        Raises:
+            DataError: the object is of another kind, or has values that are not allowed.
+        """
+
+
+class TensorSource(PassedData):
+    """Source of tensors, arrays, sparse matrices and torch datasets."""
 
     source: Literal["tensor"] = "tensor"
     scale: Scale = "raw"
     """Scaling of the values; `unit` needs unsigned bytes (divided by 255)."""
-    split_seed: Seed = 0
-    """Seed of the permutation that makes the splits that are not passed."""
 
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
-        """Raise a DataError, because tensors must be passed in Python and cannot be read."""
-        raise DataError('Expected tensors for data.source = "tensor"; got none. Pass data=... in Python.')
+    def rows_of(self, data: Any, name: str = "train") -> Rows:
+        read = partial(collected, stream=False) if isinstance(data, TorchDataset) else tensors
+        return joined({"train": read(data, name)}, self.split_seed, name, features=feature_names(data))
 
 
 def as_array(values: Any, name: str) -> AnyArray:

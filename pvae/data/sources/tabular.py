@@ -1,7 +1,7 @@
 """Data sources of tables with mixed column types: CSV files, Parquet files and pandas DataFrames."""
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -13,7 +13,8 @@ from pvae.data.rows.columns import Column
 from pvae.data.rows.files import held, located, version_of
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, in_order, joined
-from pvae.data.sources.base import Data, FileData, Seed
+from pvae.data.sources.base import Data, FileData
+from pvae.data.sources.python import PassedData
 from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
 from pvae.errors import DataError
@@ -39,10 +40,6 @@ class Tabular(Data):
     """Decimal mark of numbers that are written as text."""
     thousands: Literal["", ",", ".", " ", "'", "\u00a0", "\u202f"] = ""
     """Mark between groups of three digits in numbers that are written as text; empty for none."""
-
-    @property
-    def table(self) -> Mapping[str, Column]:
-        return self.columns
 
     def decoder(self, origin: str) -> CellDecoder:
         """Return the converter of this table's cells; `origin` names the table in messages."""
@@ -138,18 +135,12 @@ class Parquet(TableFile):
         return parquet_pieces(path, decoder)
 
 
-class FrameSource(Tabular):
+class FrameSource(Tabular, PassedData):
     """Source of a pandas DataFrame passed in Python: `pvae.fit(experiment, data=frame)`, or `Dataset.from_frame`."""
 
     source: Literal["frame"] = "frame"
-    split_seed: Seed = 0
-    """Seed of the permutation that makes the splits that are not declared."""
 
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
-        """Raise a DataError, because the DataFrame must be passed in Python and cannot be read."""
-        raise DataError('Expected a DataFrame for data.source = "frame"; got none. Pass data=... in Python.')
-
-    def rows_of(self, frame: Any) -> Rows:
+    def rows_of(self, data: Any, name: str = "data") -> Rows:
         """Return the rows (n, columns) of a DataFrame with random splits.
 
         Raises:
@@ -157,17 +148,17 @@ class FrameSource(Tabular):
         """
         import pandas
 
-        if not isinstance(frame, pandas.DataFrame):
-            raise DataError(f"data: expected a pandas DataFrame; got {type(frame).__name__}.")
-        if self.id is not None and self.id not in frame and self.id == frame.index.name:
-            frame = frame.reset_index()
-        names = [str(name) for name in frame.columns]
+        if not isinstance(data, pandas.DataFrame):
+            raise DataError(f"data: expected a pandas DataFrame; got {type(data).__name__}.")
+        if self.id is not None and self.id not in data and self.id == data.index.name:
+            data = data.reset_index()
+        names = [str(name) for name in data.columns]
         decoder = self.decoder("data")
         decoder.require_columns(names)
-        if not len(frame):
+        if not len(data):
             raise DataError("data: expected a DataFrame with rows; got none.")
         try:
-            x, y = decoder.decode(frame.set_axis(names, axis=1), lambda row: f"row {row}")
+            x, y = decoder.decode(data.set_axis(names, axis=1), lambda row: f"row {row}")
         except (TypeError, ValueError) as error:  # cells that are lists or the like
             raise DataError(f"data: expected numbers and words; got something else: {brief(error)}.") from error
         y, words = (None, None) if y is None else in_order(y, list(decoder.labels))

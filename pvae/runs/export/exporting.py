@@ -32,9 +32,7 @@ def require(kinds: Sequence[str]) -> tuple[str, ...]:
     asked = tuple(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
     for kind in asked:
         if kind not in KINDS:
-            raise DeclarationError(
-                f"export: expected {' or '.join(KINDS)}; got {str(kind)[:60]!r}{near(str(kind), KINDS)}."
-            )
+            raise DeclarationError.of("runs.export.kind", kinds=KINDS, found=str(kind), hint=near(str(kind), KINDS))
         require_extra(package := KINDS[kind].package, kind, f"export: expected {package}, which exports to {kind}")
     return asked
 
