@@ -54,13 +54,7 @@ def traverse(
 
 
 @command(("split", "out", *ON_FITTED))
-def interpolate(
-    shared: Shared,
-    run: str,
-    first: Annotated[int, Argument(min=0, help="A row of the split.", metavar="I")],
-    last: Annotated[int, Argument(min=0, help="Another row of the split.", metavar="J")],
-    steps: Annotated[int, Option("--steps", min=2, help="Points on the line, both ends included.")] = 9,
-) -> None:
+def interpolate(shared: Shared, run: str, first: int, last: int, steps: int = 9) -> None:
     """Decode points on the line between the latents of two rows."""
     opened = shared.open(run)
     one, other = _row(opened, shared.split, "I", first), _row(opened, shared.split, "J", last)
@@ -74,9 +68,7 @@ def rate_distortion(
     shared: Shared,
     runs: Annotated[list[str], Argument(help="Runs on the same data, each as for other commands.", metavar="RUN...")],
     samples: int = 1,
-    out: Annotated[Path, Option("--out", help="File to write, without suffix: a CSV and a picture.")] = Path(
-        "rate-distortion"
-    ),
+    out: Annotated[Path, Option("--out", help="File without suffix: a CSV and a picture.")] = Path("rate-distortion"),
 ) -> None:
     """Place runs on the rate-distortion plane: KL of the latents and negative reconstruction, in nats per datum."""
     from pvae.analysis.pages.study import csv
@@ -121,11 +113,7 @@ def background(run: Run) -> Any:
 
 
 def keep(
-    shared: Shared,
-    run: Run,
-    stem: str,
-    found: Generated,
-    plot: Callable[[Any], Figure | None | Mapping[str, Figure]],
+    shared: Shared, run: Run, stem: str, found: Generated, plot: Callable[[Any], Figure | None | Mapping[str, Figure]]
 ) -> None:
     """Write arrays, pictures, and samples of tabular data as CSV in the table's units; print the paths of the files.
 

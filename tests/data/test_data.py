@@ -209,6 +209,12 @@ def test_unit_divides_by_the_largest_level(tmp_path: Path):
     assert torch.allclose(load(Npz(path=path, x="f", scale="unit", largest=510.0)).train.x * 2, unit.train.x)
 
 
+def test_notes_say_where_rows_are_read_from_unless_they_are_x(tmp_path: Path):
+    assert load(Npz(path=npz(tmp_path, x=X, y=Y), y="y")).notes == ()
+    notes = load(Npz(path=npz(tmp_path, images=X, y=Y), y="y")).notes
+    assert [note.partition(": ")[2] for note in notes] == ["rows are read from images"]
+
+
 def test_shape_reshapes_each_row():
     assert load(Digits(shape=(64,))).train.x.shape == (1000, 64)
     assert Dataset.from_tensors(X[:, 0], declared=TensorSource(shape=(1,))).train.x.shape == (32, 1)

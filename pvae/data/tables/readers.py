@@ -133,8 +133,7 @@ class TextTable:
         empty = (starts == ends) & (width > 1)
         wrong = np.flatnonzero((cells != width) & ~empty)
         if len(wrong):
-            got = f"expected {width} cells, as the header has; got {cells[wrong[0]]}"
-            raise self._wrong(lines[wrong[0]], got)
+            raise self._wrong(lines[wrong[0]], f"expected {width} cells, as the header has; got {cells[wrong[0]]}")
         if empty.any():
             text = b"".join(text[a : b + 1] for a, b, gone in zip(starts, ends, empty, strict=True) if not gone)
         return Piece(text, lines[~empty])
