@@ -3,9 +3,10 @@
     python tests/soak/measure_anomalies.py OUT.csv [--seeds 3]
 
 The table has numbers, counts, categories, a date and ids, driven by four hidden causes, and 8 % of its cells are
-missing. The fitted run is copied to another folder, where its data are not, and applied to new rows. In a tenth of
-these the cells are permuted within their columns, so that every marginal stays: log p(x) has to tell them by what
-columns say about each other. IsolationForest (one-hots, medians for missing cells) is fitted on the same rows.
+missing. A model is fitted to a CSV of it; the run is copied to another folder, the data are removed, and it is applied
+to CSVs of new rows, whose ids stay with them. In a tenth of these rows the cells are permuted within their columns, so
+that every marginal stays: log p(x) has to tell them by what columns say about each other.
+IsolationForest (one-hots, medians for missing cells) is fitted on the same rows.
 Imputation: 10 % of the observed numbers of clean new rows are hidden; errors are in standard deviations of their
 columns, as the fit transforms them.
 """
@@ -29,8 +30,6 @@ from sklearn.impute import IterativeImputer, KNNImputer, SimpleImputer
 from sklearn.metrics import roc_auc_score
 
 import pvae
-from pvae.analysis import impute, score
-from pvae.data import Dataset
 from pvae.experiment.experiment import Experiment
 
 ROWS, NEW, MISSING, ODD, HIDDEN = 20_000, 3000, 0.08, 0.1, 0.1
@@ -100,24 +99,31 @@ def plain(x: np.ndarray) -> np.ndarray:
 def measured(seed: int) -> list[dict[str, object]]:
     """Return the figures of one table."""
     frame, odd = prepared(seed)
-    old, splits = ROWS - NEW, {"train": [0, ROWS - NEW - 1000], "validation": [ROWS - NEW - 1000, ROWS - NEW]}
-    data = Dataset.from_frame(frame, COLUMNS, splits={**splits, "test": [old, ROWS]})
+    old, ids = ROWS - NEW, "customer"
     hidden = {"network": {"kind": "mlp", "hidden": [128, 128]}}
-    plan = Experiment.from_dict({
-        "data": {"source": "frame", "columns": COLUMNS},
-        "latents": {"z": {"dim": 6}},
-        "encoder": hidden, "decoder": {**hidden, "likelihood": "columns"},
-        "objective": {"kind": "iwae", "particles": 8},
-        "train": {"epochs": 30, "batch_size": 200, "optimizer": {"kind": "adam", "lr": 3e-3},
-                  "schedule": {"kind": "cosine"}},
-    })  # fmt: skip
     start, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        run = pvae.fit(plan, data=data, run_dir=folder, device="cpu", progress=False)
-        train, new, odd = data.train.x, data.test.x, odd[old:]
-        score(run, new[:1])  # once where the data are, so that the run keeps the scores of its validation rows
-        run = pvae.Run.load(shutil.copytree(run.path, Path(folder) / "elsewhere" / run.path.name))
-        found = score(run, new, samples=100)
+        here, away = Path(folder, "here"), Path(folder, "away")
+        here.mkdir(), away.mkdir()
+        frame[:old].to_csv(here / "old.csv", index=False)
+        frame[old:].to_csv(away / "new.csv", index=False)
+        plan = Experiment.from_dict({
+            "data": {"source": "csv", "path": str(here / "old.csv"), "id": ids, "columns": COLUMNS},
+            "latents": {"z": {"dim": 6}},
+            "encoder": hidden, "decoder": {**hidden, "likelihood": "columns"},
+            "objective": {"kind": "iwae", "particles": 8},
+            "train": {"epochs": 30, "batch_size": 200, "optimizer": {"kind": "adam", "lr": 3e-3},
+                      "schedule": {"kind": "cosine"}},
+        })  # fmt: skip
+        run = pvae.fit(plan, run_dir=here, device="cpu", progress=False)
+        train = run.data.train.x
+        run.score(run.data.test, samples=100)  # where the data are, so that the run keeps those of validation rows
+        path = shutil.copytree(run.path, away / "run")
+        shutil.rmtree(here)
+        run = pvae.Run.load(path)
+        new, odd, found = run.rows(away / "new.csv").x, odd[old:], run.score(away / "new.csv", samples=100)
+        named = found.to_frame().reset_index()
+        assert [*named["id"]] == [*frame[ids][old:]]
         forest = IsolationForest(n_estimators=200, random_state=seed, n_jobs=1)
         median = SimpleImputer(strategy="median").fit(plain(train.numpy()))
         forest.fit(median.transform(plain(train.numpy())))
@@ -134,7 +140,10 @@ def measured(seed: int) -> list[dict[str, object]]:
         gone = torch.zeros(clean.shape, dtype=torch.bool)
         gone[:, places] = torch.tensor(random.random((len(clean), len(places))) < HIDDEN)
         gone &= ~clean.isnan()
-        filled = {"pvae": impute(run, clean, mask=gone, draws=1).mean.numpy()[:, places]}
+        holed = frame[old:][~odd][:1000]
+        holed = holed.assign(**{name: holed[name].mask(gone[:, i].numpy()) for i, name in enumerate(COLUMNS)})
+        holed.to_csv(away / "holes.csv", index=False)
+        filled = {"pvae": run.impute(away / "holes.csv", draws=1).mean.numpy()[:, places]}
         numbers = [
             i for i, name in enumerate(name for name in COLUMNS if name not in ("city", "plan")) if name in NUMBERS
         ]
