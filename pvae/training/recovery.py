@@ -168,11 +168,7 @@ def fail(trainer: Trainer, message: str) -> NoReturn:
     """Record the failure in the status file of the run and raise NonFiniteError."""
     trainer.status("failed", error=message)
     dumped = trainer.files.path / "analysis" / DUMP
-    where = f" The batch is in analysis/{DUMP}." if dumped.is_file() else ""
-    raise NonFiniteError(
-        f"{message}. Lower the learning rate, set train.clip_norm, tighten log_variance bounds, or set "
-        f"train.nonfinite = 'skip' or 'rollback'.{where}"
-    )
+    raise NonFiniteError.of("training.recovery.not_finite", message=message, dump=dumped)
 
 
 def not_finite(trainer: Trainer, index: Tensor, out: Tensor) -> str:

@@ -317,8 +317,7 @@ class CellDecoder:
         for code in dict.fromkeys(codes.tolist()):
             self.labels.setdefault(str(words[code]), len(self.labels))
         if len(self.labels) > MAX_LABELS:
-            found = f"{shown(name)}, which has more. Declare another label"
-            raise DataError(f"{self.origin}: expected at most {MAX_LABELS} different labels; got {found}.")
+            raise DataError.of("data.cells.labels", origin=self.origin, most=MAX_LABELS, label=shown(name))
         return np.array([self.labels.get(str(word), -1) for word in words], np.int64)[codes]
 
     def _is_missing(self, value: Any) -> bool:
