@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pvae.analysis.pages.comparison.comparison import Comparison
 from pvae.analysis.pages.comparison.sections import COMPARISON_SECTIONS
@@ -121,8 +120,7 @@ def compare(
         page = pvae.analysis.compare(runs, Path("comparison"))
         ```
     """
-    settings: dict[str, Any] = {"split": split, "samples": samples, "evidence_samples": evidence_samples, "seed": seed}
-    found = Comparison(runs, names, groups, **settings)
+    found = Comparison(runs, names, groups, split, samples=samples, evidence_samples=evidence_samples, seed=seed)
     with claimed(out):
         return examine_runs(found, title, description, on_progress).write(out, figures=figures)
 
