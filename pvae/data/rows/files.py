@@ -191,8 +191,7 @@ def candidate(path: str, data_dir: Path | None, wanted: Callable[[Path], bool]) 
     found = folder / path if folder and wanted(folder / path) else Path(path)
     if by := CONFINED.get():
         if not folder or not wanted(found) or not found.resolve().is_relative_to(folder.resolve()):
-            where = f"{found}: expected data inside the data folder ({folder or 'none is named'})"
-            raise DataError(f"{where}; got a path of {by}. Name its folder with --data-dir (data_dir=).")
+            raise DataError.of("data.files.confined", found=found, folder=folder, by=by)
     return found
 
 
@@ -205,8 +204,7 @@ def located(path: str, data_dir: Path | None) -> Path:
     if not (found := candidate(path, data_dir, Path.is_file)).exists():
         raise DataError(f"Expected a file of data at {found}; got no such file. Name its folder with --data-dir.")
     if not found.is_file():
-        kind = "a folder" if found.is_dir() else "a device or pipe"
-        raise DataError(f"{found}: expected a file of data; got {kind}.")
+        raise DataError.of("data.files.no_file", found=found)
     return found
 
 
