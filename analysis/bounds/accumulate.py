@@ -148,7 +148,8 @@ class Accumulator:
         self.levels = [Level(size, size // last) for size, last in zip(self.sizes, below, strict=True)]
         self.kept = min(tail_length(samples) + 1, samples)
         self.precision = precision
-        self.means, self.total = torch.zeros(1, 1), torch.full((1,), -math.inf)
+        self.largest, self.means = torch.empty(0), torch.zeros(1, 1)
+        self.total = self.doubled = torch.tensor(-math.inf, dtype=torch.float64)
 
     def average(self, weights: Tensor, values: Tensor) -> None:
         """Add values `(any number, rows, V)` of some further samples, with their log weights, to the weighted means."""
@@ -156,16 +157,12 @@ class Accumulator:
         known = total.masked_fill(total == -math.inf, 0.0)  # so far no sample explains these rows
         share = (weights - known).exp()[..., None]
         here = (share * values.double().masked_fill(share == 0, 0.0)).sum(0)
-        self.means, self.total = self.means * (self.total - known).exp()[..., None] + here, total
+        self.means, self.total = self.means.to(here) * (self.total - known).exp()[..., None] + here, total
 
     def push(self, weights: Tensor) -> None:
         """Add log weights of some further samples, `(any number, rows)`, float64."""
-        doubled = (2 * weights).logsumexp(0)
-        if not self.levels[0].moments.count:
-            self.largest, self.doubled = weights[:0], doubled
-        else:
-            self.doubled = torch.logaddexp(self.doubled, doubled)
-        candidates = torch.cat([self.largest, weights])
+        self.doubled = torch.logaddexp(self.doubled, (2 * weights).logsumexp(0))
+        candidates = torch.cat([self.largest.to(weights), weights])
         self.largest = candidates.topk(min(self.kept, len(candidates)), 0).values
         for level in self.levels:
             weights = level.push(weights)
@@ -180,7 +177,7 @@ class Accumulator:
         errors.append(squared_error(self.largest, bounds[-1], inverse_ess, samples))
         resolution = WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs())
         khat = pareto_k(self.largest, samples, resolution)
-        means = self.means.where(self.total[:, None] > -math.inf, math.nan)
+        means = self.means.where(self.total[..., None] > -math.inf, math.nan)
         figures = bounds, torch.stack(errors), 1 / inverse_ess, khat, means.mT
         return Accumulated(self.sizes, *(figure.cpu() for figure in figures))
 
