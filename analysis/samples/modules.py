@@ -53,9 +53,7 @@ class PlainModule(nn.Module):
     @property
     def expected(self) -> str:
         """Inputs as text: names, shapes and, of codes and covariates, the values."""
-        shown = {name: ", ".join(("n", *map(str, shape))) for name, (shape, _) in self.inputs.items()}
-        codes = {name: f" of whole numbers 0 .. {count - 1}" for name, (_, count) in self.inputs.items() if count}
-        return ", ".join(f"{name} ({shape}){codes.get(name, '')}" for name, shape in shown.items())
+        return text("modules.inputs", inputs=self.inputs)
 
     def example(self, rows: int) -> dict[str, Tensor]:
         """Return zeros of every input by name, `rows` of each."""
@@ -132,10 +130,11 @@ class PlainDecoder(PlainModule):
         model = cast(Any, pair.model)
         reads = model.decoder.network.inputs
         self.see, self.sites = model.see, [site for site in model.sites if site.name in reads]
+        # Relaxed values without codes are logarithms.
         self.inputs = {
             site.name: (site.space.shape, site.space.states)
             if site.space.is_code and site.has_twin
-            else (site.event, 0)  # of relaxed values without codes, logarithms
+            else (site.event, 0)
             for site in self.sites
         } | {name: found for name, found in self.covariates.items() if name in reads}
         self.decoder = model.decoder
@@ -192,9 +191,9 @@ class PlainEncoder(PlainModule):
         self.eval()
         with Reads() as reading, torch.no_grad():
             self.distribution(**self.example(1))
-        unread = [n for n, p in parts.items() if not reading.found & {id(t) for t in (*p.parameters(), *p.buffers())}]
-        for name in unread:
-            del self.model[name]
+        for name, part in parts.items():
+            if reading.found.isdisjoint(map(id, (*part.parameters(), *part.buffers()))):
+                del self.model[name]
 
     def distributions(self, given: Mapping[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Any]:
         x, model = given[OBSERVED], self.guide.link.model
