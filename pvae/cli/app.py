@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -38,32 +39,16 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-OPTIONS: dict[str, Any] = {
-    "name": Argument(help="A zoo name (see `pvae list`), a TOML file or FILE.py:PAIR.", metavar="NAME_OR_FILE"),
-    "run": Argument(help="A run: its folder, its name (the newest), name/id, or latest; or FILE.py:PAIR."),
-    "overrides": Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
-    "split": Option("--split", help="train, validation or test."),
-    "rows": Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
-    "seed": Option("--seed", help="Seed of the random numbers."),
-    "mean": Option("--mean", help="Means of p(x | z), without the likelihood's noise."),
-    "samples": Option("--samples", min=1, help="Samples of z per datum."),
-    "given": Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
-    "out": Option("--out", help="File to write, without suffix; COMMAND in the run's analysis folder unless said."),
-    "evidence_samples": Option(
-        "--evidence-samples", min=2, help="Importance samples for each of 500 data (compare: 250)."
-    ),
-    "figures": Option("--figures", help="Also write every picture as a PNG of its own."),
-    "population": Option("--population", help="A closer interval on new data: all train rows, a mixture, a flow."),
-    "device": Option("--device", help="auto, cpu or cuda."),
-    "export": Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
-    "run_dir": Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
-    "data_dir": Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
-    "pair": Option("--pair", help="The pair of a run of a hand-written pair, FILE.py:PAIR."),
-    "data": Option("--data", help="Data of a hand-written pair: .npz (arrays by argument) or .npy."),
-    "quiet": Option("--quiet", help="No progress."),
-    "strict": Option("--strict", help="Exit with 3 where the run finished with alerts."),
-    "as_json": Option("--json", help="Print JSON for programs."),
-}
+
+def _declared() -> Iterator[tuple[str, Any]]:
+    """Yield the arguments and options of commands that `options.toml` declares, by name of the parameter."""
+    found = tomllib.loads((Path(__file__).parent / "options.toml").read_text(encoding="utf-8"))
+    yield from ((name, Argument(**given)) for name, given in found["arguments"].items())
+    for name, given in found["options"].items():
+        yield name, Option(given.pop("flag", f"--{name.replace('_', '-')}"), **given)
+
+
+OPTIONS = dict(_declared())
 """Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
 ON_FITTED = ("seed", "run_dir", "data_dir", "pair", "data", "as_json")
