@@ -45,35 +45,6 @@ def _prime_factors(number: int) -> list[int]:
     return [divisor, *_prime_factors(number // divisor)] if number > 1 else []
 
 
-class Moments:
-    """Running mean and variance, for every datum, of the values that are pushed."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def push(self, values: Tensor) -> None:
-        """Add values of every datum, `(any number, rows)`."""
-        if not self.count:
-            # Squares of differences from a value seen keep their digits where the spread is far below the mean.
-            self.shift = torch.where(values[0].isfinite(), values[0], 0.0)
-            self.total = self.squares = torch.zeros_like(self.shift)
-        apart = values - self.shift
-        self.total = self.total + apart.sum(0)
-        self.squares = self.squares + apart.square().sum(0)
-        self.count += len(values)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of all values, `(rows,)`."""
-        return self.shift + self.total / self.count
-
-    @property
-    def squared_error(self) -> Tensor:
-        """Variance of the mean, `(rows,)`; infinite where a value was infinite."""
-        spread = (self.squares - self.total.square() / self.count).clamp(min=0).nan_to_num(nan=math.inf)
-        return spread / max(self.count - 1, 1) / self.count
-
-
 class Level:
     """Estimate of one bound L_K: groups of K samples, each merged from `ratio` groups of the next smaller size.
 
@@ -82,17 +53,35 @@ class Level:
 
     def __init__(self, size: int, ratio: int) -> None:
         self.log_size, self.ratio = math.log(size), ratio
-        self.moments = Moments()
         self.open: Tensor
-        self.filled = 0
+        self.filled = self.count = 0
 
     def push(self, sums: Tensor) -> Tensor:
         """Add log sums of weights of smaller groups, `(any number, rows)`; return those of the completed groups."""
         if self.ratio > 1:
             sums = self._closed(sums)
         if len(sums):
-            self.moments.push(sums - self.log_size)
+            values = sums - self.log_size
+            if not self.count:
+                # Squares of differences from a value seen keep their digits where the spread is far below the mean.
+                self.shift = torch.where(values[0].isfinite(), values[0], 0.0)
+                self.total = self.squares = torch.zeros_like(self.shift)
+            apart = values - self.shift
+            self.total = self.total + apart.sum(0)
+            self.squares = self.squares + apart.square().sum(0)
+            self.count += len(values)
         return sums
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over groups of their log mean weights, `(rows,)`."""
+        return self.shift + self.total / self.count
+
+    @property
+    def squared_error(self) -> Tensor:
+        """Variance of the mean, `(rows,)`; infinite where a value was infinite."""
+        spread = (self.squares - self.total.square() / self.count).clamp(min=0).nan_to_num(nan=math.inf)
+        return spread / max(self.count - 1, 1) / self.count
 
     def _closed(self, sums: Tensor) -> Tensor:
         missing = self.ratio - self.filled if self.filled else 0
@@ -170,10 +159,10 @@ class Accumulator:
     def result(self) -> Accumulated:
         """Return bounds and diagnostics; to be called after the weights of all `samples` were pushed."""
         samples = self.sizes[-1]
-        bounds = torch.stack([level.moments.mean for level in self.levels])
+        bounds = torch.stack([level.mean for level in self.levels])
         # sum w^2 / (sum w)^2; without any weight above zero there is no effective sample.
         inverse_ess = (self.doubled - 2 * (bounds[-1] + math.log(samples))).exp().nan_to_num(nan=math.inf)
-        errors = [level.moments.squared_error for level in self.levels[:-1]]
+        errors = [level.squared_error for level in self.levels[:-1]]
         errors.append(squared_error(self.largest, bounds[-1], inverse_ess, samples))
         resolution = WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs())
         khat = pareto_k(self.largest, samples, resolution)
