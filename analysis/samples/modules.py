@@ -16,8 +16,7 @@ from pvae.component import Shape
 from pvae.distributions.relaxed import twin
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED
-from pvae.pair.layout import unwrapped
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, unwrapped
 
 
 class PlainModule(nn.Module):
@@ -41,8 +40,7 @@ class PlainModule(nn.Module):
         if not pair.declared:
             raise DeclarationError(text("refused.by_hand", side=side))
         self.side, self.frame = side, pair.frame
-        shapes = {name: shape[1:] for name, shape in self.frame.shapes.items()}
-        self.covariates = {name: (shapes[name], count) for name, count in self.frame.covariates.items()}
+        self.covariates = {name: (self.frame.shapes[name][1:], n) for name, n in self.frame.covariates.items()}
 
     @property
     def alone(self) -> str | None:
@@ -130,13 +128,9 @@ class PlainDecoder(PlainModule):
         model = cast(Any, pair.model)
         reads = model.decoder.network.inputs
         self.see, self.sites = model.see, [site for site in model.sites if site.name in reads]
-        # Relaxed values without codes are logarithms.
-        self.inputs = {
-            site.name: (site.space.shape, site.space.states)
-            if site.space.is_code and site.has_twin
-            else (site.event, 0)
-            for site in self.sites
-        } | {name: found for name, found in self.covariates.items() if name in reads}
+        codes = {s.name: (s.space.shape, s.space.states) for s in self.sites if s.space.is_code and s.has_twin}
+        values = {s.name: (s.event, 0) for s in self.sites}  # of relaxed values without codes, logarithms
+        self.inputs = values | codes | {name: v for name, v in self.covariates.items() if name in reads}
         self.decoder = model.decoder
         self.codebooks = nn.ModuleDict({name: book for name, book in model.codebooks.items() if name in reads})
         self.eval()

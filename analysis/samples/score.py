@@ -158,9 +158,9 @@ def _scored(pair: Pair, x: Tensor, samples: int, seed: int, on_progress: Progres
     known, elements = [None] * 5 if absent else known, found.means[1:].mT.float()
     if not elements.numel():
         absent["elements"] = "elements of x are not independent given z, z determines x, or codes are summed out"
-        return Scores(found.means[0], None, *known, absent=absent)
+        return replace(Scores(found.means[0], None, *known), absent=absent)
     event = pair.frame.x if elements.shape[1] == prod(pair.frame.x) else elements.shape[1:]
-    return Scores(found.means[0], elements.reshape(-1, *event), *known, absent=absent)
+    return replace(Scores(found.means[0], elements.reshape(-1, *event), *known), absent=absent)
 
 
 def _reference(source: Run | Pair, pair: Pair, given: Any, samples: int) -> Tensor:
