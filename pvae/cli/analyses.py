@@ -53,8 +53,6 @@ def surgery(
     with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
             _, x, labels = rows_of(opened, name, rows, seed)
-            if population and train is None and name != "train":
-                train = rows_of(opened, "train", None, seed)[1]
             found[name] = pvae.analysis.surgery(
                 opened.pair, x, samples=samples, seed=seed, labels=labels, train=train, components=components,
                 seen=name == "train", population="full" if population else "rows",

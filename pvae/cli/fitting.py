@@ -53,11 +53,8 @@ def resume(
     if opened.status.get("state") != "finished" or overrides or second:
         _finish(shared, pvae.resume(opened, *(overrides or ()), allow_changes=allow_changes, **shared.fitting()))
         return
-    said = shared.as_json  # then standard output holds JSON alone
-    tell(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume", err=said)
-    tell("to train longer: pvae resume RUN train.epochs=N --allow-changes", err=said)
-    if shared.export:
-        tell(f"to export what is there: pvae export RUN {shared.export[0]}", err=said)
+    said = text("cli.fitting.finished", run=opened, export=shared.export)
+    tell(said, err=shared.as_json)  # standard output then holds JSON alone
     shared.answer(_facts(opened))
     _require_no_alerts(shared, opened)
 
