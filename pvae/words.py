@@ -5,6 +5,7 @@ are data, are not escaped for HTML, and are never evaluated. Entries of `pvae/<r
 module and a name, such as `pair.enumeration.masked`; errors are made of them by `PvaeError.of`.
 """
 
+import html
 import tomllib
 from collections.abc import Callable
 from functools import cache, cached_property, reduce
@@ -25,7 +26,7 @@ class Catalogue:
     Arguments:
         folder: the folder.
         pattern: glob pattern of the files; each has tables of its own.
-        filters: filters of the templates, beside Jinja's, `repr` and `class` (the name of a value's class).
+        filters: filters of the templates, beside Jinja's, `repr`, `html` (escaped) and `class` (name of its class).
     """
 
     def __init__(self, folder: Path, pattern: str, **filters: Callable[..., Any]) -> None:
@@ -43,7 +44,8 @@ class Catalogue:
         from jinja2 import Environment, StrictUndefined
 
         engine = Environment(undefined=StrictUndefined, finalize=format)  # as an f-string has it
-        engine.filters |= {"repr": repr, "class": lambda value: type(value).__name__, **self.filters}
+        own: dict[str, Callable[..., Any]] = {"repr": repr, "html": html.escape, "class": lambda v: type(v).__name__}
+        engine.filters |= own | self.filters
         return engine
 
     @cached_property

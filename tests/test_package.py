@@ -21,7 +21,7 @@ from pvae.component import Component
 
 ROOT = Path(__file__).parents[1]
 
-HEAVY = ("arviz", "matplotlib", "numpy", "pandas", "pydantic", "pyro", "scipy", "sklearn", "torch", "xarray")
+HEAVY = ("arviz", "jinja2", "matplotlib", "numpy", "pandas", "pydantic", "pyro", "scipy", "sklearn", "torch", "xarray")
 
 # Third-party modules set warnings filters of their own on import, so they come first, before the snapshot.
 IMPORT_EVERYTHING = """

@@ -13,7 +13,7 @@ from pvae.analysis.audit.foreign import Encoded, Foreign, LikelihoodName
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import Figures, Row, exact, over_rows
+from pvae.analysis.figures.estimate import Figures, Row, exact, over_rows, text
 from pvae.analysis.samples.features import affordable
 from pvae.component import Shape
 from pvae.data.sources.python import as_array
@@ -26,7 +26,6 @@ FEWEST, ROWS = 40, 10_000
 JOINT_STATES, WIDE_ROWS = 2**22, 500
 """Largest number of codes times positions whose information is computed; number of rows for that of latents of more
 than 512 coordinates or positions, which tell all rows apart."""
-NO_NATS = "No information in nats: points without a declared noise, or too many codes."
 PICTURED, SHOWN = 100_000, 8
 """Largest numbers of elements of latents, and of reconstructions, in pictures."""
 
@@ -87,7 +86,7 @@ class Audit(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        return (NO_NATS,) if self.surgery is None else self.surgery.remarks
+        return (text("audit.no_nats"),) if self.surgery is None else self.surgery.remarks
 
     def to_dict(self) -> dict[str, Any]:
         """Return counts, figures, figures by coordinate, and remarks as plain values for JSON."""
@@ -213,9 +212,7 @@ def _of_latents(encoded: Encoded, coordinates: dict[str, Tensor], pictures: dict
     pictures["elements"] = z.flatten()[:PICTURED]
 
 
-def _of_codes(
-    program: Foreign, encoded: Encoded, codes: int | Tensor | None, share: dict[str, Tensor]
-) -> Iterator[Row]:
+def _of_codes(program: Foreign, encoded: Encoded, codes: int | Tensor | None, out: dict[str, Tensor]) -> Iterator[Row]:
     """Yield the numbers of K codes that are used, dead, and in use with nearly equal vectors."""
     index, table = encoded.loc if encoded.index is None else encoded.index, codes
     k = program.codes = int(index.max()) + 1 if codes is None else len(codes) if isinstance(codes, Tensor) else codes
@@ -223,8 +220,8 @@ def _of_codes(
         raise DataError(f"encode: expected codes from 0 to {k - 1}; got {int(index.min())} to {int(index.max())}.")
     if not isinstance(table, Tensor):
         table = latents.vectors_of(index, encoded.loc, k)
-    share["share"] = index.flatten().bincount(minlength=k).double() / index.numel()
-    used = in_use(share["share"])
+    out["share"] = index.flatten().bincount(minlength=k).double() / index.numel()
+    used = in_use(out["share"])
     same = None if table is None else exact(float(len(duplicates(table.detach().cpu()[used]))))
     yield "codes", exact(float(k)), "number of codes K"
     yield "used", exact(float(used.sum())), "codes in use: a proportion of at least 0.001 / K"

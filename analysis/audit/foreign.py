@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pvae.analysis.figures.estimate import text
 from pvae.component import Shape
 from pvae.distributions import Certain, code_grid
 from pvae.distributions.base import DiscretizedLogistic
@@ -50,10 +51,7 @@ class Encoded:
         floats = [part.float() for part in tensors if part.is_floating_point()]
         codes = [part.long() for part in tensors if not part.is_floating_point()]
         if not tensors or not all(bool(part.isfinite().all()) for part in floats):
-            raise DataError(
-                "encode: expected a finite tensor, a normal distribution, a tuple (mean, log-variance), or integer "
-                f"codes, alone or with the quantised vectors; got {type(batches[0]).__name__}."
-            )
+            raise DataError(text("audit.encoding", found=batches[0]))
         if codes:
             return cls((floats or codes)[0], None, codes[0])
         loc, *log_variance = (part.reshape(len(part), *part.shape[1:] or (1,)) for part in floats)

@@ -45,35 +45,6 @@ def _prime_factors(number: int) -> list[int]:
     return [divisor, *_prime_factors(number // divisor)] if number > 1 else []
 
 
-class Moments:
-    """Running mean and variance, for every datum, of the values that are pushed."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def push(self, values: Tensor) -> None:
-        """Add values of every datum, `(any number, rows)`."""
-        if not self.count:
-            # Squares of differences from a value seen keep their digits where the spread is far below the mean.
-            self.shift = torch.where(values[0].isfinite(), values[0], 0.0)
-            self.total = self.squares = torch.zeros_like(self.shift)
-        apart = values - self.shift
-        self.total = self.total + apart.sum(0)
-        self.squares = self.squares + apart.square().sum(0)
-        self.count += len(values)
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean of all values, `(rows,)`."""
-        return self.shift + self.total / self.count
-
-    @property
-    def squared_error(self) -> Tensor:
-        """Variance of the mean, `(rows,)`; infinite where a value was infinite."""
-        spread = (self.squares - self.total.square() / self.count).clamp(min=0).nan_to_num(nan=math.inf)
-        return spread / max(self.count - 1, 1) / self.count
-
-
 class Level:
     """Estimate of one bound L_K: groups of K samples, each merged from `ratio` groups of the next smaller size.
 
@@ -82,17 +53,35 @@ class Level:
 
     def __init__(self, size: int, ratio: int) -> None:
         self.log_size, self.ratio = math.log(size), ratio
-        self.moments = Moments()
         self.open: Tensor
-        self.filled = 0
+        self.filled = self.count = 0
 
     def push(self, sums: Tensor) -> Tensor:
         """Add log sums of weights of smaller groups, `(any number, rows)`; return those of the completed groups."""
         if self.ratio > 1:
             sums = self._closed(sums)
         if len(sums):
-            self.moments.push(sums - self.log_size)
+            values = sums - self.log_size
+            if not self.count:
+                # Squares of differences from a value seen keep their digits where the spread is far below the mean.
+                self.shift = torch.where(values[0].isfinite(), values[0], 0.0)
+                self.total = self.squares = torch.zeros_like(self.shift)
+            apart = values - self.shift
+            self.total = self.total + apart.sum(0)
+            self.squares = self.squares + apart.square().sum(0)
+            self.count += len(values)
         return sums
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over groups of their log mean weights, `(rows,)`."""
+        return self.shift + self.total / self.count
+
+    @property
+    def squared_error(self) -> Tensor:
+        """Variance of the mean, `(rows,)`; infinite where a value was infinite."""
+        spread = (self.squares - self.total.square() / self.count).clamp(min=0).nan_to_num(nan=math.inf)
+        return spread / max(self.count - 1, 1) / self.count
 
     def _closed(self, sums: Tensor) -> Tensor:
         missing = self.ratio - self.filled if self.filled else 0
@@ -148,7 +137,8 @@ class Accumulator:
         self.levels = [Level(size, size // last) for size, last in zip(self.sizes, below, strict=True)]
         self.kept = min(tail_length(samples) + 1, samples)
         self.precision = precision
-        self.means, self.total = torch.zeros(1, 1), torch.full((1,), -math.inf)
+        self.largest, self.means = torch.empty(0), torch.zeros(1, 1)
+        self.total = self.doubled = torch.tensor(-math.inf, dtype=torch.float64)
 
     def average(self, weights: Tensor, values: Tensor) -> None:
         """Add values `(any number, rows, V)` of some further samples, with their log weights, to the weighted means."""
@@ -156,16 +146,12 @@ class Accumulator:
         known = total.masked_fill(total == -math.inf, 0.0)  # so far no sample explains these rows
         share = (weights - known).exp()[..., None]
         here = (share * values.double().masked_fill(share == 0, 0.0)).sum(0)
-        self.means, self.total = self.means * (self.total - known).exp()[..., None] + here, total
+        self.means, self.total = self.means.to(here) * (self.total - known).exp()[..., None] + here, total
 
     def push(self, weights: Tensor) -> None:
         """Add log weights of some further samples, `(any number, rows)`, float64."""
-        doubled = (2 * weights).logsumexp(0)
-        if not self.levels[0].moments.count:
-            self.largest, self.doubled = weights[:0], doubled
-        else:
-            self.doubled = torch.logaddexp(self.doubled, doubled)
-        candidates = torch.cat([self.largest, weights])
+        self.doubled = torch.logaddexp(self.doubled, (2 * weights).logsumexp(0))
+        candidates = torch.cat([self.largest.to(weights), weights])
         self.largest = candidates.topk(min(self.kept, len(candidates)), 0).values
         for level in self.levels:
             weights = level.push(weights)
@@ -173,14 +159,14 @@ class Accumulator:
     def result(self) -> Accumulated:
         """Return bounds and diagnostics; to be called after the weights of all `samples` were pushed."""
         samples = self.sizes[-1]
-        bounds = torch.stack([level.moments.mean for level in self.levels])
+        bounds = torch.stack([level.mean for level in self.levels])
         # sum w^2 / (sum w)^2; without any weight above zero there is no effective sample.
         inverse_ess = (self.doubled - 2 * (bounds[-1] + math.log(samples))).exp().nan_to_num(nan=math.inf)
-        errors = [level.moments.squared_error for level in self.levels[:-1]]
+        errors = [level.squared_error for level in self.levels[:-1]]
         errors.append(squared_error(self.largest, bounds[-1], inverse_ess, samples))
         resolution = WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs())
         khat = pareto_k(self.largest, samples, resolution)
-        means = self.means.where(self.total[:, None] > -math.inf, math.nan)
+        means = self.means.where(self.total[..., None] > -math.inf, math.nan)
         figures = bounds, torch.stack(errors), 1 / inverse_ess, khat, means.mT
         return Accumulated(self.sizes, *(figure.cpu() for figure in figures))
 

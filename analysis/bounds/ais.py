@@ -12,7 +12,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, sim
 from pvae.analysis.bounds.annealing import anneal, pilot, schedule
 from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows, texts
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows
 from pvae.errors import DataError
 from pvae.pair import Pair, PairData
 from pvae.util.progress import Progress, silent
@@ -26,6 +26,7 @@ STATES_PER_CHUNK = 4000
 class _Annealing(Figures):
     """Base class of results of annealing: settings, lower bound on log p(x), and acceptance of the transitions."""
 
+    remarked = "annealing.remarks"
     counts = ("n", "temperatures", "chains", "leapfrog", "start")
 
     n: int
@@ -42,10 +43,6 @@ class _Annealing(Figures):
     """Lower bound, in expectation, of the mean log p(x), nats per datum."""
     acceptance: Tensor
     """Mean acceptance of the (forward) transitions of every datum, `(n,)`; NaN with one temperature."""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return texts("annealing.remarks", found=self, mean=float(self.acceptance.mean()))
 
     def to_dict(self) -> dict[str, Any]:
         return self.nested(acceptance=self.acceptance.mean())

@@ -13,7 +13,7 @@ from pvae.analysis.bounds.accumulate import Accumulator
 from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows, texts
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows
 from pvae.errors import DataError
 from pvae.nn.schedules import LeanAdam
 from pvae.pair import Pair, PairData
@@ -34,6 +34,7 @@ class Gap(Figures):
     """Gaps between the ELBO and log p(x), nats per datum; `inference = approximation + amortisation`, exactly."""
 
     heading = "inference gap, nats per datum (n = {0.n})"
+    remarked = "gap.remarks"
     counts = ("n", "steps", "samples", "evidence_samples", "refined", "unconverged")
 
     n: int
@@ -64,10 +65,6 @@ class Gap(Figures):
     unconverged: float
     """Estimated mean gain, nats, that further steps of refinement would bring; part of the errors of `refined_elbo`,
     `amortisation` and `approximation`."""
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return texts("gap.remarks", found=self, ess=float(self.per_datum["ess"].median()))
 
     def to_dict(self) -> dict[str, Any]:
         ess = self.per_datum["ess"]

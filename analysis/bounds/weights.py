@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, text, texts
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, text
 from pvae.errors import DataError
 from pvae.pair.terms import Terms
 
@@ -174,6 +174,7 @@ class Bounds(Figures):
     """Lower bounds on the mean log p(x) with 1, ..., `samples` importance samples, nats per datum."""
 
     heading = "{0.what}, nats per datum (n = {0.n})"
+    remarked = "bounds.remarks"
     counts = ("n", "samples")
     what: ClassVar[str]
     """Name of the estimated quantity, for the title of the table."""
@@ -213,10 +214,6 @@ class Bounds(Figures):
         if tail_length(self.samples) < SMALLEST_TAIL:
             return math.nan
         return float((self.khat > self.khat_limit).double().mean())
-
-    @property
-    def remarks(self) -> tuple[str, ...]:
-        return texts("bounds.remarks", found=self)
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows (term, estimate, meaning) in order of K; with a single sample its bound has both names."""

@@ -88,6 +88,7 @@ class Surgery(Figures):
     hold exactly, because all terms are computed from the same samples (or from the same sum over all states).
     """
 
+    heading = "surgery.heading"
     counts = ("n", "samples")
 
     n: int
@@ -157,10 +158,6 @@ class Surgery(Figures):
     def total_name(self) -> str:
         """Name of `total`: "ELBO" or "log joint"."""
         return "log joint" if self.elbo is None else "ELBO"
-
-    @property
-    def title(self) -> str:
-        return f"ELBO surgery, nats per datum (n = {self.n}, {self.samples} draw{'s' * (self.samples > 1)})"
 
     def rows(self) -> Iterator[Row]:
         rest = " - global_kl" if self.shared else ""

@@ -86,10 +86,7 @@ class PosteriorDraws:
         try:
             import arviz
         except Exception as problem:  # it can fail in many ways: a read-only cache, a plotting package too old or new
-            raise MissingExtraError(
-                f"Expected ArviZ to import; got {type(problem).__name__}: {problem}. Install it with "
-                f"`pip install 'arviz>=0.23.4,<2'`, or use .groups or .to_datatree(), which need only xarray."
-            ) from problem
+            raise MissingExtraError.of("analysis.datasets.arviz", problem=problem) from problem
         if int(arviz.__version__.partition(".")[0]) >= 1:
             return self.to_datatree()
         return arviz.InferenceData(**dict[str, Any](self.groups))
@@ -201,12 +198,8 @@ def _verify(path: Path) -> None:
         found = _DIGEST_LINE.match(read_inside(checksum.parent, checksum.name, 1 << 16))
         digest = _sha256(path)
     except (OSError, DataError) as problem:
-        raise CheckpointError(
-            f"{path}: expected the file and its {checksum.name}; got {problem} Copy both, or export it again."
-        ) from problem
+        raise CheckpointError.of("analysis.datasets.checksum", path=path, problem=problem) from problem
     if found is None:
         raise CheckpointError(f"{checksum}: expected a line of sha256sum; got none. Export the file again.")
     if (wanted := found[1].decode()) != digest:
-        raise CheckpointError(
-            f"{path}: expected SHA-256 {wanted}; got {digest} (its bytes changed). Copy it anew, or export it again."
-        )
+        raise CheckpointError.of("analysis.datasets.digest", path=path, wanted=wanted, digest=digest)

@@ -3,7 +3,6 @@
 The words are the entries of `results.toml`, filled in by Jinja; an unknown entry or field is an error.
 """
 
-import html
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -175,9 +174,7 @@ def with_error(e: Estimate) -> str:
     return f"{short(e.value, digits)} +- {short(e.standard_error, digits)}"
 
 
-WORDS = Catalogue(
-    Path(__file__).parent, "results.toml", short=short, with_error=with_error, log=math.log, html=html.escape
-)
+WORDS = Catalogue(Path(__file__).parent, "results.toml", short=short, with_error=with_error, log=math.log)
 text, texts = WORDS.text, WORDS.texts
 TEXT_NAME = re.compile(r"\w+\.\w+")
 

@@ -123,9 +123,9 @@ def compare(
         page = pvae.analysis.compare(runs, Path("comparison"))
         ```
     """
-    settings: dict[str, Any] = {"split": split, "samples": samples, "evidence_samples": evidence_samples, "seed": seed}
-    given = [Run.load(run.path, data=data) if data is not None and run.lacks_data else run for run in runs]
-    found = Comparison(given, names, groups, **settings)
+    if data is not None:
+        runs = [Run.load(run.path, data=data) if run.lacks_data else run for run in runs]
+    found = Comparison(runs, names, groups, split, samples=samples, evidence_samples=evidence_samples, seed=seed)
     with claimed(out):
         return examine_runs(found, title, description, on_progress).write(out, figures=figures)
 

@@ -142,7 +142,8 @@ def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Te
     names = tuple(name for name in q[0] if name in p[0])
     latents = [torch.stack([torch.stack([one[name] for one in side]) for side in (q, p)]) for name in names]
     known = [t.flatten(1).float().expand(2, draws, len(x), -1) for t in pair.frame.split(x.cpu())[1].values()]
-    codes, prior = torch.cat([*map(as_numbers, latents), *known], -1)
+    coded = [z if z.is_floating_point() else nn.functional.one_hot(z.long()) for z in latents]
+    codes, prior = torch.cat([*(z.float().flatten(3) for z in coded), *known], -1)
     return codes, prior, names
 
 
@@ -150,12 +151,6 @@ def from_prior(pair: Pair, x: Tensor, seed: int) -> dict[str, Tensor]:
     """Return one prior sample of every latent for each of the rows `(n, *row)`, given their covariates."""
     with analysed(pair, x, seed):
         return by_chunks(lambda *at: prior_latents(pair, x[slice(*at)]), len(x), x[0].numel())
-
-
-def as_numbers(values: Tensor) -> Tensor:
-    """Return values of a latent, `(2, draws, n, *event)`, as float vectors `(2, draws, n, D)`; discrete as one-hot."""
-    numbers = values if values.is_floating_point() else nn.functional.one_hot(values.long())
-    return numbers.float().flatten(3)
 
 
 # ---------------------------------------------------------------------- the network

@@ -163,11 +163,9 @@ def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None =
         note = f"penultimate layer of a classifier of {len(x)} training rows"
         return Features(lambda rows: in_chunks(model.features, rows).double(), model, known, note)
     loc, directions = principal(x)
+    note = f"{directions.shape[1]} principal components of {len(x)} training rows"
     return Features(
-        lambda rows: in_chunks(lambda part: (part.flatten(1).double().cpu() - loc) @ directions, rows),
-        None,
-        (),
-        f"{directions.shape[1]} principal components of {len(x)} training rows",
+        lambda rows: in_chunks(lambda part: (part.flatten(1).double().cpu() - loc) @ directions, rows), None, (), note
     )
 
 

@@ -16,8 +16,7 @@ from pvae.component import Shape
 from pvae.distributions.relaxed import twin
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED
-from pvae.pair.layout import unwrapped
-from pvae.pair.pair import Pair
+from pvae.pair import Pair, unwrapped
 
 
 class PlainModule(nn.Module):
@@ -41,8 +40,7 @@ class PlainModule(nn.Module):
         if not pair.declared:
             raise DeclarationError(text("refused.by_hand", side=side))
         self.side, self.frame = side, pair.frame
-        shapes = {name: shape[1:] for name, shape in self.frame.shapes.items()}
-        self.covariates = {name: (shapes[name], count) for name, count in self.frame.covariates.items()}
+        self.covariates = {name: (self.frame.shapes[name][1:], n) for name, n in self.frame.covariates.items()}
 
     @property
     def alone(self) -> str | None:
@@ -53,9 +51,7 @@ class PlainModule(nn.Module):
     @property
     def expected(self) -> str:
         """Inputs as text: names, shapes and, of codes and covariates, the values."""
-        shown = {name: ", ".join(("n", *map(str, shape))) for name, (shape, _) in self.inputs.items()}
-        codes = {name: f" of whole numbers 0 .. {count - 1}" for name, (_, count) in self.inputs.items() if count}
-        return ", ".join(f"{name} ({shape}){codes.get(name, '')}" for name, shape in shown.items())
+        return text("modules.inputs", inputs=self.inputs)
 
     def example(self, rows: int) -> dict[str, Tensor]:
         """Return zeros of every input by name, `rows` of each."""
@@ -132,12 +128,9 @@ class PlainDecoder(PlainModule):
         model = cast(Any, pair.model)
         reads = model.decoder.network.inputs
         self.see, self.sites = model.see, [site for site in model.sites if site.name in reads]
-        self.inputs = {
-            site.name: (site.space.shape, site.space.states)
-            if site.space.is_code and site.has_twin
-            else (site.event, 0)  # of relaxed values without codes, logarithms
-            for site in self.sites
-        } | {name: found for name, found in self.covariates.items() if name in reads}
+        codes = {s.name: (s.space.shape, s.space.states) for s in self.sites if s.space.is_code and s.has_twin}
+        values = {s.name: (s.event, 0) for s in self.sites}  # of relaxed values without codes, logarithms
+        self.inputs = values | codes | {name: v for name, v in self.covariates.items() if name in reads}
         self.decoder = model.decoder
         self.codebooks = nn.ModuleDict({name: book for name, book in model.codebooks.items() if name in reads})
         self.eval()
@@ -192,9 +185,9 @@ class PlainEncoder(PlainModule):
         self.eval()
         with Reads() as reading, torch.no_grad():
             self.distribution(**self.example(1))
-        unread = [n for n, p in parts.items() if not reading.found & {id(t) for t in (*p.parameters(), *p.buffers())}]
-        for name in unread:
-            del self.model[name]
+        for name, part in parts.items():
+            if reading.found.isdisjoint(map(id, (*part.parameters(), *part.buffers()))):
+                del self.model[name]
 
     def distributions(self, given: Mapping[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Any]:
         x, model = given[OBSERVED], self.guide.link.model

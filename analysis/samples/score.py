@@ -144,25 +144,23 @@ def _scored(pair: Pair, x: Tensor, samples: int, seed: int, on_progress: Progres
             total = terms.reconstruction.double().reshape(max(particles, 1), -1, 1)
             weights = torch.zeros_like(total[..., 0]) if absent else log_weights(terms, layout.shared)
             elements = element_densities(traces, layout, particles, total.shape[1])
-            return weights, total if elements is None else torch.cat([total, elements.double()], -1)
+            values = total if elements is None else torch.cat([total, elements.double()], -1)
+            return weights.expand(total.shape[:2]), values
 
-        def draw(chunk: Tensor, count: int) -> tuple[Tensor, Tensor]:
-            if count > 1 and pair.way_of_particles(chunk) == "plate":
-                return read(pair.traces(chunk, count), count)
-            weights, values = zip(*(read(pair.traces(chunk), 0) for _ in range(count)), strict=True)
-            return torch.stack(weights), torch.cat(values)
+        def draw(chunk: Tensor, count: int) -> tuple[Tensor, ...]:
+            at_once = count if count > 1 and pair.way_of_particles(chunk) == "plate" else 0
+            found = [read(pair.traces(chunk, at_once or 1), at_once) for _ in range(1 if at_once else count)]
+            return tuple(map(torch.cat, zip(*found, strict=True)))
 
         count, together = 1 if certain else samples, pair.structure.rows is not None
         found = accumulate_weights(x, count, draw, on_progress, together=together)
-    total, *elements = found.means
-    known: dict[str, Any] = {"elbo": found.bounds[0], "khat": found.khat, "ess": found.ess} if not absent else {}
-    known |= {"log_p": found.log_p, "error": found.squared_errors[-1].sqrt()} if not absent else {}
-    if elements:
-        event = pair.frame.x if len(elements) == prod(pair.frame.x) else (len(elements),)
-        known["elements"] = torch.stack(elements, -1).float().reshape(-1, *event)
-    else:
+    known: Any = found.log_p, found.squared_errors[-1].sqrt(), found.bounds[0], found.khat, found.ess
+    known, elements = [None] * 5 if absent else known, found.means[1:].mT.float()
+    if not elements.numel():
         absent["elements"] = "elements of x are not independent given z, z determines x, or codes are summed out"
-    return Scores(total, **known, absent=absent)
+        return replace(Scores(found.means[0], None, *known), absent=absent)
+    event = pair.frame.x if elements.shape[1] == prod(pair.frame.x) else elements.shape[1:]
+    return replace(Scores(found.means[0], elements.reshape(-1, *event), *known), absent=absent)
 
 
 def _reference(source: Run | Pair, pair: Pair, given: Any, samples: int) -> Tensor:

@@ -131,11 +131,7 @@ class Example:
     """Mean log p(x) of training data, nats; exact."""
     test_log_p: Annotated[Estimate, "{0.name}: test log p", "nats; of training data {0.train_log_p.value:.2f}"]
     """Mean log p(x) of held-out data, nats; exact."""
-    accuracy: Annotated[
-        Estimate,
-        "{0.name}: classifier accuracy",
-        "classifier accuracy between its samples and data; 1/2 for good samples",
-    ]
+    accuracy: Annotated[Estimate, "{0.name}: classifier accuracy", "counterexamples.accuracy"]
     """Classifier two-sample test accuracy between samples of the model and held-out data; an estimate."""
     precision: Annotated[Estimate, "{0.name}: precision", "proportion of samples that look like data"]
     """Proportion of samples inside a k-nearest-neighbour ball around a held-out datum, see `fidelity`; an estimate."""

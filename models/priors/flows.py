@@ -302,8 +302,7 @@ class BijectionNetwork(Network):
         """Build the decoder module; the output must have as many elements as the only input."""
         sizes = {name: prod(shape) for name, shape in inputs.items()}
         if output is None or list(sizes.values()) != [prod(output)]:
-            wanted = "a decoder" if output is None else f"one latent of dim = {prod(output)}"
-            raise DeclarationError(f"network bijection: expected {wanted}; got inputs {sizes}.")
+            raise DeclarationError.of("models.priors.bijection", output=output, size=prod(output or ()), sizes=sizes)
         name, size = next(iter(sizes.items()))
         flow: Any = self.flow.build(Site(name, Space.real(size)), {}, Link())
         return BijectionModule(inputs, output, flow, self.edge if self.squash == "logit" else None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +16,20 @@ from pvae.cli.app import ON_FITTED, ON_RUN_AND_DEVICE, Shared, beside, command, 
 from pvae.errors import DeclarationError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pvae.pair.pair import Pair
     from pvae.runs.run import Run
+
+
+def on_rows(analyse: Callable[..., Any], shared: Shared, rows: int | None, **asked: Any) -> Callable[..., Any]:
+    """Return a function of a run that applies an analysis of a pair to `rows` rows of the split, or all."""
+
+    def measured(opened: Run, **bar: Any) -> Any:
+        x = rows_of(opened, shared.split, rows, shared.seed)[1]
+        return analyse(opened.pair, x, seed=shared.seed, **asked, **bar)
+
+    return measured
 
 
 @command(("rows", *ON_RUN_AND_DEVICE))
@@ -23,9 +38,7 @@ def surgery(
     run: str,
     split: Annotated[str, Option("--split", help="train, validation, test; both: train and test.")] = "test",
     samples: int = 1,
-    components: Annotated[
-        int | None, Option("--components", min=2, help="Rows behind q_agg, at random; I_q gets two bounds.")
-    ] = None,
+    components: int | None = None,
     by_class: Annotated[bool, Option("--by-class", help="Also one row for each label.")] = False,
     population: bool = False,
 ) -> None:
@@ -40,8 +53,6 @@ def surgery(
     with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
             _, x, labels = rows_of(opened, name, rows, seed)
-            if population and train is None and name != "train":
-                train = rows_of(opened, "train", None, seed)[1]
             found[name] = pvae.analysis.surgery(
                 opened.pair, x, samples=samples, seed=seed, labels=labels, train=train, components=components,
                 seen=name == "train", population="full" if population else "rows",
@@ -64,14 +75,7 @@ METHODS = {"iwae": "evidence", "prior": "prior_evidence", "ais": "ais", "bracket
 def evidence(
     shared: Shared,
     run: str,
-    method: Annotated[
-        str,
-        Option(
-            "--method",
-            help="iwae: importance samples of the guide; prior: of the prior; ais: annealed; bracket: annealed both "
-            "ways on simulated data.",
-        ),
-    ] = "iwae",
+    method: str = "iwae",
     samples: Annotated[int, Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
     temperatures: Annotated[int, Option("--temperatures", min=1, help="Temperatures of ais and bracket.")] = 200,
     chains: Annotated[int, Option("--chains", min=1, help="Chains per datum of ais and bracket.")] = 16,
@@ -80,15 +84,12 @@ def evidence(
     if method not in METHODS:
         raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
 
-    def bound(opened: Run, **bar: Any) -> Any:
-        _, x, _ = rows_of(opened, shared.split, shared.rows, shared.seed)
-        asked = {"temperatures": temperatures, "chains": chains}
-        if method in ("iwae", "prior"):
-            asked = {"samples": samples}
-        asked |= {"rows": min(shared.rows or 100, len(x))} if method == "bracket" else {}
-        return getattr(pvae.analysis, METHODS[method])(opened.pair, x, seed=shared.seed, **asked, **bar)
+    def bound(pair: Pair, x: Tensor, **asked: Any) -> Any:
+        more = {"samples": samples} if method in ("iwae", "prior") else {"temperatures": temperatures, "chains": chains}
+        more |= {"rows": min(shared.rows or 100, len(x))} if method == "bracket" else {}
+        return getattr(pvae.analysis, METHODS[method])(pair, x, **more, **asked)
 
-    shared.measure(run, method, bound, split=shared.split, method=method)
+    shared.measure(run, method, on_rows(bound, shared, shared.rows), split=shared.split, method=method)
 
 
 @command(("split", *ON_RUN_AND_DEVICE))
@@ -99,12 +100,7 @@ def gap(
     rows: int = 200,
 ) -> None:
     """Split log p(x) - ELBO into the gap of the variational family and the gap of the encoder."""
-
-    def gaps(opened: Run, **bar: Any) -> Any:
-        _, x, _ = rows_of(opened, shared.split, rows, shared.seed)
-        return pvae.analysis.gap(opened.pair, x, steps=steps, seed=shared.seed, **bar)
-
-    shared.measure(run, "gap", gaps, split=shared.split)
+    shared.measure(run, "gap", on_rows(pvae.analysis.gap, shared, rows, steps=steps), split=shared.split)
 
 
 @command(ON_RUN_AND_DEVICE)
@@ -113,9 +109,7 @@ def calibration(
     run: str,
     rows: Annotated[int, Option("--rows", min=2, help="Rows to simulate from the model.")] = 1000,
     draws: Annotated[int, Option("--draws", min=2, help="Samples of q(z | x) for every row.")] = 19,
-    importance: Annotated[
-        int, Option("--importance", min=0, help="Samples from which each weighted one is chosen; 0: none.")
-    ] = 0,
+    importance: int = 0,
     split: Annotated[
         str, Option("--split", help="Rows whose covariates are used: train, validation, test; none: no data.")
     ] = "train",
@@ -134,9 +128,7 @@ def two_sample(
     shared: Shared,
     run: str,
     mean: bool = False,
-    neighbours: Annotated[
-        int, Option("-k", min=1, help="Neighbour whose distance is the radius of the balls of precision.")
-    ] = 5,
+    neighbours: int = 5,
 ) -> None:
     """Compare samples with data: classifier two-sample test accuracy, precision and coverage."""
     from pvae.analysis.samples.quality import QUALITY_STAGES, sample_quality
@@ -162,11 +154,7 @@ def probe(shared: Shared, run: str) -> None:
 @command(("rows", *ON_FITTED))
 def critic(shared: Shared, run: str, split: str = "train") -> None:
     """Estimate KL(q_agg || p) from samples alone, also for an autoencoder, whose posterior has no density."""
-
-    def estimate(opened: Run, **bar: Any) -> Any:
-        return pvae.analysis.critic(opened, rows_of(opened, split, shared.rows, shared.seed)[1], shared.seed, **bar)
-
-    shared.measure(run, "critic", estimate, split=split)
+    shared.measure(run, "critic", on_rows(pvae.analysis.critic, replace(shared, split=split), shared.rows), split=split)
 
 
 @command(["rows", "seed", "out", "data", "as_json"])
@@ -174,9 +162,7 @@ def audit(
     shared: Shared,
     functions: Annotated[str, Argument(help="Encoder and decoder in a Python file.", metavar="FILE.py:ENCODE,DECODE")],
     noise: Annotated[float | None, Option("--noise", min=0, help="Deviation of latents around points.")] = None,
-    likelihood: Annotated[
-        Literal["normal", "bernoulli", "discretized_logistic"], Option("--likelihood", help="Of x around the means.")
-    ] = "normal",
+    likelihood: Literal["normal", "bernoulli", "discretized_logistic"] = "normal",
     scale: Annotated[float | None, Option("--scale", min=0, help="Its scale; fitted unless given.")] = None,
     levels: Annotated[int, Option("--levels", min=2, help="Grey values of a discretized_logistic.")] = 256,
     codes: Annotated[int | None, Option("--codes", min=1, help="Number of codes; those found unless given.")] = None,
@@ -255,9 +241,7 @@ def report(
     shared: Shared,
     run: str,
     evidence_samples: int = 500,
-    gap_steps: Annotated[
-        int, Option("--gap-steps", min=0, help="Refinement steps of q for the gaps; 0: no gaps.")
-    ] = 200,
+    gap_steps: int = 200,
     figures: bool = False,
     population: bool = False,
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -38,42 +39,17 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-OPTIONS: dict[str, Any] = {
-    "name": Argument(help="A zoo name (see `pvae list`), a TOML file or FILE.py:PAIR.", metavar="NAME_OR_FILE"),
-    "run": Argument(help="A run: its folder, its name (the newest), name/id, or latest; or FILE.py:PAIR."),
-    "overrides": Argument(help="Dotted overrides: train.epochs=20", metavar="[KEY=VALUE]..."),
-    "split": Option("--split", help="train, validation or test; of commands that write rows also all."),
-    "rows": Option("--rows", min=1, help="Rows to use, chosen at random by the seed."),
-    "seed": Option("--seed", help="Seed of the random numbers."),
-    "first": Argument(min=0, help="A row of the split.", metavar="I"),
-    "last": Argument(min=0, help="Another row of the split.", metavar="J"),
-    "steps": Option("--steps", min=2, help="Points on the line, both ends included."),
-    "n": Option("-n", min=1, help="Number of samples."),
-    "mean": Option("--mean", help="Means of p(x | z), or centres of q(z | x), in place of samples."),
-    "draw": Option("--draw", help="Samples of p(x | z) in place of its means."),
-    "draws": Option("--draws", min=1, help="Completed rows for each row."),
-    "sweeps": Option("--sweeps", min=0, help="Metropolis sweeps after importance resampling."),
-    "samples": Option("--samples", min=1, help="Samples of z per datum."),
-    "given": Option("--given", help="A covariate's value, y=3 or 'words=ankle boot', for a model conditioned on one."),
-    "out": Option(
-        "--out", help="File without suffix; rows also .csv, .parquet, .npz, .h5ad. In the run's folder unless said."
-    ),
-    "evidence_samples": Option(
-        "--evidence-samples", min=2, help="Importance samples for each of 500 data (compare: 250)."
-    ),
-    "figures": Option("--figures", help="Also write every picture as a PNG of its own."),
-    "population": Option("--population", help="A closer interval on new data: all train rows, a mixture, a flow."),
-    "device": Option("--device", help="auto, cpu or cuda."),
-    "export": Option("--export", help="Also export to: tensorboard, mlflow.", metavar="KIND"),
-    "run_dir": Option("--run-dir", help="Folder of runs.", envvar="PVAE_RUN_DIR"),
-    "data_dir": Option("--data-dir", help="Folder to look for data in first.", envvar="PVAE_DATA_DIR"),
-    "pair": Option("--pair", help="The pair of a run of a hand-written pair, FILE.py:PAIR."),
-    "data": Option("--data", help="File of other rows, or of data that are not declared (of a pair: .npz, .npy)."),
-    "quiet": Option("--quiet", help="No progress."),
-    "strict": Option("--strict", help="Exit with 3 where the run finished with alerts."),
-    "as_json": Option("--json", help="Print JSON for programs."),
-}
-"""Arguments and options of commands, by name of the parameter; a command may annotate one in its own way."""
+
+def _declared() -> Iterator[tuple[str, Any]]:
+    """Yield the arguments and options of commands that `options.toml` declares, by name of the parameter."""
+    found = tomllib.loads((Path(__file__).parent / "options.toml").read_text(encoding="utf-8"))
+    yield from ((name, Argument(**given)) for name, given in found["arguments"].items())
+    for name, given in found["options"].items():
+        yield name, Option(given.pop("flag", f"--{name.replace('_', '-')}"), **given)
+
+
+OPTIONS = dict(_declared())
+"""Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
 ON_FITTED = ("seed", "run_dir", "data_dir", "pair", "data", "as_json")
 ON_RUN_AND_DEVICE = ("device", *ON_FITTED)

@@ -11,6 +11,7 @@ import pvae
 from pvae.cli.app import Shared, command, load_declaration
 from pvae.errors import DeclarationError
 from pvae.util.files import write_atomic
+from pvae.words import text
 
 
 @command(["as_json"], name="list")
@@ -92,17 +93,14 @@ def check(
     pair, rows = experiment.build(data.shape), data.train.rows[:4]
     if problems := pair.check(rows):
         raise DeclarationError([f"{name}: {problem}" for problem in problems])
+    total = ""
     if (figures := experiment.objective.measure(pair, rows, experiment.seed)) is None:
         figures, total = evaluate(pair, rows, experiment.seed), pair.structure.total
-        what = "ELBO" if total == "elbo" else "log joint"
-        said = f"{what} of {len(rows)} rows before training {figures[total]:.2f} nats per datum"
-    else:
-        said = f"critic's loss of {len(rows)} rows before training {figures['critic_loss']:.2f} nats; no likelihood"
     count = sum(p.numel() for p in pair.parameters())
     found |= {"shape": list(data.shape), "rows": len(data.train), "parameters": count, "before_training": figures}
     found["notes"] = list(data.notes)
-    shape = f"x {list(data.shape)}, {len(data.train)} training rows, {count:,} parameters"
-    shared.answer(found, f"{name}: ok; {shape}, {said}", *data.notes)
+    said = text("cli.declarations.checked", total=total, batch=len(rows), found=found)
+    shared.answer(found, said, *data.notes)
 
 
 @command(["data_dir", "as_json"])

@@ -17,6 +17,7 @@ from pvae.errors import DataError, PvaeError
 from pvae.signals import end_with
 from pvae.util.files import pretty, write_atomic
 from pvae.util.progress import ProgressBar
+from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.runs.run import Run
@@ -53,11 +54,8 @@ def resume(
     if opened.status.get("state") != "finished" or overrides or second:
         _finish(shared, pvae.resume(opened, *(overrides or ()), allow_changes=allow_changes, **shared.fitting()))
         return
-    said = shared.as_json  # then standard output holds JSON alone
-    tell(f"{opened.path} is finished (epoch {opened.status.get('epoch')}); nothing to resume", err=said)
-    tell("to train longer: pvae resume RUN train.epochs=N --allow-changes", err=said)
-    if shared.export:
-        tell(f"to export what is there: pvae export RUN {shared.export[0]}", err=said)
+    said = text("cli.fitting.finished", run=opened, export=shared.export)
+    tell(said, err=shared.as_json)  # standard output then holds JSON alone
     shared.answer(_facts(opened))
     _require_no_alerts(shared, opened)
 
@@ -130,16 +128,12 @@ def _facts(run: Run) -> dict[str, Any]:
 
 def _summary(run: Run) -> str:
     """Return a one-line summary of a run, after a line that names its parent run if it is a second stage."""
-    parent = _parent(run)
-    head = f"{run.path} (prior fitted anew; parent {parent})\n" if parent else ""
     from pvae.objectives.base import named
 
-    status, name = run.status, str(run.files.manifest.get("figure", "elbo"))
-    best = status.get(name)
-    figure = f", best {named(name)} {best:.3f} nats per datum" if isinstance(best, float) else ""
-    alerts = f"; {n} alerts, see events.jsonl" if (n := len(run.files.alerts())) else ""
-    epochs = f"epoch {status.get('epoch')} of {status.get('epochs')}"
-    return f"{head}{run.path}: {epochs}, {status.get('seconds')} s{figure}{alerts}"
+    name, alerts = str(run.files.manifest.get("figure", "elbo")), run.files.alerts()
+    best = value if isinstance(value := run.status.get(name), float) else None
+    facts = {"parent": _parent(run), "status": run.status, "figure": named(name), "best": best, "alerts": alerts}
+    return text("cli.fitting.summary", path=run.path, **facts)
 
 
 def _require_no_alerts(shared: Shared, run: Run) -> None:

@@ -171,8 +171,7 @@ class Experiment(Plan):
             raise DeclarationError.of("experiment.experiment.same_prior", name=next(iter(stage.latents)))
         moved = [name for name in names if stage.latents[name].posterior.follows_prior(stage.latents[name].given)]
         if moved:
-            kinds = ", ".join(f"{name} ({stage.latents[name].posterior.kind})" for name in moved)
-            raise DeclarationError.of("experiment.experiment.moved", kinds=kinds)
+            raise DeclarationError.of("experiment.experiment.moved", names=moved, latents=stage.latents)
         return names
 
     def conditioned(self, data: D) -> D:

@@ -1,6 +1,5 @@
 """Description of a declaration for its reader: formulas, graph, shapes and parameter counts."""
 
-import html
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from pvae.component import Shape
 from pvae.experiment.experiment import Experiment
 from pvae.graph.site import OBSERVED, Site
 from pvae.pair.pair import Pair
+from pvae.words import text
 
 
 def factor(density: str, name: str, given: Iterable[str]) -> str:
@@ -60,11 +60,7 @@ def counts(pair: Pair) -> dict[str, int]:
 
 def size_of(site: Site) -> str:
     """Return the size of a latent as text: `[40]`, `32 codes`, `7 x 7 of 512 codes as [64]`, `200 bits`."""
-    if not (space := site.space).is_code:
-        return f"{space.shape[0]} bits" if space.values == "binary" else str(list(space.shape))
-    grid = f"{' x '.join(map(str, space.grid))} of " if space.grid else ""
-    embedding = f" as [{space.features[0]}]" if space.features[0] != space.states else ""
-    return f"{grid}{space.states} codes{embedding}"
+    return text("experiment.readback.size", space=site.space)
 
 
 def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]:
@@ -82,7 +78,7 @@ def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]
 
 def render(experiment: Experiment, x: Shape, pair: Pair) -> Group:
     """Return formulas, graph, shapes and parameter counts of a declaration for a terminal, as an object of rich."""
-    text = formulas(experiment)
+    found = formulas(experiment)
     latents = Table("name", "shape", "prior", "posterior", title="latents", title_justify="left")
     for site in experiment.sites():
         latent = experiment.latents[site.name]
@@ -99,19 +95,14 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> Group:
     lines = [
         f"{experiment.name}  {experiment.description}".rstrip(),
         f"graph   {graph}",
-        f"model   {text['model']}",
-        f"guide   {text['guide']}",
-        f"LaTeX   {text['model_latex']}",
-        f"        {text['guide_latex']}",
+        f"model   {found['model']}",
+        f"guide   {found['guide']}",
+        f"LaTeX   {found['model_latex']}",
+        f"        {found['guide_latex']}",
     ]
     return Group(*(Text(line) for line in lines), latents, sizes)
 
 
 def experiment_html(experiment: Experiment) -> str:
     """Return the HTML that a notebook shows of a declaration: formulas and TOML."""
-    text = formulas(experiment)
-    return (
-        f"<b>{html.escape(experiment.name)}</b> {html.escape(experiment.description)}"
-        f"<p><code>{html.escape(text['model'])}</code><br><code>{html.escape(text['guide'])}</code></p>"
-        f"<details><summary>TOML</summary><pre>{html.escape(experiment.to_toml())}</pre></details>"
-    )
+    return text("experiment.readback.html", experiment=experiment, formulas=formulas(experiment))

@@ -80,10 +80,8 @@ def _unknown_parents(e: Experiment, names: set[str]) -> Iterator[Finding]:
         places += [(f"latents.{name}.given", latent.given, known - {name})]
         places += [(f"latents.{name}.posterior.given", latent.posterior.given, below)]
     for loc, given, allowed in places:
-        wanted = ", ".join(sorted(allowed)) or "no name at all (there is no other latent)"
-        for parent in given:
-            if parent not in allowed:
-                yield loc, f"names among {wanted}{near(parent, allowed)}", parent
+        for parent in (parent for parent in given if parent not in allowed):
+            yield loc, text("experiment.rules.parents", allowed=sorted(allowed), hint=near(parent, allowed)), parent
     if e.decoder.given is not None and not set(e.decoder.given) & names:
         yield "decoder.given", "at least one latent", list(e.decoder.given)
 

@@ -196,8 +196,7 @@ class Vocabulary:
         found = split(text)
         for word in found:
             if word not in self.words:
-                known = ", ".join(self.words[1:])
-                raise DeclarationError(f"prompt: expected words among {known}; got {word!r}{near(word, self.words)}.")
+                raise DeclarationError.of("graph.site.word", words=self.words, word=word, hint=near(word, self.words))
         if len(found) > self.length:
             raise DeclarationError(f"prompt: expected at most {self.length} words; got {len(found)} in {text[:60]!r}.")
         return [self.words.index(word) for word in found] + [0] * (self.length - len(found))

@@ -63,8 +63,7 @@ def require_image(wanted: str, inputs: Mapping[str, Shape], output: Shape | None
         DeclarationError: there is none; the message names the inputs.
     """
     if all(len(shape) != 3 for shape in (*inputs.values(), output or ())):
-        found = ", ".join(f"{name} {list(shape)}" for name, shape in inputs.items())
-        raise DeclarationError.of("nn.conv.image", wanted=wanted, found=found)
+        raise DeclarationError.of("nn.conv.image", wanted=wanted, inputs=inputs)
 
 
 class Conv(Network):

@@ -82,10 +82,9 @@ def differing_sites(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked |
     sampled, model = ({n for n, node in side.items() if not node["is_observed"]} for side in (sites, nodes))
     guide = {name for name in sampled if not sites[name]["infer"].get("is_auxiliary")}
     alone = guide_only(guide_trace, model_trace, unpacked)
+    lost = {name: nodes[name]["fn"] for name in model - sampled if not is_enumerable(nodes[name])}
     problems = [Problem(name, text("pair.problems.not_in_model", names=sorted(model))) for name in alone]
-    for name in (name for name in model - sampled if not is_enumerable(nodes[name])):
-        said = text("pair.problems.not_in_guide", names=sorted(guide), fn=nodes[name]["fn"])
-        problems.append(Problem(name, said))
+    problems += [Problem(z, text("pair.problems.not_in_guide", names=sorted(guide), fn=fn)) for z, fn in lost.items()]
     return sorted(problems, key=lambda problem: problem.site)
 
 

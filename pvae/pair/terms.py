@@ -243,15 +243,14 @@ def _require_expectations(batch: TracedBatch, summed: Sequence[str]) -> None:
         DeclarationError: another site needs samples of these latents, or their states cannot be summed over.
     """
     layout = batch.layout
-    names = ", ".join(layout.expected)
     if layout.enumerated:
-        raise DeclarationError.of("pair.terms.draws", names=names, summed=layout.enumerated)
+        raise DeclarationError.of("pair.terms.draws", names=layout.expected, summed=layout.enumerated)
     for name in summed:
         require_expectable(name, batch.guide.nodes[name], layout)
     for name in batch.unreparametrised():
-        raise DeclarationError.of("pair.terms.factor", name=name, names=names)
+        raise DeclarationError.of("pair.terms.factor", name=name, names=layout.expected)
     for name in [name for name in layout.scored if name in batch.guide.nodes]:
-        raise DeclarationError.of("pair.terms.score", name=name, names=names)
+        raise DeclarationError.of("pair.terms.score", name=name, names=layout.expected)
 
 
 def expected_terms(traces: Traces, layout: Layout, particles: int, closed_form: bool, rows: int | None) -> Terms:

@@ -312,8 +312,7 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
     if json.loads(content) != state:
         raise CheckpointError("Expected lists, and text as keys of the state; got others, which JSON would convert.")
     if len(content) > LARGEST_STATE:
-        most = f"a state of at most {LARGEST_STATE} bytes"
-        raise CheckpointError(f"Expected {most}; got {len(content)}. Keep arrays as tensors.")
+        raise CheckpointError.of("runs.checkpoint.state", most=LARGEST_STATE, found=len(content))
     return content
 
 

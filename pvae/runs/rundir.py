@@ -281,8 +281,7 @@ def require_sound(where: Path, found: Mapping[str, Any]) -> None:
         table, _, inner = key.rpartition(".")
         here = (found.get(table) or {}) if table else found
         if inner in here and not re.fullmatch(pattern, json.dumps(here[inner])):
-            got = f"got {str(here[inner])[:60]!r}. Restore it from a copy of the run."
-            raise DataError(f"{where}: expected {words} for {key!r}; {got}")
+            raise DataError.of("runs.rundir.entry", where=where, words=words, key=key, found=str(here[inner])[:60])
 
 
 def state_of(run: RunDirectory, status: Mapping[str, Any]) -> str:

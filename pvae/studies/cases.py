@@ -19,6 +19,7 @@ from pvae.experiment.plan import apply_overrides
 from pvae.studies.sweep import FIRST, SECOND, Measure, Search, StudyFile, Sweep, find, validated
 from pvae.training.resume import stage_of
 from pvae.util import toml
+from pvae.words import text
 
 MAX_LISTED_PROBLEMS = 40
 """Largest number of problems that an error lists; it gives only the number of further ones."""
@@ -270,9 +271,7 @@ def _require_distinct(cases: Sequence[Case], problems: _Problems) -> None:
     for case in cases:
         other = known.setdefault((case.digest, case.parent), case)
         if (other.label, other.stage) != (case.label, case.stage):
-            same, apart = f"{case.stage!r} to differ from {other.stage!r}", f"another declaration than {other.label!r}"
-            wanted = same if other.label == case.label else apart
-            problems[f"expected {wanted}; got the same. Drop one."][case.label] = None
+            problems[text("studies.cases.same", case=case, other=other)][case.label] = None
 
 
 def _unknown_first_stages(sweep: Sweep, settings: Sequence[_Setting]) -> Iterator[str]:
@@ -280,5 +279,4 @@ def _unknown_first_stages(sweep: Sweep, settings: Sequence[_Setting]) -> Iterato
     for i, refit in enumerate(sweep.refits):
         for name in refit.of:
             if name not in known:
-                told = ", ".join(map(repr, known[:20]))
-                yield f"sweep.refits.{i}.of: expected labels among {told}; got {name!r}{near(name, known)}."
+                yield text("studies.cases.unknown", i=i, known=known[:20], name=name, hint=near(name, known))

@@ -224,8 +224,7 @@ def settings_of(pairs: Sequence[str]) -> dict[str, str]:
     """
     given = {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
     if wrong := [key for key, value in given.items() if key not in KEYS or not value]:
-        found = f"got {wrong[0][:60]!r}{near(wrong[0], KEYS)}"
-        raise DeclarationError(f"--slurm: expected KEY=VALUE with a key of {', '.join(sorted(KEYS))}; {found}.")
+        raise DeclarationError.of("studies.runner.slurm", keys=KEYS, found=wrong[0][:60], hint=near(wrong[0], KEYS))
     require_extra("submitit", "cluster", "--on slurm: expected submitit, which submits jobs")
     if shutil.which("sbatch") is None:
         raise MissingExtraError("--on slurm: expected sbatch on the PATH; got none. Say it on a host of the cluster.")

@@ -61,8 +61,7 @@ class Searching:
                 direction="maximize" if self.search.sign > 0 else "minimize",
             )  # fmt: skip
         except Exception as error:  # of whatever database the URL names
-            told = f"search.storage: expected a storage that Optuna can open; got {brief(error)}."
-            raise StorageError(told) from None
+            raise StorageError.of("studies.search.storage", error=brief(error)) from None
 
     def trials(self) -> list[optuna.trial.FrozenTrial]:
         """Return all trials that were begun, by number."""

@@ -26,6 +26,7 @@ from pvae.studies.runner import AT_A_TIME, Machine, Runner, Slurm, submissions
 from pvae.studies.search import Searching
 from pvae.studies.tasks import CLAIMS, DONE, Shelf, Task, standing, tasks_of
 from pvae.util.files import make_folder, write_together
+from pvae.words import text
 
 if TYPE_CHECKING:
     import pandas
@@ -339,6 +340,4 @@ class Board:
 
 def told(task: Task) -> str:
     """Return the state of a task as text for people."""
-    held = f"waiting for another process that has it{task.error and ': '}{task.error}"
-    words = {"running": task.doing, "held": held, "failed": f"failed: {task.error}", "found": "finished before"}
-    return words.get(task.state) or task.state
+    return text("studies.study.state", task=task)

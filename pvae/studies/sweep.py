@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field
 from pvae.component import Names, Section, Table, from_table
 from pvae.errors import DeclarationError
 from pvae.util import toml
+from pvae.words import text
 
 STUDIES_FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
 """Folder of the studies that come with pvae."""
@@ -151,8 +152,7 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     """Yield the problems that concern several keys of a sweep, such as too many runs or repeated labels."""
     lengths = {path: len(values) for path, values in sweep.zip.items()}
     if len(set(lengths.values())) > 1:
-        told = ", ".join(f"{path} {length}" for path, length in lengths.items())
-        yield f"sweep.zip: expected lists of one length; got {told}."
+        yield text("studies.sweep.lengths", lengths=lengths)
     if set(lengths) == {"label"}:
         yield "sweep.zip: expected labels with values; got labels alone. Add a dotted path with its values."
     yield from _label_problems(sweep.zip.get("label", ()))
@@ -167,8 +167,7 @@ def _problems(sweep: Sweep) -> Iterator[str]:
     rows, combinations = max(lengths.values(), default=1), prod(len(values) for values in sweep.grid.values())
     counts = (len(sweep.specs) or 1, rows, combinations, len(sweep.seeds) or 1, 1 + len(sweep.refits))
     if prod(counts) > MAX_RUNS:
-        told = "{} specs x {} rows x {} combinations x {} seeds x {} stages".format(*counts)
-        yield f"sweep: expected at most {MAX_RUNS} runs; got {prod(counts)} ({told}). Split the study."
+        yield text("studies.sweep.runs", most=MAX_RUNS, runs=prod(counts), counts=counts)
 
 
 def _label_problems(labels: Sequence[Any]) -> Iterator[str]:
@@ -187,8 +186,7 @@ def _range_problems(search: Search) -> Iterator[str]:
         yield "search: expected ranges or choices; got neither."
     for path, given in search.ranges.items():
         if given.low >= given.high or (given.log and given.low <= 0):
-            wanted = f"expected {'0 < ' if given.log else ''}low < high"
-            yield f"search.ranges.{path}: {wanted}; got {given.low} and {given.high}."
+            yield text("studies.sweep.range", path=path, given=given)
 
 
 def _path_problems(name: str, paths: Sequence[tuple[str, str]], of_seeds: str) -> Iterator[str]:
@@ -200,5 +198,4 @@ def _path_problems(name: str, paths: Sequence[tuple[str, str]], of_seeds: str) -
             yield f"{name}.{table}: expected a dotted path of the declaration; got {path!r}. {advice}"
     for (one, first), (two, second) in itertools.combinations(paths, 2):
         if f"{first}.".startswith(f"{second}.") or f"{second}.".startswith(f"{first}."):
-            found = f"got {second!r} beside {first!r} of {name}.{one}"
-            yield f"{name}.{two}: expected paths apart from each other; {found}."
+            yield text("studies.sweep.apart", name=name, one=one, first=first, two=two, second=second)

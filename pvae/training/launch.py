@@ -26,6 +26,7 @@ from pvae.training import artefacts, evaluation, loop, step
 from pvae.training.trainer import Trainer
 from pvae.util import follows, group, toml
 from pvae.util.provenance import UNCOUNTED, provenance, surroundings
+from pvae.words import text
 
 
 def launch(
@@ -190,11 +191,8 @@ def require_accepted(changed: list[str], files: RunDirectory, *, allow_changes: 
     asked = [line for line in changed if not line.startswith(moved)]
     other = [line for line in changed if not line.startswith(RESUMABLE)]
     if other or (asked and not allow_changes):
-        advice = "The continuation would not be exact; say --allow-changes (allow_changes=True) to go on all the same."
-        if other:
-            advice = "This would be another model or other data, which a run cannot become: fit it anew."
         lines = [f"{files.path.name}: expected the run's own {line}" for line in other or asked]
-        raise DeclarationError([*lines, advice])
+        raise DeclarationError([*lines, text("training.launch.advice", other=other)])
 
 
 def computing(run: Run, plan: Plan, device: torch.device) -> dict[str, Any]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pvae.errors import Interrupted, PvaeError, StorageError, is_refused_draw
-from pvae.nn.precision import ROUNDED
 from pvae.objectives.base import FITTED, named
 from pvae.pair.code_usage import code_usage
 from pvae.runs import checkpoint
@@ -22,6 +21,7 @@ from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate, held_out, max
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import SIGNALS, ShardedBatch, Trainer, first_line, swapped
 from pvae.util import ProgressBar, group
+from pvae.words import text
 
 SHOWN_STEPS = 20
 """Number of steps between two updates of the progress bar."""
@@ -29,14 +29,6 @@ STATUS_SECONDS = 2.0
 """Smallest number of seconds between two updates of the status file."""
 CONVERGED = 1e-6
 """Smallest gain per epoch, nats per datum, of a fit that has not converged."""
-
-IN_WORDS = {
-    "float32": "networks multiply in float32: this processor has no bfloat16 products",
-    "bfloat16": "networks multiply in bfloat16",
-    ROUNDED: "this processor has no bfloat16 products: factors are rounded to it and multiplied in float32, which "
-    "saves no time (train.precision = 'auto' would take float32)",
-}
-"""Precision of a fit, in words."""
 
 
 class Stop(Answer):
@@ -104,7 +96,7 @@ def prepare(trainer: Trainer) -> None:
     trainer.make_stepper()
     if fresh:
         if trainer.train.precision != "float32":
-            trainer.tell("precision", IN_WORDS[trainer.precision])
+            trainer.tell("precision", text("training.loop.precision", precision=trainer.precision))
         trainer.stepper.begin()
     group.share_out([*trainer.pair.state_dict().values(), *(trainer.average or ())])
     if fresh:

@@ -20,6 +20,7 @@ from pvae.runs.weights import chosen, load_weights, require_same
 from pvae.training import step
 from pvae.training.trainer import State, Trainer, first_line
 from pvae.util.files import follows, write_atomic
+from pvae.words import text
 
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 """Seconds to wait before each further attempt to write the last checkpoint of a fit."""
@@ -168,11 +169,7 @@ def fail(trainer: Trainer, message: str) -> NoReturn:
     """Record the failure in the status file of the run and raise NonFiniteError."""
     trainer.status("failed", error=message)
     dumped = trainer.files.path / "analysis" / DUMP
-    where = f" The batch is in analysis/{DUMP}." if dumped.is_file() else ""
-    raise NonFiniteError(
-        f"{message}. Lower the learning rate, set train.clip_norm, tighten log_variance bounds, or set "
-        f"train.nonfinite = 'skip' or 'rollback'.{where}"
-    )
+    raise NonFiniteError.of("training.recovery.not_finite", message=message, dump=dumped)
 
 
 def not_finite(trainer: Trainer, index: Tensor, out: Tensor) -> str:
@@ -202,18 +199,13 @@ def diagnose(trainer: Trainer, index: Tensor, out: Tensor) -> str:
     A parameter that is not finite is named instead, and without an ELBO the metrics of the step.
     """
     if weights := bad_weights(trainer.pair):
-        more = f" and {len(weights) - 1} more" if len(weights) > 1 else ""
-        return f"weights were already not finite ({weights[0]}{more}): a gradient of an earlier step overflowed"
+        return text("training.recovery.weights", weights=weights)
     if not trainer.plan.objective.scores:
         return ", ".join(f"{k} {v:.3g}" for k, v in zip(trainer.stepper.names, out.tolist(), strict=True))
     norm = gradient_norm(trainer.loss, trainer.draw(index))
     found = first_bad_site(trainer.pair, trainer.draw(index))
-    if found is None:
-        return f"every site is finite; gradient norm {norm:.3g}"
-    site, rows = found
-    data_rows = index[torch.tensor(rows)].tolist()
-    shown = ", ".join(str(r) for r in data_rows[:8]) + (" ..." if len(data_rows) > 8 else "")
-    return f"first bad site {site}, {len(rows)} of {len(index)} rows (data rows {shown}); gradient norm {norm:.3g}"
+    bad = index[found[1]].tolist() if found else []
+    return text("training.recovery.bad_site", site=found[0] if found else "", rows=bad, batch=len(index), norm=norm)
 
 
 def bad_weights(module: nn.Module) -> list[str]:

@@ -88,8 +88,7 @@ def resume(
     files, plan, where = run.files, run.plan.with_overrides(*overrides), start.pick_device(device)
     recorded = files.manifest.get("threads") if plan.train.shards > 1 else None
     if recorded not in (None, torch.get_num_threads()):
-        began = f"this one began with {torch.get_num_threads()}"
-        files.log_event("threads", f"{recorded} threads a process, as before; {began}")
+        files.log_event("threads", text("training.resume.threads", before=recorded, here=torch.get_num_threads()))
     with threads(recorded), group.joined(where):
         changed = group.from_first(lambda: start.differences(run, plan, where))
         start.require_accepted(changed, files, allow_changes=allow_changes)

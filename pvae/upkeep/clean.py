@@ -20,6 +20,7 @@ from pvae.runs.find import RUN_ID, STALE_AFTER_SECONDS, folders, is_abandoned, i
 from pvae.upkeep.verify import FILES, FOLDERS
 from pvae.util.checks import one_line
 from pvae.util.files import MIB, remove, walk
+from pvae.words import text
 
 Doomed = tuple[Path, str]
 """File or folder that can be removed, and the reason."""
@@ -65,9 +66,7 @@ class Cleaning:
 
     def summary(self) -> str:
         """Return a line with the number of removals and the space that was freed, or would be."""
-        count = f"{len(self.removals)} removed" if self.applied else f"{len(self.removals)} would be removed"
-        also = "" if self.applied or not self.removals else "; say --apply (apply=True) to do it"
-        return f"{count}, {megabytes(self.size)} {'freed' if self.applied else 'to free'}{also}"
+        return text("upkeep.clean.summary", found=self, size=megabytes(self.size))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as JSON values, with sizes in bytes."""

@@ -25,6 +25,7 @@ from pvae.upkeep import machine
 from pvae.upkeep.machine import CheckArguments, pip
 from pvae.util.checks import Check, Checks, Level, attempt
 from pvae.util.provenance import installed_version
+from pvae.words import text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,15 +198,10 @@ def _imported(name: str, level: Level, package: str, found: Any, without: str) -
     """Return the check of a package, from its version or from the class and text of its import error."""
     if isinstance(found, str):
         return Check(name, "ok", found, facts={"version": found})
-    kind, text = found
-    if kind.endswith("Warning"):
-        advice = "Leave out -W error and PYTHONWARNINGS: here a warning stops the import."
-    elif kind in ("PermissionError", "FileNotFoundError", "OSError", "FileExistsError", "NotADirectoryError"):
-        advice = "Set MPLCONFIGDIR and XDG_CACHE_HOME to folders that can be written."
-    else:
-        both = pip(ARVIZ_REQUIREMENT, "matplotlib>=3.9")
-        advice = f"{both}: versions of {package} and matplotlib that do not fit each other clash on import."
-    return Check(name, level, f"import {package}: {kind}: {text}; {without}", advice)
+    kind, said = found
+    install = pip(ARVIZ_REQUIREMENT, "matplotlib>=3.9")
+    advice = text("upkeep.doctor.import_failed", kind=kind, package=package, install=install)
+    return Check(name, level, f"import {package}: {kind}: {said}; {without}", advice)
 
 
 CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {

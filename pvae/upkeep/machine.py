@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pvae.errors import DataError, PvaeError
 from pvae.util.checks import Check, Level
 from pvae.util.files import MIB, read_inside, write_atomic, write_new
+from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.data.sources.collections import Collection
@@ -222,6 +223,5 @@ def collection(name: str, wanted: Collection, named: Path | None) -> Check:
     if os.environ.get("PVAE_OFFLINE", "0") in ("", "0"):
         there = f"{missing}; downloaded when they are first used"
         return Check(name, "ok", there, facts={"missing": found.count(None)})
-    package = f", or install {wanted.package}" if wanted.package else ""
-    advice = f"Put them in DIR/{wanted.slug} and pass --data-dir DIR{package}."
+    advice = text("upkeep.machine.by_hand", wanted=wanted)
     return Check(name, "warning", f"{missing}, and PVAE_OFFLINE is set", advice)

@@ -122,8 +122,7 @@ class _Inspection:
         manifest = self.run.files.manifest
         for key, found in (("seed", plan.seed), ("name", plan.name)):
             if key in manifest and manifest[key] != found:
-                wanted = f"{key} = {manifest[key]!r}, as in the manifest"
-                raise DataError(f"{where}: expected {wanted}; got {found!r}. Put back what was edited.")
+                raise DataError.of("upkeep.verify.other_key", where=where, key=key, wanted=manifest[key], found=found)
         if lines := changed_keys(own_plan(self.run), plan).values():
             raise DataError(f"{where}: expected {' '.join(lines)} Put back what was edited.")
         own = text == self.run.files.spec_text and self.run.files.spec_is_own()

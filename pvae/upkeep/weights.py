@@ -16,6 +16,7 @@ from pvae.training.recovery import bad_weights
 from pvae.training.trainer import State
 from pvae.util.checks import Check
 from pvae.util.provenance import surroundings
+from pvae.words import text
 
 ELBO_TOLERANCE = 1e-4
 """Largest accepted difference of a recomputed validation metric, relative to the larger of its size and 1 nat; other
@@ -86,15 +87,11 @@ def _compare(run: Run, device: str, recorded: Mapping[str, Any], measured: Mappi
     wrong = [name for name in names if not off[name] <= ELBO_TOLERANCE * max(1.0, abs(recorded[name]))]
     facts = {name: {"recorded": recorded[name], "computed": measured[name]} for name in names}
     if wrong:
-        text = ", ".join(f"{name} {recorded[name]:.6f} recorded, {measured[name]:.6f} computed" for name in wrong)
-        advice = "Weights, declaration or data are not those that were measured; fit anew."
-        return Check("elbo", "failed", text, advice, facts)
-    unit = " nats per datum" if {"elbo", "log_joint"}.intersection(names) else ""
-    first = f"{names[0]} {recorded[names[0]]:.6f}{unit}" if names else "nothing"
+        found = ", ".join(f"{name} {recorded[name]:.6f} recorded, {measured[name]:.6f} computed" for name in wrong)
+        return Check("elbo", "failed", found, text("upkeep.weights.other"), facts)
     largest = max(off.values(), default=0.0)
-    apart = f"within {ELBO_TOLERANCE:g}, off by {largest:.1e}: {_differences(run, device)}"
-    same = apart if largest else "the same bits"
-    return Check("elbo", "ok", f"{first}, as recorded for validation: {same}", facts=facts)
+    apart = {"off": largest, "most": ELBO_TOLERANCE, "why": _differences(run, device) if largest else ""}
+    return Check("elbo", "ok", text("upkeep.weights.same", names=names, recorded=recorded, **apart), facts=facts)
 
 
 def _differences(run: Run, device: str) -> str:

@@ -14,8 +14,10 @@ from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.collapse import CodeUse, LatentCollapse
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.pages.document import words
+from pvae.analysis.pages.plots.bars import WaterfallStep
 from pvae.analysis.pages.sections.examination import ChosenRows, Examination
 from pvae.analysis.pages.sections.latents import Holes
+from pvae.analysis.population.interval import SubsetInformation
 from pvae.analysis.samples.copying import Copying
 from pvae.analysis.samples.distances import Distances
 from pvae.analysis.samples.fidelity import Fidelity
@@ -36,6 +38,7 @@ FIELDS: dict[str, Any] = {
     "best": Reading, "bound": Evidence, "distances": Distances, "draws": Copying, "exam": Examination,
     "fidelity": Fidelity, "first": Copying, "gap": Gap, "holes": Holes, "latent": LatentCollapse, "probe": Probe,
     "raw": Reading, "rows": ChosenRows, "run": {"id", "started"}, "surgery": Surgery, "test": TwoSample,
+    "found": Surgery, "p": {"least", "chance", "value"}, "size": SubsetInformation, "step": WaterfallStep,
     "use": CodeUse, "watched": {"rows", "split"}, **dict.fromkeys(("gains", "known", "wide"), {"items"}),
 }  # fmt: skip
 """Classes of the fields whose attributes texts name."""

@@ -8,6 +8,7 @@ the ELBO. The guide: k-hat, calibration.
 import math
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 import numpy as np
 
@@ -194,13 +195,11 @@ def surgery(exam: Examination) -> Iterator[Part]:
     """Yield waterfall chart and table of the ELBO surgery; nothing for a model without a likelihood."""
     s, gaps = exam.held, bars.inference_steps(exam.held, exam.evidence)
     panels = bars.waterfall_steps(s, gaps)
-    steps = "; ".join(f"{step.label} {step.figure}" for steps in panels[:2] for step in steps)
-    made, of = bars.waterfall(panels), exam.evidence_rows
+    made, of, steps = bars.waterfall(panels), exam.evidence_rows, list(chain(*panels[:2]))
     yield picture("surgery.waterfall", made, split=exam.split, steps=steps, gaps=gaps, rows=of, surgery=s)
     rows = merged(exam.surgeries)
-    samples = "; ".join(f"{split}: {exam.rows[split].note}, {s.samples} samples" for split, s in exam.surgeries.items())
     strong = tuple(i for i, row in enumerate(rows) if row[0] == "elbo")
-    yield table("surgery", rows, *exam.surgeries, strong=strong, samples=samples)
+    yield table("surgery", rows, *exam.surgeries, strong=strong, exam=exam)
     yield from map(Note, s.notes)
     if s.shared:
         yield table("surgery.global_latents", tuple(s.shared.items()))
@@ -212,11 +211,9 @@ def surgery(exam: Examination) -> Iterator[Part]:
         titles = (term.replace("_", " ") for term in SURGERY_TERMS)
         yield table("surgery.surgery_by_label", by_label, *titles, digits=2, split=exam.split)
     if s.population is not None:
-        interval = s.population.interval.replace(" to ", "–").replace("at least", "≥")
-        yield tile("surgery.new_data", interval=interval)
+        yield tile("surgery.new_data", surgery=s)
         if len(s.population.sizes) > 1:
-            sizes = "; ".join(f"n = {size.n}: {base.nats(size.information)}" for size in s.population.sizes)
-            yield picture("surgery.law_in_n", curves.law_in_n(s.population), sizes=sizes)
+            yield picture("surgery.law_in_n", curves.law_in_n(s.population), surgery=s)
     elif s.marginal_kl is not None:
         yield tile("surgery.marginal_kl", surgery=s)
     yield from on_prior(s)

@@ -52,7 +52,8 @@ def latents(exam: Examination) -> Iterator[Part]:
     found = exam.attempt("holes", holes, exam)
     yield {"collapse": exam.collapse.to_dict(), "holes": None if found is None else vars(found)}
     if found is not None:
-        yield on_holes(found)
+        many = found.share > MANY_HOLES
+        yield Sentence(text("latents.holes", holes=found, quantile=HOLE, many=many), many)
         yield tile("latents.hole", holes=found, quantile=HOLE)
 
 
@@ -149,12 +150,6 @@ def holes(exam: Examination) -> Holes:
     threshold = torch.quantile(q.log_prob(held), HOLE)
     share = float((q.log_prob(prior) < threshold).double().mean())
     return Holes(share, math.sqrt(share * (1 - share) / len(prior)), HOLE, float(threshold), len(chosen), len(prior))
-
-
-def on_holes(found: Holes) -> Sentence:
-    """Return the sentence on prior samples in holes; an alert if their proportion exceeds `MANY_HOLES`."""
-    many = found.share > MANY_HOLES
-    return Sentence(text("latents.holes", holes=found, quantile=HOLE, many=many), many)
 
 
 # ---------------------------------------------------------------------- codes

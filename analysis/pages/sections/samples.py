@@ -117,9 +117,8 @@ def sample_quality(exam: Examination) -> Iterator[Part]:
     yield tile("quality.accuracy", test=first.test)
     yield tile("quality.frechet", distances=first.distances)
     yield tile("quality.covered", fidelity=fidelity)
-    p_value = first.test.p_value.value
-    p = f"p = {p_value:.2g}" if p_value >= SMALLEST_P_VALUE else f"p < {SMALLEST_P_VALUE:g}"
-    yield text("quality.two_sample", split=exam.split, test=first.test, p=p, chance=p_value > CHANCE_P_VALUE)
+    p = {"least": SMALLEST_P_VALUE, "chance": CHANCE_P_VALUE, "value": first.test.p_value.value}
+    yield text("quality.two_sample", split=exam.split, test=first.test, p=p)
     yield from _on_fidelity(exam, fidelity)
     yield {"sample_quality": {name: quality.to_dict() for name, quality in found.items()}}
 

@@ -191,7 +191,7 @@ def candidate(path: str, data_dir: Path | None, wanted: Callable[[Path], bool]) 
     found = folder / path if folder and wanted(folder / path) else Path(path)
     if by := CONFINED.get():
         if not folder or not wanted(found) or not found.resolve().is_relative_to(folder.resolve()):
-            raise DataError.of("data.rows.outside", found=found, folder=folder, by=by)
+            raise DataError.of("data.files.confined", found=found, folder=folder, by=by)
     return found
 
 
@@ -204,7 +204,7 @@ def located(path: str, data_dir: Path | None) -> Path:
     if not (found := candidate(path, data_dir, Path.is_file)).exists():
         raise DataError(f"Expected a file of data at {found}; got no such file. Name its folder with --data-dir.")
     if not found.is_file():
-        raise DataError.of("data.rows.no_file", found=found)
+        raise DataError.of("data.files.no_file", found=found)
     return found
 
 

@@ -116,7 +116,7 @@ class Mat(ArrayFile):
         if sparse.issparse(found):
             return SparseRows(found.T if self.rows == "last" else found)
         if found.dtype.kind not in ("biufU" if text else "biuf"):
-            raise DataError.of("data.sources.numbers", path=path, name=name, dtype=found.dtype)
+            raise DataError.of("data.hdf.no_numbers", path=path, name=name, dtype=found.dtype)
         if text and found.dtype.kind == "U":
             return np.char.strip(found)
         return self.in_rows(found.shape, False, lambda at: found[at], path, name, self.stream and not text)

@@ -22,6 +22,7 @@ from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.prepare import Floats
 from pvae.errors import DataError, near
 from pvae.util.types import Array
+from pvae.words import text
 
 if TYPE_CHECKING:
     import pandas
@@ -223,9 +224,8 @@ class CellDecoder:
         require_named_once(found, self.origin)
         there, read = set(found), set(self.names)
         if absent := [name for name in self.names if name not in there]:
-            name, hint = shown(absent[0]), near(absent[0], found)
-            said = {"found": listed(found), "hint": hint, "numbers": any(map(self.spelling.number, found))}
-            raise DataError.of("data.tables.column", origin=self.origin, name=name, **said)
+            got, no_names = f"{listed(found)}{near(absent[0], found)}", any(map(self.spelling.number, found))
+            raise DataError.of("data.cells.absent", of=self.origin, name=shown(absent[0]), got=got, no_names=no_names)
         if left := [name for name in found if name not in read]:
             self.notes = (f"{len(left)} of {len(found)} columns are not declared and left out: {listed(left)}",)
 
@@ -272,8 +272,7 @@ class CellDecoder:
             at = int(wrong.argmax())
             word = str(cells.iloc[at])
             other = next((each for each in SPELLINGS if time is None and each.number(word) is not None), None)
-            todo = f"Set data.decimal = {other.decimal!r}, thousands = {other.thousands!r}." if other else ""
-            raise self._wrong(at, name, column.expected, shown(word), where, todo)
+            raise self._wrong(at, name, column.expected, shown(word), where, text("data.cells.marks", other=other))
         return values
 
     def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
@@ -306,7 +305,7 @@ class CellDecoder:
         for code in dict.fromkeys(codes.tolist()):
             self.labels.setdefault(str(words[code]), len(self.labels))
         if len(self.labels) > MAX_LABELS:
-            raise DataError.of("data.tables.labels", origin=self.origin, most=MAX_LABELS, name=shown(name))
+            raise DataError.of("data.cells.labels", origin=self.origin, most=MAX_LABELS, label=shown(name))
         return np.array([self.labels.get(str(word), -1) for word in words], np.int64)[codes]
 
     def _is_missing(self, value: Any) -> bool:
@@ -315,8 +314,8 @@ class CellDecoder:
         return value is None or type(value).__name__ in ("NAType", "NaTType") or value != value  # NA compares to NA
 
     def _wrong(self, at: int, name: str, expected: str, got: str, where: Where, todo: str = "") -> DataError:
-        text = f"{self.origin}, {where(at)}, column {shown(name)}: expected {expected}; got {got}. {todo}"
-        return DataError(text.rstrip())
+        found = f"{self.origin}, {where(at)}, column {shown(name)}: expected {expected}; got {got}. {todo}"
+        return DataError(found.rstrip())
 
 
 def word_of(value: Any) -> str:

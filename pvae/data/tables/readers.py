@@ -254,10 +254,8 @@ def parquet_pieces(path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
             yield decoder.decode(frame, lambda row, first=start: f"row {first + row}")  # type: ignore[misc]
             start += len(frame)
     except (ArrowException, OSError, TypeError, ValueError) as error:
-        problem = "numbers and words; got something else"
-        if isinstance(error, ArrowException | OSError):  # some of Arrow's own errors are a TypeError or ValueError too
-            problem = "a whole Parquet file; got a broken one"
-        raise DataError(f"{path}: expected {problem}: {brief(error)}.") from error
+        broken = isinstance(error, ArrowException | OSError)  # some are a TypeError or ValueError too
+        raise DataError.of("data.readers.parquet", path=path, broken=broken, error=brief(error)) from error
 
 
 def brief(error: Exception) -> str:

@@ -13,6 +13,7 @@ from pvae.runs.export.base import Exporter
 from pvae.runs.export.trackers import MLflow, TensorBoard, without_secrets
 from pvae.runs.rundir import RunDirectory
 from pvae.util.files import follows
+from pvae.words import text
 
 SECONDS_BETWEEN_EXPORTS = 5.0
 """Shortest time (s) between two exports during a fit; a slow export is followed by a pause ten times as long."""
@@ -32,7 +33,8 @@ def require(kinds: Sequence[str]) -> tuple[str, ...]:
     asked = tuple(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
     for kind in asked:
         if kind not in KINDS:
-            raise DeclarationError.of("runs.export.kind", kinds=KINDS, found=str(kind), hint=near(str(kind), KINDS))
+            hint = near(str(kind), KINDS)
+            raise DeclarationError.of("runs.export.kind", kinds=KINDS, found=str(kind)[:60], hint=hint)
         require_extra(package := KINDS[kind].package, kind, f"export: expected {package}, which exports to {kind}")
     return asked
 
@@ -92,8 +94,7 @@ def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Itera
             action()
         except Exception as error:
             exporters.pop(kind, None)
-            what = f"Expected to export to {kind}; got {brief(error)}."
-            message = f"{what} The fit goes on. Later: pvae export RUN {kind}"
+            message = text("runs.export.failed", kind=kind, error=brief(error))
             files.log_event("alert", message)
             if show:
                 print(printable(f"pvae: {message}"), file=sys.stderr, flush=True)
