@@ -104,7 +104,8 @@ def measured(seed: int) -> list[dict[str, object]]:
     start, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         here, away = Path(folder, "here"), Path(folder, "away")
-        here.mkdir(), away.mkdir()
+        here.mkdir()
+        away.mkdir()
         frame[:old].to_csv(here / "old.csv", index=False)
         frame[old:].to_csv(away / "new.csv", index=False)
         plan = Experiment.from_dict({
