@@ -273,9 +273,7 @@ def _tests(true: Tensor, z: Tensor, reference: Tensor, names: Mapping[str, bool]
     parts = torch.where(codes, (both != reference).double(), ((both - reference) / scale).square())
     ranks = [_ranks(values[-1], values[:-1]) for values in (placed, parts.sum(-1, keepdim=True))]
     *found, joint = rank_tests(np.concatenate(ranks, 1), len(z), [*names, JOINT])
-    tests = [
-        test.of_distances(_disagreement(alike[..., d])) if names[test.name] else test for d, test in enumerate(found)
-    ]
+    tests = [t.of_distances(_disagreement(alike[..., d])) if names[t.name] else t for d, t in enumerate(found)]
     return (*tests, joint.of_distances(joint.width))
 
 

@@ -139,9 +139,7 @@ def _row(name: str, s: Surgery) -> dict[str, Any]:
 def named(runs: Sequence[Run]) -> list[str]:
     """Return a name for every run, with its id appended where several runs have the same name."""
     names = [run.name for run in runs]
-    return [
-        name if names.count(name) == 1 else f"{name}/{run.path.name}" for name, run in zip(names, runs, strict=True)
-    ]
+    return [run.name if names.count(run.name) == 1 else f"{run.name}/{run.path.name}" for run in runs]
 
 
 def require_alike(first: Run, other: Run) -> None:

@@ -55,9 +55,8 @@ class PlainModule(nn.Module):
 
     def example(self, rows: int) -> dict[str, Tensor]:
         """Return zeros of every input by name, `rows` of each."""
-        like = next(self.parameters())
-        found = {name: like.new_zeros(rows, *shape) for name, (shape, _) in self.inputs.items()}
-        return {name: t.long() if self.inputs[name][1] else t for name, t in found.items()}
+        like, long = next(self.parameters()), torch.long
+        return {n: like.new_zeros(rows, *shape, dtype=long if k else None) for n, (shape, k) in self.inputs.items()}
 
     def named(self, first: Tensor | None, others: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Return the inputs by name, and the covariates as networks read them; raise DataError for other inputs."""

@@ -152,16 +152,15 @@ def export(
     what: Annotated[str, Option("--what", help="decoder or encoder, of which a file holds one.")] = "decoder",
 ) -> None:
     """Export a run's decoder or encoder, its model card, or its metrics and pictures to TensorBoard or MLflow."""
-    if (path := Path(kind)).suffix:
+    if (path := Path(kind)).suffix == ".md":
         from pvae.analysis.pages.card import card
+
+        write_atomic(path, card(shared.open(run)))
+        where = str(path)
+    elif path.suffix:
         from pvae.runs.export.modules import export_module
 
-        opened = shared.open(run)
-        if path.suffix == ".md":
-            write_atomic(path, card(opened))
-        else:
-            export_module(opened, path, what)
-        where = str(path)
+        where = str(export_module(shared.open(run), path, what))
     else:
         from pvae.runs.export.exporting import export as export_run
         from pvae.runs.rundir import RunDirectory
@@ -244,10 +243,8 @@ def _list(shared: Shared, declared: Declared) -> None:
         for case, state, run in states(declared, shared.run_dir)
     ]
     width = max((len(row["case"]) for row in rows), default=0)
-    lines = [
-        f"{row['state']:9} {row['case']:{width}}  seed {row['seed']}  {row['stage']}  {row['run'] or ''}".rstrip()
-        for row in rows
-    ]
+    line = "{state:9} {case:{width}}  seed {seed}  {stage}  {run}"
+    lines = [line.format_map({**row, "run": row["run"] or "", "width": width}).rstrip() for row in rows]
     shared.answer(rows, "\n".join(lines))
 
 
