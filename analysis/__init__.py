@@ -5,7 +5,7 @@ otherwise put in their place.
 """
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
-from pvae.analysis.audit.audit import Audit, audit
+from pvae.analysis.audits.audit import Audit, audit
 from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.bounds.calibration import Calibration, calibration
 from pvae.analysis.bounds.evidence import evidence, prior_evidence

@@ -28,17 +28,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _NAMES = {
-    "data": ("Dataset",),
-    "errors": ("DataError", "DeclarationError", "PvaeError"),
-    "experiment.experiment": ("Experiment",),
-    "pair.pair": ("Pair",),
-    "runs.run": ("Run",),
-    "studies.study": ("Study", "study"),
-    "training.fit": ("fit",),
-    "training.resume": ("refit", "resume"),
-    "upkeep.clean": ("clean",),
-    "upkeep.verify": ("verify",),
-}
+    "data": ("Dataset",), "errors": ("DataError", "DeclarationError", "PvaeError"),
+    "experiment.experiment": ("Experiment",), "pair.pair": ("Pair",), "runs.run": ("Run",),
+    "studies.study": ("Study", "study"), "training.fit": ("fit",), "training.resume": ("refit", "resume"),
+    "upkeep.clean": ("clean",), "upkeep.verify": ("verify",),
+}  # fmt: skip
 _HOMES = {name: f"pvae.{home}" for home, names in _NAMES.items() for name in names}
 _ROOMS = ("analysis", "data", "guides", "models")
 

@@ -152,14 +152,9 @@ def ais(
     log_weights, acceptance = (torch.cat(column, -1).cpu() for column in zip(*parts, strict=True))
     log_p = log_mean(log_weights)
     return Annealed(
-        n=len(x),
-        **plan.settings,
-        lower=over_noisy_rows(log_p, _error(log_weights), "lower_bound"),
-        log_p=log_p,
-        log_weights=log_weights,
-        ess=1 / inverse_ess(log_weights),
-        acceptance=acceptance,
-    )
+        n=len(x), **plan.settings, lower=over_noisy_rows(log_p, _error(log_weights), "lower_bound"), log_p=log_p,
+        log_weights=log_weights, ess=1 / inverse_ess(log_weights), acceptance=acceptance,
+    )  # fmt: skip
 
 
 def bracket(
@@ -236,16 +231,10 @@ def bracket(
     lower, upper = log_mean(forward.cpu()), -log_mean(-backward.cpu())
     width = over_noisy_rows(upper - lower, over_rows(upper - lower).standard_error, "estimate")
     return Bracket(
-        n=rows,
-        **plan.settings,
-        lower=over_noisy_rows(lower, _error(forward.cpu()), "lower_bound"),
-        upper=over_noisy_rows(upper, width.standard_error, "upper_bound"),
-        width=width,
-        x=x,
-        lower_per_datum=lower,
-        upper_per_datum=upper,
-        acceptance=acceptance.cpu(),
-    )
+        n=rows, **plan.settings, lower=over_noisy_rows(lower, _error(forward.cpu()), "lower_bound"),
+        upper=over_noisy_rows(upper, width.standard_error, "upper_bound"), width=width, x=x, lower_per_datum=lower,
+        upper_per_datum=upper, acceptance=acceptance.cpu(),
+    )  # fmt: skip
 
 
 def counter(total: int, on_progress: Progress) -> Callable[[], None]:

@@ -258,17 +258,12 @@ def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
     lacks = max(0.0, float(found["lacks"].mean()))
     refined_elbo, elbo = _with(over_draws(other, "lower_bound"), lacks), over_draws(own, "lower_bound")
     return Gap(
-        *(len(log_p), plan.steps, plan.samples, plan.evidence_samples),
-        log_p=log_p_figure,
-        refined_elbo=refined_elbo,
-        elbo=elbo,
-        approximation=_difference(data["approximation"], log_p_figure, refined_elbo, "estimate"),
+        *(len(log_p), plan.steps, plan.samples, plan.evidence_samples), log_p=log_p_figure, refined_elbo=refined_elbo,
+        elbo=elbo, approximation=_difference(data["approximation"], log_p_figure, refined_elbo, "estimate"),
         amortisation=_with(over_draws(other - own, "lower_bound"), lacks),
         inference=_difference(data["inference"], log_p_figure, elbo, "lower_bound"),
-        per_datum={**data, "ess": found["ess"]},
-        refined=float(found["better"].mean()),
-        unconverged=lacks,
-    )
+        per_datum={**data, "ess": found["ess"]}, refined=float(found["better"].mean()), unconverged=lacks,
+    )  # fmt: skip
 
 
 def _with(estimate: Estimate, lacks: float) -> Estimate:

@@ -234,15 +234,10 @@ class Bounds(Figures):
         """Return bounds and diagnostics as plain numbers and strings, for JSON; None for values that are not finite."""
         khat = self.khat[~self.khat.isnan()]
         return self.nested(
-            curve=[{"samples": k, **e.to_dict()} for k, e in self.curve],
-            gap=self.gap,
-            ess_median=self.ess.median(),
-            ess_min=self.ess.min(),
-            khat_limit=self.khat_limit,
-            khat_share=self.khat_share,
-            khat_median=khat.median() if len(khat) else None,
-            khat_max=khat.max() if len(khat) else None,
-        )
+            curve=[{"samples": k, **e.to_dict()} for k, e in self.curve], gap=self.gap, ess_median=self.ess.median(),
+            ess_min=self.ess.min(), khat_limit=self.khat_limit, khat_share=self.khat_share,
+            khat_median=khat.median() if len(khat) else None, khat_max=khat.max() if len(khat) else None,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, repr=False)

@@ -137,15 +137,10 @@ def _pooled(
         if any(getattr(s, bound) for s in found):
             figures[bound] = _mean([getattr(s, bound) or getattr(s, main) for s in found], sizes)
     return replace(
-        found[0],
-        n=sum(sizes),
-        **figures,
-        latents=latents,
-        population=_population([s.population for s in found], sizes),
-        classes=classes if distinct else {},
-        label_information=None,
-        notes=(note.format(len(found)), *told),
-    )
+        found[0], n=sum(sizes), **figures, latents=latents,
+        population=_population([s.population for s in found], sizes), classes=classes if distinct else {},
+        label_information=None, notes=(note.format(len(found)), *told),
+    )  # fmt: skip
 
 
 def _population(found: Sequence[Population | None], sizes: Sequence[int]) -> Population | None:

@@ -148,19 +148,15 @@ def code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None = 
     """Return the use of the codes of a discrete latent, from the sums over its posteriors, and its codebook if any."""
     looked_up, pooled = isinstance(book, NearestCodebook), not found.bits
     return CodeUse(
-        states=found.states,
-        perplexity=tuple(perplexity(found.share).tolist()),
-        dead=tuple((~in_use(found.share)).sum(-1).tolist()),
-        grid=tuple(found.grid),
+        states=found.states, perplexity=tuple(perplexity(found.share).tolist()),
+        dead=tuple((~in_use(found.share)).sum(-1).tolist()), grid=tuple(found.grid),
         share=tuple(found.pooled.sort(descending=True).values.tolist()) if pooled else None,
         pooled_perplexity=float(perplexity(found.pooled)) if pooled else None,
         used=int(found.used.sum()) if pooled else None,
         duplicates=None if book is None else len(duplicates(book.table.to(found.used.device)[found.used])),
-        looked_up=looked_up,
-        information=tuple(found.information.tolist()),
-        silent=int(found.silent.sum()),
+        looked_up=looked_up, information=tuple(found.information.tolist()), silent=int(found.silent.sum()),
         alert=silence(name, found, looked_up),
-    )
+    )  # fmt: skip
 
 
 def _read(name: str, d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:

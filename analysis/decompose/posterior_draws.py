@@ -141,18 +141,13 @@ def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> Late
     certain = isinstance(posterior, CertainCodes)
     normal = Normals(posterior.loc, posterior.scale) if isinstance(posterior, FullRankNormals) else posterior
     return LatentDraw(
-        value=value,
-        log_q=_score(q, posterior, value, layout),
-        log_p=log_p,
-        q=posterior,
-        p=None if isinstance(prior, Codes) else prior,
-        normal=normal if isinstance(normal, Normals) else None,
-        kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout),
-        point=point,
+        value=value, log_q=_score(q, posterior, value, layout), log_p=log_p, q=posterior,
+        p=None if isinstance(prior, Codes) else prior, normal=normal if isinstance(normal, Normals) else None,
+        kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout), point=point,
         present=presence(q, p, layout, n),
         tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
         prior=shared_prior(prior),
-    )
+    )  # fmt: skip
 
 
 def _absent(numel: int, like: Tensor) -> LatentDraw:

@@ -39,24 +39,16 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
     points, samples = account.pair.structure.estimated, len(account.reconstruction)
     relaxed = relaxed_terms(account.pair, account.x, samples, account.seed)
     return Surgery(
-        n=len(account.x),
-        samples=samples,
-        reconstruction=reconstruction,
-        **whole,
+        n=len(account.x), samples=samples, reconstruction=reconstruction, **whole,
         kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
         label_information=None if y is None else _label_information(account, y),
-        train_gain=None if train is None else _train_gain(account, train),
-        elbo=None if points else total,
-        log_joint=total if points else None,
-        log_n=exact(math.log(len(account.x))),
-        latents=latents,
+        train_gain=None if train is None else _train_gain(account, train), elbo=None if points else total,
+        log_joint=total if points else None, log_n=exact(math.log(len(account.x))), latents=latents,
         classes={} if y is None else _classes(account, y),
         shared={name: sum(d[name] for d in account.shared) / len(account.shared) for name in account.first.shared},
-        global_kl=_global_kl(account),
-        elements=account.pair.structure.elements,
-        relaxed_elbo=None if relaxed is None else account.over(relaxed),
-        notes=_notes(account),
-    )
+        global_kl=_global_kl(account), elements=account.pair.structure.elements,
+        relaxed_elbo=None if relaxed is None else account.over(relaxed), notes=_notes(account),
+    )  # fmt: skip
 
 
 def _mean(account: Account, terms: Tensor) -> Estimate:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from pvae.analysis.audit.audit import Audit
+from pvae.analysis.audits.audit import Audit
 from pvae.analysis.pages.document.blocks import Part
 from pvae.analysis.pages.document.document import Document
 from pvae.analysis.pages.document.words import picture, section, table_of, text

@@ -138,11 +138,8 @@ def examine_runs(found: Comparison, title: str, description: str, on_progress: S
         sections = found.stages.sections(COMPARISON_SECTIONS, found)
     runs = {name: {"name": exam.run.name, "id": exam.run.path.name} for name, exam in found.exams.items()}
     return Document(
-        kicker="pvae comparison",
-        title=title,
-        description=description,
+        kicker="pvae comparison", title=title, description=description,
         identity=text("compared.identity", count=len(runs), source=found.first.data.source, split=found.split),
-        numbers={"title": title, "runs": runs, "split": found.split, "seed": found.first.seed},
-        sections=sections,
+        numbers={"title": title, "runs": runs, "split": found.split, "seed": found.first.seed}, sections=sections,
         footer=text("page.footer", seed=found.first.seed),
-    )
+    )  # fmt: skip

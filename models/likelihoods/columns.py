@@ -159,13 +159,9 @@ class CategoricalColumns(Family):
 
 
 FAMILIES: dict[str, type[Family]] = {
-    "normal": NormalColumns,
-    "student_t": StudentTColumns,
-    "poisson": PoissonColumns,
-    "negative_binomial": NegativeBinomialColumns,
-    "bernoulli": BernoulliColumns,
-    "categorical": CategoricalColumns,
-}
+    "normal": NormalColumns, "student_t": StudentTColumns, "poisson": PoissonColumns,
+    "negative_binomial": NegativeBinomialColumns, "bernoulli": BernoulliColumns, "categorical": CategoricalColumns,
+}  # fmt: skip
 
 
 def grouped(laws: Sequence[Law]) -> dict[str, list[int]]:

@@ -29,15 +29,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 app = typer.Typer(
-    name="pvae",
-    help="Declare a latent-variable model, fit it by SVI, see where every nat of its ELBO goes.",
+    name="pvae", help="Declare a latent-variable model, fit it by SVI, see where every nat of its ELBO goes.",
     epilog="\b\nExit codes:\n" + "\n".join(f"{code:5} {meaning}" for code, meaning in EXIT_CODES.items()),
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
-)
+)  # fmt: skip
 
 
 def _declared() -> Iterator[tuple[str, Any]]:

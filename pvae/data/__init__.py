@@ -18,13 +18,9 @@ if TYPE_CHECKING:
     from pvae.data.split import Split as Split
 
 _HOMES = {
-    "Data": "sources.base",
-    "Dataset": "dataset",
-    "Rows": "rows.rows",
-    "Split": "split",
-    "Splits": "sources.base",
+    "Data": "sources.base", "Dataset": "dataset", "Rows": "rows.rows", "Split": "split", "Splits": "sources.base",
     "load": "dataset",
-}
+}  # fmt: skip
 
 
 def _sources() -> dict[str, type[Data]]:

@@ -66,14 +66,10 @@ def size_of(site: Site) -> str:
 def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]:
     """Return formulas, graph, shapes and parameter counts of a declaration as a dictionary for JSON."""
     return {
-        "name": experiment.name,
-        "description": experiment.description,
-        **formulas(experiment),
-        "graph": arrows(experiment.sites(), experiment.decoder_given()),
-        "x": list(x),
-        "latents": {site.name: size_of(site) for site in experiment.sites()},
-        "parameters": counts(pair),
-    }
+        "name": experiment.name, "description": experiment.description, **formulas(experiment),
+        "graph": arrows(experiment.sites(), experiment.decoder_given()), "x": list(x),
+        "latents": {site.name: size_of(site) for site in experiment.sites()}, "parameters": counts(pair),
+    }  # fmt: skip
 
 
 def render(experiment: Experiment, x: Shape, pair: Pair) -> Group:
@@ -93,13 +89,9 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> Group:
     sizes.add_row("total", f"{sum(counts(pair).values()):,}", style="bold")
     graph = ";  ".join(arrows(experiment.sites(), experiment.decoder_given()))
     lines = [
-        f"{experiment.name}  {experiment.description}".rstrip(),
-        f"graph   {graph}",
-        f"model   {found['model']}",
-        f"guide   {found['guide']}",
-        f"LaTeX   {found['model_latex']}",
-        f"        {found['guide_latex']}",
-    ]
+        f"{experiment.name}  {experiment.description}".rstrip(), f"graph   {graph}", f"model   {found['model']}",
+        f"guide   {found['guide']}", f"LaTeX   {found['model_latex']}", f"        {found['guide_latex']}",
+    ]  # fmt: skip
     return Group(*(Text(line) for line in lines), latents, sizes)
 
 

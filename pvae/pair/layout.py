@@ -117,19 +117,15 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
     if outside := [name for name in enumerated if not inside(model[name])]:
         raise DeclarationError.of("pair.layout.outside", sites=outside)
     return Layout(
-        plate=frame.name,
-        plates=plates,
-        dim=frame.dim,
-        nesting=-min(dims),
+        plate=frame.name, plates=plates, dim=frame.dim, nesting=-min(dims),
         latents=tuple(name for name, node in unseen.items() if inside(node)),
         shared=tuple(name for name, node in unseen.items() if not inside(node)),
-        observed=tuple(name for name, node in model.items() if node["is_observed"]),
-        enumerated=tuple(enumerated),
+        observed=tuple(name for name, node in model.items() if node["is_observed"]), enumerated=tuple(enumerated),
         expected=tuple(name for name, node in unseen.items() if is_enumerable(node)),
         scored=tuple(name for name, node in unseen.items() if not is_enumerable(node) and needs_score(node["fn"])),
         relaxed=tuple(name for name, node in unseen.items() if is_relaxed(node["fn"]) and _has_twin(model.get(name))),
         factors=tuple(name for name in guide if name not in unseen),
-    )
+    )  # fmt: skip
 
 
 def joined(one: Layout, other: Layout) -> Layout:

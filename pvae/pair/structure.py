@@ -107,16 +107,11 @@ class Structure:
         for name in ("model_only", "determined"):
             both[name] = tuple(dict.fromkeys((*getattr(self, name), *getattr(other, name))))
         return replace(
-            self,
-            **both,
-            layout=joined(self.layout, other.layout),
-            states=max(self.states, other.states),
+            self, **both, layout=joined(self.layout, other.layout), states=max(self.states, other.states),
             parameters_per_row={**other.parameters_per_row, **self.parameters_per_row},
-            shapes={**other.shapes, **self.shapes},
-            elements=self.elements if self.elements == other.elements else None,
-            nodes=(self.nodes[0] | other.nodes[0], self.nodes[1] | other.nodes[1]),
-            moves=True,
-        )
+            shapes={**other.shapes, **self.shapes}, elements=self.elements if self.elements == other.elements else None,
+            nodes=(self.nodes[0] | other.nodes[0], self.nodes[1] | other.nodes[1]), moves=True,
+        )  # fmt: skip
 
 
 def read_structure(
@@ -133,10 +128,7 @@ def read_structure(
     summed = [(guide | model)[name]["fn"] for name in (*layout.expected, *layout.enumerated)]
     observed = [model[name] for name in layout.observed]
     return Structure(
-        event=event,
-        layout=layout,
-        guide_sites=frozenset(guide),
-        model_sites=frozenset(model),
+        event=event, layout=layout, guide_sites=frozenset(guide), model_sites=frozenset(model),
         model_only=tuple(name for name, node in hidden.items() if layout.holds(node)),
         points=frozenset(name for name, fn in twins.items() if is_point(fn) and name not in spread),
         determined=tuple(name for name in layout.observed if is_point(model[name]["fn"])),
@@ -144,10 +136,9 @@ def read_structure(
         states=math.prod(int(fn.enumerate_support(expand=False).shape[0]) for fn in summed),
         parameters_per_row={name: numbers_of(twins[name]) for name in layout.latents},
         shapes={name: SiteShape.of(twins[name].shape(), twins[name], layout) for name in layout.latents},
-        elements=_discrete_elements(observed, count),
-        nodes=(frozenset(traces[0].nodes), frozenset(traces[1].nodes)),
+        elements=_discrete_elements(observed, count), nodes=(frozenset(traces[0].nodes), frozenset(traces[1].nodes)),
         unpacked=unpacked,
-    )
+    )  # fmt: skip
 
 
 def is_code(fn: Any) -> bool:

@@ -60,21 +60,14 @@ def launch(
     freeze(pair, trainable)
     engine = engine_of(plan, pair, dataset, where)
     fields = {
-        **provenance(),
-        "declared": given_pair is None,
-        **({"origin": pair.origin} if pair.origin else {}),
-        "imports": list(IMPORTED),
-        "seed": plan.seed,
-        "device": str(where),
-        "engine": engine,
+        **provenance(), "declared": given_pair is None, **({"origin": pair.origin} if pair.origin else {}),
+        "imports": list(IMPORTED), "seed": plan.seed, "device": str(where), "engine": engine,
         "figure": ranked_by(plan.objective, plan.train.epochs, pair),
-        "precision": resolved(plan.train.precision, where),
-        "threads": torch.get_num_threads(),
-        "parent": parent,
+        "precision": resolved(plan.train.precision, where), "threads": torch.get_num_threads(), "parent": parent,
         "trainable": None if trainable is None else list(trainable),
         "data": {"source": dataset.source, "shape": list(dataset.shape), "fingerprint": dataset.fingerprint},
         "exports": list(export),
-    }
+    }  # fmt: skip
     fitted = dataset.transforms.model_dump_json(exclude_defaults=True) if dataset.transforms else ""
     made = group.from_first(lambda: str(RunDirectory.create(run_dir, plan.name, plan.to_toml(), fields, fitted).path))
     files = RunDirectory(Path(made))

@@ -426,6 +426,8 @@ NOT_HERE = {
         "CounterExamples.lost", "CounterExamples.data_accuracy", "FigureCheck.estimate", "Found.estimate",
     ),
     "sharpness, of other images": ("SampleQuality.sharpness_of_means",),
+    "made as that of ais is": ("Bracket.lower",),
+    "of an audit: tests/audits": ("Audit.found",),
 }  # fmt: skip
 
 

@@ -80,17 +80,14 @@ class Script(ABC):
         changed = [name for name in LEFT_OUT if getattr(train, name) != type(train).model_fields[name].default]
         settings = train.optimizer.model_dump(exclude={"kind"}, exclude_defaults=True)
         body = PAGE.get_template("script.py.j2").render(
-            script=self,
-            data=loads,
-            programs={name: written[name] for name in ("model", "guide")},
+            script=self, data=loads, programs={name: written[name] for name in ("model", "guide")},
             formulas={name: re.sub(r"^(.*) = \1$", r"\1", said[name]) for name in ("model", "guide")},
             arguments=[*self.batch, *(f"{number}=1.0" for number in numbers)],
             left_out=[f"{name} = {getattr(train, name)}" for name in changed],
             optimizer=type(train.optimizer.build([nn.Parameter(torch.zeros(1))])).__name__,
-            settings=literal({"lr": train.optimizer.lr, **settings}),
-            timed=TIME in " ".join(before),
+            settings=literal({"lr": train.optimizer.lr, **settings}), timed=TIME in " ".join(before),
             step=[*before, f"loss = svi.step({', '.join(given)})", "optimizer.step()", *written["after"]],
-        )
+        )  # fmt: skip
         head = [f'"""{self.experiment.description or self.experiment.name}"""', "", *self.import_lines(body), "", body]
         return "\n".join(head)
 

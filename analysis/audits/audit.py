@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.audit import latents
-from pvae.analysis.audit.foreign import Encoded, Foreign, LikelihoodName
+from pvae.analysis.audits import latents
+from pvae.analysis.audits.foreign import Encoded, Foreign, LikelihoodName
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
