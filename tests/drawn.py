@@ -379,8 +379,10 @@ def _objectives(recipe: str) -> SearchStrategy[Raw]:
 @st.composite
 def _trains(draw: DrawFn, objective: Raw) -> Raw:
     refused = Objective.members[objective["kind"]].refuses
-    train = draw(tables(Train, without=("engine", "epochs", "batch_size", *refused)))
-    return {**train, "epochs": draw(st.integers(1, 2)), "batch_size": draw(st.sampled_from([1, 7, 16, 100]))}
+    train = draw(tables(Train, without=("engine", "epochs", "batch_size", "shards", *refused)))
+    batch = draw(st.sampled_from([1, 7, 16, 100]))
+    shards = draw(st.sampled_from([n for n in (1, 1, 2, 4) if n <= batch]))
+    return {**train, "epochs": draw(st.integers(1, 2)), "batch_size": batch, "shards": shards}
 
 
 @st.composite
@@ -421,7 +423,7 @@ def _encoders(shape: Shape) -> SearchStrategy[Raw]:
 def _refits(draw: DrawFn, latents: Raw) -> Raw:
     name = draw(st.sampled_from(sorted(latents)))
     latent = Latent.model_validate(latents[name])
-    train = {**draw(tables(Train, without=("engine", "alternate"))), "epochs": 1}
+    train = {**draw(tables(Train, without=("engine", "alternate", "shards"))), "epochs": 1}
     others = priors_of(latent.sampled.values, bool(latent.given), latent.dim or 3)
     table = {"priors": {name: draw(others.filter(lambda prior: Prior.parse(prior) != latent.prior))}, "train": train}
     Refit.model_validate(table)

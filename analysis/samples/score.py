@@ -24,13 +24,13 @@ from pvae.pair import Layout, Pair, is_point, read_joint_states, site_shape, ter
 from pvae.pair import samples as sample_sites
 from pvae.pair.densities import masks_of
 from pvae.runs.run import Run
-from pvae.util import Progress, silent, write_atomic
+from pvae.util import Progress, group, silent, write_atomic
 from pvae.util.files import read_object
 
 REFERENCE_ROWS = 1000
 """Largest number of validation rows whose scores are the reference of p-values."""
 REFERENCE_FILE = "reference_scores.json"
-"""File in the folder of a run that keeps the scores of its validation rows, so that p-values need no data."""
+"""File among the analyses of a run that keeps the scores of its validation rows, so that p-values need no data."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -167,22 +167,24 @@ def _reference(source: Run | Pair, pair: Pair, given: Any, samples: int) -> Tens
     """Return the statistics of the reference rows, `(m,)`, float64.
 
     Raises:
-        DataError: no rows are given or at hand.
+        DataError: no rows are given or at hand, or the file of kept scores holds something else.
     """
     if given is not None:
         return _scored(pair, accept(pair, given), samples, 0, silent).statistic
     if not isinstance(source, Run):
         raise DataError("expected a run; got a pair.")
-    path, key = source.path / REFERENCE_FILE, f"{source.checkpoint.path.name}, {samples} samples"
-    kept = read_object(source.path, REFERENCE_FILE) if path.is_file() else {}
+    path, key = source.path / "analysis" / REFERENCE_FILE, f"{source.checkpoint.path.name}, {samples} samples"
+    kept = group.from_first(lambda: read_object(path.parent, REFERENCE_FILE) if path.is_file() else {})
     if key not in kept:
         split = source.data.validation
         index = torch.linspace(0, len(split) - 1, min(len(split), REFERENCE_ROWS)).long()
         found = _scored(pair, accept(pair, split.rows[index]), samples, 0, silent).statistic
         kept[key] = found.nan_to_num().tolist()  # JSON has no infinity
         with suppress(StorageError):  # of a run that may only be read
-            write_atomic(path, json.dumps(kept))
-    return torch.tensor(kept[key], dtype=torch.float64)
+            write_atomic(source.files.analysis / REFERENCE_FILE, json.dumps(kept))
+    with suppress(TypeError, ValueError, RuntimeError):
+        return torch.tensor(kept[key], dtype=torch.float64).reshape(-1)
+    raise DataError(f"{path}: expected scores, numbers by checkpoint; got something else. Delete the file.")
 
 
 # ---------------------------------------------------------------------- elements of x

@@ -13,7 +13,7 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO
 from torch.distributions import kl_divergence
 
-from pvae.distributions.codes import code_grid, joint_states
+from pvae.distributions.codes import code_grid
 from pvae.errors import DeclarationError
 from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
@@ -78,10 +78,10 @@ def test_a_vector_given_a_code_is_drawn_for_every_code(dtype, tolerance, given):
 
 
 def test_joint_states_are_all_and_each_once():
-    found = joint_states(3, (2, 2), torch.device("cpu"))
+    found = code_grid(torch.zeros(2, 2, 3), 2).enumerate_support()
     assert found.tolist() == [[list(c[:2]), list(c[2:])] for c in itertools.product(range(3), repeat=4)]
     with pytest.raises(NotImplementedError, match="10\\^4 joint states are more than 4096"):
-        joint_states(10, (4,), torch.device("cpu"))
+        code_grid(torch.zeros(4, 10), 1).enumerate_support()
 
 
 def test_a_sum_beside_a_latent_that_the_model_sums_out_is_refused():

@@ -55,7 +55,7 @@ REFUSED: dict[tuple[str, ...], str] = {
     ("gan", "encoder"): "that of a GAN",
     ("em_mixture", "encoder", ".onnx"): "linalg_solve_triangular",
 }
-"""What cannot be exported, and why: posteriors without a known mean, and an operation that ONNX lacks."""
+"""Entries that cannot be exported, and why: posteriors without a known mean, and an operation that ONNX lacks."""
 
 
 def values_of(module: PlainModule, rows: int) -> dict[str, torch.Tensor]:

@@ -122,7 +122,7 @@ def test_columns_of_all_kinds_stay_in_their_supports() -> None:
 
 
 def test_codes_that_are_summed_out() -> None:
-    """Of two pixels that a mixture of two binary patterns explains, the one that is missing has its exact mean."""
+    """The missing one of two pixels, which a mixture of two binary patterns explains, has its exact mean."""
     module = models.Patterns()
     p = module.p.detach()
     x = torch.tensor([[1.0, 0.0], [0.0, 0.0]]).repeat(200, 1)

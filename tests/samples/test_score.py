@@ -3,6 +3,7 @@
 # A figure that may be None fails its test if it is.
 # mypy: disable-error-code="arg-type, union-attr, operator, index, attr-defined, dict-item"
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from pvae.analysis.samples.score import REFERENCE_FILE, Scores, score
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
+from pvae.upkeep.verify import verify
 from tests.cli_runner import TINY
 from tests.samples import models
 from tests.samples.models import MEANS, P_A, P_B, array, pair_of, rows
@@ -116,7 +118,12 @@ def test_a_run_ranks_beside_its_validation_rows_which_a_copy_without_data_keeps(
     copy = Run.load(shutil.copytree(moons.path, tmp_path / "copy"))
     copy.plan.data.__dict__["rows"] = 999  # other data than the fit's, whose fingerprint differs
     assert torch.equal(score(copy, x, samples=20).p_value, found.p_value)
-    (copy.path / REFERENCE_FILE).unlink()
+    assert {check.level for check in verify(copy.path, data=False).checks} == {"ok"}
+    kept = copy.files.analysis / REFERENCE_FILE
+    for odd in ('"x"', "{}", "null", "[[1], [2, 3]]", "[true, {}]"):
+        kept.write_text(json.dumps(dict.fromkeys(json.loads(kept.read_text()), json.loads(odd))))
+        assert "expected scores" in score(copy, x, samples=20).absent["p_value"]
+    kept.unlink()
     without = score(copy, x, samples=20)
     assert "expected data of fingerprint" in without.absent["p_value"]
     assert without.elements.shape == (len(x), 2)
