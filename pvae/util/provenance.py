@@ -33,10 +33,17 @@ def surroundings() -> dict[str, Any]:
 
 
 def installed_version(package: str) -> str | None:
-    """Return the version of an installed package from its metadata, without importing it; None if not installed."""
+    """Return the version of an installed package from its metadata, without importing it; None if not installed.
+
+    A folder of metadata that is just being written, as by a build in the working directory, is passed over.
+    """
     from importlib.metadata import distributions
 
-    return next((found.version for found in distributions(name=package)), None)
+    for found in distributions(name=package):
+        with suppress(OSError, KeyError, TypeError):  # by age of importlib.metadata, or of its twin of the index
+            if found.version:
+                return found.version
+    return None
 
 
 def _git(*arguments: str) -> str | None:

@@ -115,3 +115,19 @@ def test_the_number_of_threads_is_restored(number: int | None, inside: int) -> N
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_version_is_read_past_metadata_that_are_being_written(tmp_path, monkeypatch):
+    """A build in the working directory makes its folder of metadata before the files in it."""
+    from pvae.util.provenance import installed_version
+
+    known = installed_version("pydantic")
+    half = tmp_path / "pydantic-0.dist-info"
+    half.mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert known is not None
+    assert installed_version("pydantic") == known
+    (half / "METADATA").write_text("")
+    assert installed_version("pydantic") == known
+    (half / "METADATA").write_text("Name: pydantic\nVersion: 0.1\n")
+    assert installed_version("pydantic") == "0.1"
