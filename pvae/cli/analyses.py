@@ -6,10 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
-from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import ON_FITTED, ON_RUN_AND_DEVICE, Shared, beside, command, rows_of
@@ -34,14 +33,9 @@ def on_rows(analyse: Callable[..., Any], shared: Shared, rows: int | None, **ask
 
 @command(("rows", *ON_RUN_AND_DEVICE))
 def surgery(
-    shared: Shared,
-    run: str,
-    split: Annotated[str, Option("--split", help="train, validation, test; both: train and test.")] = "test",
-    samples: int = 1,
-    components: int | None = None,
-    by_class: Annotated[bool, Option("--by-class", help="Also one row for each label.")] = False,
-    population: bool = False,
-) -> None:
+    shared: Shared, run: str, split: str = "test", samples: int = 1, components: int | None = None,
+    by_class: bool = False, population: bool = False,
+) -> None:  # fmt: skip
     """Decompose the ELBO: reconstruction, mutual information, marginal KL; what a better prior wins on new data."""
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
 
@@ -73,12 +67,7 @@ METHODS = {"iwae": "evidence", "prior": "prior_evidence", "ais": "ais", "bracket
 
 @command(("split", "rows", *ON_RUN_AND_DEVICE))
 def evidence(
-    shared: Shared,
-    run: str,
-    method: str = "iwae",
-    samples: Annotated[int, Option("--samples", min=1, help="Importance samples per datum.")] = 5000,
-    temperatures: Annotated[int, Option("--temperatures", min=1, help="Temperatures of ais and bracket.")] = 200,
-    chains: Annotated[int, Option("--chains", min=1, help="Chains per datum of ais and bracket.")] = 16,
+    shared: Shared, run: str, method: str = "iwae", samples: int = 5000, temperatures: int = 200, chains: int = 16
 ) -> None:
     """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
     if method not in METHODS:
@@ -93,26 +82,14 @@ def evidence(
 
 
 @command(("split", *ON_RUN_AND_DEVICE))
-def gap(
-    shared: Shared,
-    run: str,
-    steps: Annotated[int, Option("--steps", min=1, help="Refinement steps of q for every datum.")] = 300,
-    rows: int = 200,
-) -> None:
+def gap(shared: Shared, run: str, steps: int = 300, rows: int = 200) -> None:
     """Split log p(x) - ELBO into the gap of the variational family and the gap of the encoder."""
     shared.measure(run, "gap", on_rows(pvae.analysis.gap, shared, rows, steps=steps), split=shared.split)
 
 
 @command(ON_RUN_AND_DEVICE)
 def calibration(
-    shared: Shared,
-    run: str,
-    rows: Annotated[int, Option("--rows", min=2, help="Rows to simulate from the model.")] = 1000,
-    draws: Annotated[int, Option("--draws", min=2, help="Samples of q(z | x) for every row.")] = 19,
-    importance: int = 0,
-    split: Annotated[
-        str, Option("--split", help="Rows whose covariates are used: train, validation, test; none: no data.")
-    ] = "train",
+    shared: Shared, run: str, rows: int = 1000, draws: int = 19, importance: int = 0, split: str = "train"
 ) -> None:
     """Test on data that the model makes whether q(z | x) is its posterior, or too narrow, too wide, shifted."""
 
@@ -124,12 +101,7 @@ def calibration(
 
 
 @command(("split", "rows", *ON_RUN_AND_DEVICE), name="two-sample")
-def two_sample(
-    shared: Shared,
-    run: str,
-    mean: bool = False,
-    neighbours: int = 5,
-) -> None:
+def two_sample(shared: Shared, run: str, mean: bool = False, neighbours: int = 5) -> None:
     """Compare samples with data: classifier two-sample test accuracy, precision and coverage."""
     from pvae.analysis.samples.quality import QUALITY_STAGES, sample_quality
 
@@ -159,14 +131,10 @@ def critic(shared: Shared, run: str, split: str = "train") -> None:
 
 @command(["rows", "seed", "out", "data", "as_json"])
 def audit(
-    shared: Shared,
-    functions: Annotated[str, Argument(help="Encoder and decoder in a Python file.", metavar="FILE.py:ENCODE,DECODE")],
-    noise: Annotated[float | None, Option("--noise", min=0, help="Deviation of latents around points.")] = None,
-    likelihood: Literal["normal", "bernoulli", "discretized_logistic"] = "normal",
-    scale: Annotated[float | None, Option("--scale", min=0, help="Its scale; fitted unless given.")] = None,
-    levels: Annotated[int, Option("--levels", min=2, help="Grey values of a discretized_logistic.")] = 256,
-    codes: Annotated[int | None, Option("--codes", min=1, help="Number of codes; those found unless given.")] = None,
-) -> None:
+    shared: Shared, functions: str, noise: float | None = None,
+    likelihood: Literal["normal", "bernoulli", "discretized_logistic"] = "normal", scale: float | None = None,
+    levels: int = 256, codes: int | None = None,
+) -> None:  # fmt: skip
     """Examine an autoencoder that pvae did not fit: scale, use and information of its latents, reconstruction.
 
     --out also writes a page, one HTML file.
@@ -186,11 +154,7 @@ def audit(
 
 
 @command(["seed", "data_dir", "as_json"])
-def counterexamples(
-    shared: Shared,
-    data: Annotated[str, Option("--data", help="digits, fashion_mnist, mnist.")] = "digits",
-    out: Annotated[Path | None, Option("--out", help="Also write a CSV: its path without suffix.")] = None,
-) -> None:
+def counterexamples(shared: Shared, data: str = "digits", out: Path | None = None) -> None:
     """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
     from pvae.util.files import write_atomic
 
@@ -218,12 +182,7 @@ def selfcheck(shared: Shared, device: str = "auto", seed: int = 0) -> None:
 
 
 @command(("split", "rows", *ON_RUN_AND_DEVICE))
-def posterior(
-    shared: Shared,
-    run: str,
-    draws: Annotated[int, Option("--draws", min=1, help="Samples of the guide per datum.")] = 100,
-    out: Annotated[Path | None, Option("--out", help="The file; analysis/posterior-SPLIT.nc unless said.")] = None,
-) -> None:
+def posterior(shared: Shared, run: str, draws: int = 100, out: Path | None = None) -> None:
     """Export samples of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
     opened = shared.open(run, shared.device)
     found = shared.watched("posterior", opened.posterior, shared.split, draws, shared.rows, shared.seed, total=draws)
@@ -238,13 +197,9 @@ def posterior(
 
 @command(("split", *ON_FITTED))
 def report(
-    shared: Shared,
-    run: str,
-    evidence_samples: int = 500,
-    gap_steps: int = 200,
-    figures: bool = False,
+    shared: Shared, run: str, evidence_samples: int = 500, gap_steps: int = 200, figures: bool = False,
     population: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write the report of a run: one HTML file, its numbers as JSON and CSV."""
     from pvae.analysis.pages.document.document import claimed
     from pvae.analysis.pages.report import examine
@@ -264,11 +219,7 @@ def report(
 
 @command(("split", *ON_FITTED))
 def compare(
-    shared: Shared,
-    runs: Annotated[list[str], Argument(help="Two or more runs; differences are to the first.", metavar="RUN...")],
-    evidence_samples: int = 500,
-    out: Annotated[Path, Option("--out", help="The folder to write.")] = Path("comparison"),
-    figures: bool = False,
+    shared: Shared, runs: list[str], evidence_samples: int = 500, out: Path = Path("comparison"), figures: bool = False
 ) -> None:
     """Compare runs on the same data: one HTML file with a column for each, paired differences, rate and distortion."""
     from pvae.analysis.pages.comparison.comparison import Comparison

@@ -6,12 +6,12 @@ import inspect
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
 
 import typer
 from typer import Argument, Option
@@ -36,16 +36,16 @@ app = typer.Typer(
 )  # fmt: skip
 
 
-def _declared() -> Iterator[tuple[str, Any]]:
-    """Yield the arguments and options of commands that `options.toml` declares, by name of the parameter."""
-    found = tomllib.loads((Path(__file__).parent / "options.toml").read_text(encoding="utf-8"))
-    yield from ((name, Argument(**given)) for name, given in found["arguments"].items())
-    for name, given in found["options"].items():
-        yield name, Option(given.pop("flag", f"--{name.replace('_', '-')}"), **given)
+def _declared(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments and options that tables of `options.toml` declare, by name of the parameter."""
+    arguments, options = (found.get(kind, {}).items() for kind in ("arguments", "options"))
+    made = {n: Option(given.pop("flag", f"--{n.replace('_', '-')}"), **given) for n, given in options}
+    return {n: Argument(**given) for n, given in arguments} | made
 
 
-OPTIONS = dict(_declared())
-"""Arguments and options of several commands, by name of the parameter; a command may annotate one in its own way."""
+DECLARED = tomllib.loads((Path(__file__).parent / "options.toml").read_text(encoding="utf-8"))
+OPTIONS, OWN = _declared(DECLARED), {name: _declared(found) for name, found in DECLARED["commands"].items()}
+"""Arguments and options by name of the parameter: those of several commands, and those of one, by its function."""
 ON_RUN = ("run_dir", "data_dir", "as_json")
 ON_FITTED = ("seed", "run_dir", "data_dir", "pair", "data", "as_json")
 ON_RUN_AND_DEVICE = ("device", *ON_FITTED)
@@ -167,10 +167,8 @@ def command(
         _, *own = inspect.signature(function, eval_str=True).parameters.values()
         option = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
         shared = [option(key, default=getattr(defaults, key), annotation=types[key]) for key in types if key in options]
-        parameters = [*own, *shared]
-        for i, each in enumerate(parameters):
-            if get_origin(each.annotation) is not Annotated:
-                parameters[i] = each.replace(annotation=Annotated[each.annotation, OPTIONS[each.name]])
+        known = OPTIONS | OWN.get(function.__name__, {})
+        parameters = [p.replace(annotation=Annotated[p.annotation, known[p.name]]) for p in (*own, *shared)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in parameters}
         return app.command(name)(run)

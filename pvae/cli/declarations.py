@@ -2,10 +2,9 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
@@ -26,11 +25,7 @@ def list_zoo(shared: Shared) -> None:
 
 
 @command()
-def new(
-    _: Shared,
-    name: Annotated[str, Argument(help="Name of the experiment; writes NAME.toml.")],
-    like: Annotated[str | None, Option("--like", help="Zoo entry to start from (vae unless said).")] = None,
-) -> None:
+def new(_: Shared, name: str, like: str | None = None) -> None:
     """Write a TOML file with a declaration to start from."""
     from pvae.experiment import zoo
     from pvae.runs.find import slug
@@ -48,11 +43,7 @@ def new(
 
 
 @command(["data_dir", "as_json"])
-def columns(
-    shared: Shared,
-    file: Annotated[str, Argument(help="A table: CSV, or Parquet.")],
-    label: Annotated[str | None, Option("--label", help="The column that is the label of a row.")] = None,
-) -> None:
+def columns(shared: Shared, file: str, label: str | None = None) -> None:
     """Guess the type of every column of a table, and print a declaration to start from."""
     import tomli_w
 
@@ -73,12 +64,7 @@ def schema(_: Shared) -> None:
 
 
 @command(["data_dir", "as_json"])
-def check(
-    shared: Shared,
-    name: str,
-    overrides: list[str] | None = None,
-    build: Annotated[bool, Option("--build", help="Also load data, build, and take one loss.")] = False,
-) -> None:
+def check(shared: Shared, name: str, overrides: list[str] | None = None, build: bool = False) -> None:
     """Check a declaration; with --build also its data, shapes and one ELBO on a tiny batch."""
     experiment = load_declaration(name, overrides)
     found: dict[str, Any] = {"file": name, "ok": True, "name": experiment.name}
@@ -104,12 +90,7 @@ def check(
 
 
 @command(["data_dir", "as_json"])
-def show(
-    shared: Shared,
-    name: str,
-    overrides: list[str] | None = None,
-    pyro: Annotated[bool, Option("--pyro", help="Print it as a plain Pyro script instead.")] = False,
-) -> None:
+def show(shared: Shared, name: str, overrides: list[str] | None = None, pyro: bool = False) -> None:
     """Print a declaration with its graph, formulas, shapes and parameter counts, or as a Pyro script."""
     from pvae.experiment.readback import described, render
 

@@ -6,10 +6,9 @@ import json
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
-from typer import Argument, Option
 
 import pvae
 from pvae.cli.app import TO_FIT, Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
@@ -41,12 +40,7 @@ def fit(shared: Shared, name: str, overrides: list[str] | None = None) -> None:
 
 
 @command(TO_FIT, device="auto")
-def resume(
-    shared: Shared,
-    run: str,
-    overrides: list[str] | None = None,
-    allow_changes: Annotated[bool, Option("--allow-changes", help="Accept an inexact continuation.")] = False,
-) -> None:
+def resume(shared: Shared, run: str, overrides: list[str] | None = None, allow_changes: bool = False) -> None:
     """Continue a run where it stopped, bit for bit on a CPU."""
     opened = shared.open(run)
     unmeasured = _parent(opened) is not None and not (opened.path / "analysis" / "refit.json").exists()
@@ -62,11 +56,7 @@ def resume(
 
 @command(TO_FIT, device="auto")
 def refit(
-    shared: Shared,
-    run: str,
-    overrides: list[str] | None = None,
-    samples: Annotated[int, Option("--samples", min=1, help="Samples of z per datum in the surgeries.")] = 1,
-    rows: int | None = None,
+    shared: Shared, run: str, overrides: list[str] | None = None, samples: int = 1, rows: int | None = None
 ) -> None:
     """Freeze a run and fit another prior to its aggregated posterior, say latents.z.prior.kind=realnvp."""
     opened = shared.open(run)
@@ -145,12 +135,7 @@ def _require_no_alerts(shared: Shared, run: Run) -> None:
 
 
 @command(["run_dir", "data_dir", "pair", "data", "as_json"])
-def export(
-    shared: Shared,
-    run: str,
-    kind: Annotated[str, Argument(help="FILE.pt2, .onnx, .safetensors, .md (a card); or tensorboard, mlflow.")],
-    what: Annotated[str, Option("--what", help="decoder or encoder, of which a file holds one.")] = "decoder",
-) -> None:
+def export(shared: Shared, run: str, kind: str, what: str = "decoder") -> None:
     """Export a run's decoder or encoder, its model card, or its metrics and pictures to TensorBoard or MLflow."""
     if (path := Path(kind)).suffix == ".md":
         from pvae.analysis.pages.card import card
@@ -188,18 +173,10 @@ def runs(shared: Shared) -> None:
 
 @command(["device", "run_dir", "data_dir", "data", "quiet", "as_json"], device="auto")
 def study(
-    shared: Shared,
-    file: Annotated[str, Argument(help="A study (priors, discrete, capacity) or a TOML file with [sweep].")],
-    jobs: Annotated[int | None, Option("--jobs", min=1, help="Processes at a time; cores / threads.")] = None,
-    threads: Annotated[int, Option("--threads", min=1, help="Threads of each process.")] = 1,
-    allow_changes: Annotated[bool, Option("--allow-changes", help="Accept inexact continuations.")] = False,
-    dry_run: Annotated[bool, Option("--dry-run", help="List the cases with their states, run nothing.")] = False,
-    out: Annotated[Path | None, Option("--out", help="Folder of the comparison; study-NAME unless said.")] = None,
-    page: Annotated[bool, Option("--page/--no-page", help="Compare the runs on one HTML page.")] = True,
-    on: Annotated[str | None, Option("--on", help="local or slurm; where it was submitted to, or local.")] = None,
-    slurm: Annotated[list[str] | None, Option("--slurm", help="partition=main time=60 cpus=4 gpus=1 ...")] = None,
-    more: Annotated[list[str] | None, Argument(help="More of --slurm.", metavar="[KEY=VALUE]...")] = None,
-) -> None:
+    shared: Shared, file: str, jobs: int | None = None, threads: int = 1, allow_changes: bool = False,
+    dry_run: bool = False, out: Path | None = None, page: bool = True, on: str | None = None,
+    slurm: list[str] | None = None, more: list[str] | None = None,
+) -> None:  # fmt: skip
     """Run a study: declarations, values, seeds, trials of a search, here or in a queue; finished runs are kept."""
     from pvae.runs.find import slug
     from pvae.studies.cases import Declared

@@ -6,9 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from typer import Argument, Option
+from typing import TYPE_CHECKING, Any
 
 import pvae
 from pvae.cli.app import ON_FITTED, Shared, beside, command, tell
@@ -35,16 +33,9 @@ def sample(shared: Shared, run: str, n: int = 64, mean: bool = False, given: lis
 
 @command(("split", "out", *ON_FITTED))
 def traverse(
-    shared: Shared,
-    run: str,
-    latent: Annotated[str | None, Option("--latent", help="The latent; the guide's first unless said.")] = None,
-    row: Annotated[int, Option("--row", min=0, help="Start from the code of this row of the split.")] = 0,
-    prior: Annotated[bool, Option("--prior", help="Start from the prior's mean instead.")] = False,
-    dims: Annotated[str | None, Option("--dims", help="Coordinates, 0,1; the ten with most KL unless said.")] = None,
-    steps: Annotated[int, Option("--steps", min=1, help="Values of each coordinate.")] = 9,
-    span: Annotated[float, Option("--span", help="Range, in standard deviations of the prior.")] = 3.0,
-    given: list[str] | None = None,
-) -> None:
+    shared: Shared, run: str, latent: str | None = None, row: int = 0, prior: bool = False, dims: str | None = None,
+    steps: int = 9, span: float = 3.0, given: list[str] | None = None,
+) -> None:  # fmt: skip
     """Vary one coordinate of a latent at a time, and decode each value."""
     opened, places = shared.open(run), None if dims is None else _integers("--dims", dims)
     start = _row(opened, shared.split, "--row", row)
@@ -64,12 +55,7 @@ def interpolate(shared: Shared, run: str, first: int, last: int, steps: int = 9)
 
 
 @command(("split", "rows", *ON_FITTED), name="rate-distortion")
-def rate_distortion(
-    shared: Shared,
-    runs: Annotated[list[str], Argument(help="Runs on the same data, each as for other commands.", metavar="RUN...")],
-    samples: int = 1,
-    out: Annotated[Path, Option("--out", help="File without suffix: a CSV and a picture.")] = Path("rate-distortion"),
-) -> None:
+def rate_distortion(shared: Shared, runs: list[str], samples: int = 1, out: Path = Path("rate-distortion")) -> None:
     """Place runs on the rate-distortion plane: KL of the latents and negative reconstruction, in nats per datum."""
     from pvae.analysis.pages.study import csv
 

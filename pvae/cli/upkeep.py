@@ -1,22 +1,16 @@
 """Commands that maintain runs and check the machine: verify, doctor, clean."""
 
 import sys
-from typing import Annotated, Any
+from typing import Any
 
 import typer
-from typer import Option
 
 import pvae
 from pvae.cli.app import ON_RUN, Shared, command, load_installed_plugins
 
 
 @command(ON_RUN)
-def verify(
-    shared: Shared,
-    run: str,
-    data: Annotated[bool, Option("--data", help="Read the data too, and compute the recorded ELBO again.")] = False,
-    strict: Annotated[bool, Option("--strict", help="Exit with 3 when there are warnings.")] = False,
-) -> None:
+def verify(shared: Shared, run: str, data: bool = False, strict: bool = False) -> None:
     """Check every file of a run: is it whole, which checkpoint would be loaded, which are damaged and why."""
     load_installed_plugins()
     found = pvae.verify(run, root=shared.run_dir, data=data, data_dir=shared.data_dir)
@@ -33,12 +27,7 @@ def doctor(shared: Shared) -> None:
 
 
 @command(["run_dir", "as_json"])
-def clean(
-    shared: Shared,
-    apply: Annotated[bool, Option("--apply", help="Remove; else only say what would go.")] = False,
-    failed: Annotated[bool, Option("--failed", help="Also runs that ended before a first checkpoint.")] = False,
-    cache: Annotated[bool, Option("--cache", help="Also downloaded and decoded data, compiled steps.")] = False,
-) -> None:
+def clean(shared: Shared, apply: bool = False, failed: bool = False, cache: bool = False) -> None:
     """Show the disk space of interrupted writes and old checkpoints, or free it; a run in progress is left alone."""
     found = pvae.clean(shared.run_dir, apply=apply, failed=failed, cache=cache)
     _answer(shared, found, 74 if found.failed else 0)
