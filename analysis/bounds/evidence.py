@@ -83,7 +83,7 @@ def evidence(
         summed = None if pair.layout.shared or pair.layout.enumerated else log_evidence(pair, x)
     if certain:
         summed = found.log_p
-    exact = None if summed is None else exact_mean(summed.cpu())
+    exact = None if summed is None or pair.structure.bounds else exact_mean(summed.cpu())
     return Evidence(len(x), samples, found.curve(), found.log_p, found.ess, found.khat, exact)
 
 

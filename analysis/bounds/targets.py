@@ -39,7 +39,7 @@ class AnnealingPlan:
         require_counts(self.caller, temperatures=self.temperatures, chains=self.chains, leapfrog=self.leapfrog)
         told = f"{self.chains:,} chains for each of {rows:,} rows, {self.temperatures:,} temperatures"
         require_room(pair, self.caller, rows + 4 * self.chains, rows * self.chains + 50 * self.temperatures, told)
-        if reasons := texts("refused.annealing", plan=self, layout=pair.layout):
+        if reasons := texts("refused.annealing", plan=self, layout=pair.layout, bounds=pair.structure.bounds):
             raise DataError(reasons[0])
 
 

@@ -37,6 +37,10 @@ def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Any]:
         out["mutual_information_lower"] = out["marginal_kl_upper"] = None
     if account.by_row.intersection(names):
         out["marginal_kl"] = out["marginal_kl_upper"] = None
+    if account.pair.structure.bounds.intersection(names):  # log p(z) is a lower bound
+        for term in ("kl", "marginal_kl", "marginal_kl_upper"):
+            found = out[term]
+            out[term] = found and replace(found, kind="estimate" if found.kind == "lower_bound" else "upper_bound")
     return out
 
 
@@ -100,7 +104,7 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
     latent, level, group = account.first.latents[name], account.levels[name], group_figures(account, (name,))
     first, prior_first = name in account.guide_roots, name in account.model_roots - account.by_row
     kl_exact = None
-    if len(level.closed) == len(level.log_q):
+    if len(level.closed) == len(level.log_q) and name not in account.pair.structure.bounds:
         alone = first and name in account.model_roots
         kl_exact = exact_mean(level.closed[0]) if alone else account.over(torch.stack(level.closed))
     use = code_use(name, latent.tally) if first and latent.tally is not None else None

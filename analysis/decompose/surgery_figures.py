@@ -201,8 +201,9 @@ MODEL = "on data that the model makes, not on new data: four times as many rows 
 def on_new_data(account: Account, train: Tensor | None, asked: Asked) -> Population | str:
     """Return the interval for the gain of a better prior on new data, or the reason why there is none."""
     latents = [account.first.latents[name] for name in account.names]
-    if account.by_row:
-        return "no figure on new data: the prior differs from row to row"
+    if account.by_row or account.pair.structure.bounds:
+        why = "differs from row to row" if account.by_row else "is scored by a bound"
+        return f"no figure on new data: the prior {why}"
     if not latents or any(z.point or z.partial for z in latents) or not account.first.points:
         return "no figure on new data: posteriors are points, absent in some rows, or depend on global latents"
     prior = _prior(account, asked)

@@ -46,6 +46,8 @@ class Structure:
     """Observed sites that are a deterministic function of the latents (Delta likelihood)."""
     codes: frozenset[str]
     """Latents of the guide that are discrete codes."""
+    bounds: frozenset[str]
+    """Latents whose prior scores a lower bound on its log density (`is_bound`), by samples of its own."""
     states: int
     """Number of joint states of the latents, of guide and model, that the loss enumerates; 1 if there are none."""
     parameters_per_row: Mapping[str, int]
@@ -102,7 +104,7 @@ class Structure:
 
     def joined(self, other: Structure) -> Structure:
         """Return the structure with the sites of both, which two batches of one pair have."""
-        sets = ("guide_sites", "model_sites", "points", "codes")
+        sets = ("guide_sites", "model_sites", "points", "codes", "bounds")
         both = {name: getattr(self, name) | getattr(other, name) for name in sets}
         for name in ("model_only", "determined"):
             both[name] = tuple(dict.fromkeys((*getattr(self, name), *getattr(other, name))))
@@ -133,6 +135,7 @@ def read_structure(
         points=frozenset(name for name, fn in twins.items() if is_point(fn) and name not in spread),
         determined=tuple(name for name in layout.observed if is_point(model[name]["fn"])),
         codes=frozenset(name for name, fn in twins.items() if is_code(fn)),
+        bounds=frozenset(name for name, node in model.items() if getattr(unwrapped(node["fn"]), "is_bound", False)),
         states=math.prod(int(fn.enumerate_support(expand=False).shape[0]) for fn in summed),
         parameters_per_row={name: numbers_of(twins[name]) for name in layout.latents},
         shapes={name: SiteShape.of(twins[name].shape(), twins[name], layout) for name in layout.latents},
