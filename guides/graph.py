@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Shape
 from pvae.distributions.base import Determined
-from pvae.graph.site import EMBEDDED, OBSERVED, Frame, Link, Site, embedded
+from pvae.graph.frame import Frame
+from pvae.graph.site import EMBEDDED, OBSERVED, Link, Site, embedded
 from pvae.graph.statements import data_plate, sample
 from pvae.guides.posteriors.base import PosteriorModule
 from pvae.nn.network import MLP, Network, NetworkModule

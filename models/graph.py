@@ -13,7 +13,8 @@ from torch.distributions import constraints
 from pvae.component import Names, Section, Shape
 from pvae.distributions.base import Determined
 from pvae.errors import DataError, DeclarationError
-from pvae.graph.site import EMBEDDED, OBSERVED, Frame, Law, Site, embedded
+from pvae.graph.frame import Frame
+from pvae.graph.site import EMBEDDED, OBSERVED, Law, Site, embedded
 from pvae.graph.statements import data_plate, sample
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.standard import Bernoulli

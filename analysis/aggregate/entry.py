@@ -109,7 +109,7 @@ def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, 
     values = {name: node["value"] for name, node in trace.items() if name not in pair.layout.observed}
     found = {name: trace[name]["value"] for name in pair.layout.observed if name in trace}
     x = _placed(pair, like, found)
-    if x is not None and pair.frame.covariates:
+    if x is not None and pair.frame.entries:
         return x, values
     if x is not None:
         seen = samples(pair.model_trace(x, values))
@@ -122,9 +122,9 @@ def _placed(pair: Pair, like: Tensor, found: dict[str, Tensor]) -> Tensor | None
     """Return rows `like` with simulated values of the observed sites in place of what the sites observe there."""
     if pair.arguments is None:
         (value, *rest) = found.values()
-        if rest or (value.numel() != like.numel() and not pair.frame.covariates):
+        if rest or (value.numel() != like.numel() and not pair.frame.entries):
             return None
-        return pair.frame.join(value if pair.frame.covariates else value.to(like.dtype).reshape(like.shape), like)
+        return pair.frame.join(value if pair.frame.entries else value.to(like.dtype).reshape(like.shape), like)
     seen, (args, named) = samples(pair.model_trace(like)), pair.arguments.unpack(like)
     parts: dict[Any, Tensor] = dict(enumerate(args)) | named
     for name, value in found.items():

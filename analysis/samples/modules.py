@@ -40,7 +40,7 @@ class PlainModule(nn.Module):
         if not pair.declared:
             raise DeclarationError(text("refused.by_hand", side=side))
         self.side, self.frame = side, pair.frame
-        self.covariates = {name: (self.frame.shapes[name][1:], n) for name, n in self.frame.covariates.items()}
+        self.covariates = {name: (entry.shape, entry.codes) for name, entry in self.frame.covariates.items()}
 
     @property
     def alone(self) -> str | None:
@@ -72,7 +72,7 @@ class PlainModule(nn.Module):
         if problem:
             raise DataError(f"{self.side}: expected {self.expected}; got {problem}.")
         codes = {name: t for name, t in given.items() if name in self.covariates}
-        return given, self.frame.one_hots(codes, next(self.parameters()))
+        return given, self.frame.features(codes, next(self.parameters()))
 
     @abstractmethod
     def distributions(self, given: Mapping[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pvae.analysis.figures.estimate import text
 from pvae.analysis.samples import running
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
+from pvae.graph.frame import Entry
 from pvae.nn.schedules import Constant
 from pvae.pair import Layout, Pair, samples
 from pvae.runs.run import Run
@@ -124,7 +125,7 @@ class Template:
         require_room(pair, "samples", n, 0, f"{n:,} samples")
         needed = not pair.declared or (pair.frame.covariates and not given and row is None)
         self.data = source.data.train.rows if isinstance(source, Run) and needed else None
-        self.numbers = max(1, prod(self.frame.row))
+        self.n, self.numbers = n, max(1, prod(self.frame.row))
         self.covariates = self._covariates(n, given, seed)
 
     def _covariates(self, n: int, given: Covariates | None, seed: int) -> dict[str, Tensor]:
@@ -134,7 +135,7 @@ class Template:
                 raise DeclarationError(f"given: expected nothing, for the model has no covariates; got {name!r}.")
             running.known_name(name, known, "given")
         if not known or given:
-            return {name: self._given(name, codes, n, given or {}) for name, codes in known.items()}
+            return {name: self._given(name, entry, n, given or {}) for name, entry in known.items()}
         if self.row is not None:
             found = self.row.flatten().expand(n, -1)
         elif self.data is not None:
@@ -142,12 +143,13 @@ class Template:
             found = self.data[torch.randint(len(self.data), (n,), generator=generator).to(self.data.device)]
         else:
             raise DeclarationError(text("refused.nothing_given", known=known))
-        return {name: column.long().cpu() for name, column in self.frame.columns(found).items()}
+        drawn = self.frame.columns(found)
+        return {n: (drawn[n].long() if entry.codes else drawn[n]).cpu() for n, entry in known.items()}
 
-    def _given(self, name: str, codes: int, n: int, given: Covariates) -> Tensor:
-        """Return the values of a covariate, `(n,)`, or the token indices of a prompt, `(n, length)`."""
-        if (vocabulary := self.frame.prompts.get(name)) is None:
-            return _values(name, codes, n, given)
+    def _given(self, name: str, entry: Entry, n: int, given: Covariates) -> Tensor:
+        """Return the values of a covariate, `(n, *entry.shape)`: labels, numbers, or the token indices of a prompt."""
+        if (vocabulary := entry.vocabulary) is None:
+            return _values(name, entry, n, given)
         if not isinstance(prompt := given.get(name), str):
             words = ", ".join(vocabulary.words[1:])
             raise DeclarationError(f"given.{name}: expected a text of {words}; got {str(prompt)[:60]}.")
@@ -156,10 +158,11 @@ class Template:
     def at(self, start: int, stop: int) -> Tensor:
         """Return rows start .. stop - 1 as the pair accepts them; past the end the last covariates are repeated."""
         count = stop - start
-        if self.covariates:
-            at = torch.arange(start, stop).clamp(max=len(next(iter(self.covariates.values()))) - 1)
-            columns = torch.cat([column[at].reshape(count, -1) for column in self.covariates.values()], 1)
-            return self.pair.accept(torch.cat([torch.zeros(count, prod(self.frame.x)), columns], 1))
+        if self.frame.entries:
+            at = torch.arange(start, stop).clamp(max=self.n - 1)
+            unknown = {n: torch.full((self.n, e.width), torch.nan) for n, e in self.frame.entries.items() if e.latent}
+            columns = [{**unknown, **self.covariates}[name][at].reshape(count, -1) for name in self.frame.entries]
+            return self.pair.accept(torch.cat([torch.zeros(count, prod(self.frame.x)), *columns], 1))
         if self.row is not None:
             return self.row.expand(count, *self.row.shape[1:])
         if self.data is not None:
@@ -167,17 +170,21 @@ class Template:
         return self.pair.accept(torch.zeros(count, *self.frame.row))
 
 
-def _values(name: str, codes: int, n: int, given: Covariates) -> Tensor:
-    """Return the values of a covariate, `(n,)`, after checking that they are integers from 0 to codes - 1."""
+def _values(name: str, entry: Entry, n: int, given: Covariates) -> Tensor:
+    """Return the values of a label or of numbers, `(n, *entry.shape)`, after checking that the entry can have them."""
+    values = f"0 .. {entry.codes - 1}" if entry.codes else "numbers"
     if name not in given:
-        raise DeclarationError(f"given: expected a value of {name} too, 0 .. {codes - 1}; got none.")
+        raise DeclarationError(f"given: expected a value of {name} too, {values}; got none.")
     try:
         found = torch.as_tensor(given[name]).cpu()
     except (TypeError, ValueError, RuntimeError):
-        found = torch.zeros(0)
-    if found.is_floating_point() or found.dtype is torch.bool or found.shape not in ((), (n,)):
-        raise DeclarationError(f"given.{name}: expected an integer, or {n} of them; got {str(given[name])[:60]}.")
-    if not 0 <= int(found.min()) <= int(found.max()) < codes:
-        wrong = found[(found < 0) | (found >= codes)].flatten()[0] if found.dim() else found
-        raise DeclarationError(f"given.{name}: expected 0 .. {codes - 1}; got {int(wrong)}.")
-    return found.long().expand(n).clone()
+        found = torch.tensor(False)
+    if entry.width == 1 and not entry.codes and found.shape in ((), (n,)):
+        found = found.unsqueeze(-1)
+    kind = "an integer" if entry.codes else f"{entry.width} numbers"
+    is_wrong = found.dtype is torch.bool or (entry.codes > 0 and found.is_floating_point())
+    if is_wrong or found.shape not in (entry.shape, (n, *entry.shape)):
+        raise DeclarationError(f"given.{name}: expected {kind}, or {n} of them; got {str(given[name])[:60]}.")
+    if (wrong := entry.wrong(found)).any():
+        raise DeclarationError(f"given.{name}: expected {values}; got {found[wrong][0]:g}.")
+    return (found.long() if entry.codes else found.float()).expand(n, *entry.shape).clone()

@@ -26,6 +26,7 @@ from pvae.data.sources.tabular import FrameSource
 from pvae.data.split import Split, fingerprint_of, together
 from pvae.data.streamed import Streamed, streams
 from pvae.errors import DataError, DeclarationError, near
+from pvae.graph.frame import Entry
 
 if TYPE_CHECKING:
     import pandas
@@ -103,18 +104,25 @@ class Dataset:
     def _each(self, change: Callable[[Split], Split]) -> Dataset:
         return replace(self, **{split.name: change(split) for split in self.splits})  # type: ignore[arg-type]
 
-    def conditioned(
-        self, covariates: Mapping[str, int], tokens: Mapping[str, Sequence[Sequence[int]]] | None = None
-    ) -> Dataset:
-        """Return the data set as a conditional model needs it: each row flattened and followed by its covariate.
+    def conditioned(self, entries: Mapping[str, Entry]) -> Dataset:
+        """Return the data set as a conditional model needs it: each row flattened and followed by its entries.
 
-        Without covariates, return the data set with plain rows.
+        Without entries, return the data set with plain rows.
 
         Arguments:
-            covariates: number of label values by covariate name, at most one entry: the label is the only covariate.
-            tokens: for each covariate, the token sequence of every label, if the model is conditioned on text tokens.
+            entries: the entries of a row by name, in order: covariates, and observed values of latents. Their numbers
+                are the labels of the data, the `side` values of the same name, or sums of x.
+
+        Raises:
+            DataError: labels or side values are absent, or a value is none that its entry can have.
+
+        Example:
+            >>> from pvae.graph.frame import Entry
+            >>> data = Dataset.of((torch.rand(20, 3), torch.arange(20) % 2))
+            >>> data.conditioned({"y": Entry(codes=2), "size": Entry(source="sum")}).train.x.shape
+            torch.Size([16, 5])
         """
-        return self._each(lambda split: split.conditioned(covariates, tokens))
+        return self._each(lambda split: split.conditioned(entries))
 
     @classmethod
     def from_tensors(

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from pvae.data.rows.rows import Part, chunks
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
+from pvae.graph.frame import Entry
 from pvae.util import group, seeds
 from pvae.util.types import Array
 
@@ -35,6 +36,7 @@ class Split:
         label_names: name of each label, or None.
         origin: (n,) name of the split that each row is from, as NumPy text; None if all are from this one.
         notes: remarks on how the rows were read.
+        side: values beside x by name, float32: codes of levels `(n,)`, standardised numbers `(n, d)`; NaN if missing.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Split:
     label_names: tuple[str, ...] | None = None
     origin: Array | None = None
     notes: tuple[str, ...] = ()
+    side: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,7 +117,7 @@ class Split:
     def to(self, device: str | torch.device) -> Self:
         """Return the split with its tensors on a device; streamed rows are moved to it when they are read."""
         moved = {name: part.to(device) for name in ("rows", "y", "raw") if (part := getattr(self, name)) is not None}
-        return replace(self, **moved)
+        return replace(self, **moved, side={name: part.to(device) for name, part in self.side.items()})
 
     def plain(self) -> Self:
         """Return the split without covariates in its rows."""
@@ -123,29 +126,44 @@ class Split:
         rows = self.rows.with_columns(None) if isinstance(self.rows, Streamed) else self.data
         return replace(self, rows=rows, event=None)
 
-    def conditioned(
-        self, covariates: Mapping[str, int], tokens: Mapping[str, Sequence[Sequence[int]]] | None = None
-    ) -> Self:
-        """Return the split as a conditional model needs it: each row flattened and followed by its covariate.
+    def conditioned(self, entries: Mapping[str, Entry]) -> Self:
+        """Return the split as a conditional model needs it: each row flattened and followed by its entries.
 
         The arguments are those of `Dataset.conditioned`.
 
         Raises:
-            DataError: the split has no labels, or a label is outside 0 .. codes - 1.
+            DataError: the split lacks labels or values of an entry, or one has a value that it cannot have.
         """
         plain = self.plain()
-        if not covariates:
+        if not entries:
             return plain
-        ((name, codes),) = covariates.items()
-        if self.y is None:
-            raise DataError(f"{self.name}: expected labels, on which the model is conditioned; got none.")
-        if len(self.y) and not 0 <= int(self.y.min()) <= int(self.y.max()) < codes:
-            raise DataError.of("data.split.codes", name=self.name, y=self.y, codes=codes)
-        words, rows = (tokens or {}).get(name), plain.rows
-        columns = self.y[:, None] if words is None else torch.tensor(words, device=self.y.device)[self.y]
+        columns, rows = torch.cat([plain._column(*named) for named in entries.items()], 1), plain.rows
         if isinstance(rows, Streamed):
             return replace(plain, rows=rows.with_columns(columns), event=tuple(rows.shape[1:]))
         return replace(plain, rows=torch.cat([rows.flatten(1), columns.to(rows)], 1), event=tuple(rows.shape[1:]))
+
+    def _column(self, name: str, entry: Entry) -> Tensor:
+        """Return the numbers of an entry of every row, `(n, width)`, after a check of each."""
+        if entry.source == "sum":
+            found: Tensor | None = torch.cat([chunk.flatten(1).nansum(1) for chunk in self.chunks()])
+        else:
+            found = self.y if entry.source == "label" else self.side.get(name)
+        if found is None:
+            what = "labels" if entry.source == "label" else f"values of {name!r}"
+            raise DataError(f"{self.name}: expected {what}, on which the model is conditioned; got none.")
+        if entry.latent and entry.codes:
+            found = found.float().masked_fill(found < 0, torch.nan)
+        codes = entry.codes if entry.tokens is None else len(entry.tokens)
+        wrong = replace(entry, codes=codes).wrong(found)
+        if wrong.any() and entry.source == "label":
+            raise DataError.of("data.split.codes", name=self.name, y=found[~found.isnan()], codes=codes)
+        if wrong.any():
+            row, *_ = wrong.nonzero()[0].tolist()
+            said = {"split": self.name, "row": row, "name": name, "value": found[row].tolist()}
+            raise DataError.of("data.split.entry", **said, codes=codes)
+        if entry.tokens is not None:
+            found = torch.tensor(entry.tokens, device=found.device)[found.long()]
+        return found.reshape(len(found), -1)
 
     def chunks(self) -> Iterator[Tensor]:
         """Yield the data without covariates in consecutive chunks `(m, *shape)` of about `CHUNK_ELEMENTS` values."""
@@ -189,6 +207,7 @@ def together(splits: Sequence[Split]) -> Split:
 
     fields = {"part": "numbers", "origin": "splits", "rows": "rows", "y": "y", "ids": "ids"}
     found = {field: joined([getattr(split, name) for split in splits]) for field, name in fields.items()}
+    found["side"] = {name: joined([split.side[name] for split in splits]) for name in splits[0].side}
     return replace(splits[0], name="all", raw=None, **found)
 
 
@@ -196,9 +215,10 @@ def fingerprint_of(splits: Iterable[Split], shape: tuple[int, ...], binarize: st
     """Return the SHA-256 over all values of all splits, in hexadecimal."""
     digest = hashlib.sha256(f"{shape} {binarize}".encode())
     for split in splits:
-        for field, x in (("x", split.rows), ("y", split.y), ("raw", split.raw)):
+        beside = ((f"side.{name}", values) for name, values in split.side.items())
+        for what, x in (("x", split.rows), ("y", split.y), ("raw", split.raw), *beside):
             if x is not None:
-                digest.update(f" {split.name}.{field} {tuple(x.shape)} {x.dtype} ".encode())
+                digest.update(f" {split.name}.{what} {tuple(x.shape)} {x.dtype} ".encode())
                 digest.update(x.blocks.survey.digest if isinstance(x, Streamed) else x.numpy().data.cast("B"))
     return digest.hexdigest()
 

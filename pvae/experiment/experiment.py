@@ -20,7 +20,8 @@ from pvae.errors import DeclarationError, is_refused_draw
 from pvae.experiment import zoo
 from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides
 from pvae.experiment.rules import findings
-from pvae.graph.site import OBSERVED, Frame, Link, Site, topological
+from pvae.graph.frame import Entry, Frame
+from pvae.graph.site import OBSERVED, Link, Site, topological
 from pvae.guides.graph import Encoder, GraphGuide, SharedEncoder
 from pvae.models.graph import Decoder, GraphModel
 from pvae.models.priors.base import Prior, prior_of
@@ -176,17 +177,15 @@ class Experiment(Plan):
 
     def conditioned(self, data: D) -> D:
         """Return data as the pair takes them: with a covariate, every row ends with its label or prompt tokens."""
-        tokens = {}
-        for name, covariate in self.covariates.items():
-            if covariate.words is not None and (vocabulary := covariate.vocabulary) is not None:
-                tokens[name] = [vocabulary.encode(text) for text in covariate.words]
-        return data.conditioned({name: covariate.labels for name, covariate in self.covariates.items()}, tokens)
+        return data.conditioned(self.entries())
+
+    def entries(self) -> dict[str, Entry]:
+        """Return the entries of a row behind its datum, by name."""
+        return {name: covariate.entry() for name, covariate in self.covariates.items()}
 
     def frame(self, x: Shape) -> Frame:
-        """Return the layout of a row (the datum, then the covariates), for data of event shape `x`."""
-        prompts = {name: c.vocabulary for name, c in self.covariates.items() if c.vocabulary is not None}
-        values = {name: len(prompts[name]) if name in prompts else c.labels for name, c in self.covariates.items()}
-        return Frame(tuple(x), values, prompts)
+        """Return the layout of a row (the datum, then its entries), for data of event shape `x`."""
+        return Frame(tuple(x), self.entries())
 
     def build(self, x: Shape, rows: int = 0, device: torch.device | None = None) -> Pair:
         """Return the Pyro pair of model and guide for data of event shape `x`.

@@ -8,7 +8,8 @@ import tomli_w
 from pydantic import BaseModel, Field, model_validator
 
 from pvae.component import Component, Ints, Names, Section, Table, from_table, table_at
-from pvae.graph.site import Site, Space, Vocabulary, split
+from pvae.graph.frame import Entry, Vocabulary, split
+from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.guides.posteriors.normal import ExactPosterior, NormalPosterior
@@ -112,10 +113,13 @@ class Covariate(Section):
         """Number of different labels."""
         return len(self.words) if self.words is not None else self.codes or 0
 
-    @property
-    def vocabulary(self) -> Vocabulary | None:
-        """Vocabulary of the prompts; None if the label is a number."""
-        return None if self.words is None else Vocabulary.of(self.words)
+    def entry(self) -> Entry:
+        """Return the covariate as an entry of a row."""
+        if self.words is None:
+            return Entry(self.labels)
+        vocabulary = Vocabulary.of(self.words)
+        tokens = tuple(tuple(vocabulary.encode(words)) for words in self.words)
+        return Entry(len(vocabulary), vocabulary.length, vocabulary, tokens)
 
 
 class Train(Section):

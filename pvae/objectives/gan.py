@@ -12,7 +12,8 @@ from torch.nn.functional import softplus
 
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
-from pvae.graph.site import OBSERVED, Frame
+from pvae.graph.frame import Frame
+from pvae.graph.site import OBSERVED
 from pvae.nn.network import MLP, Network, NetworkModule
 from pvae.objectives.base import Fitting, Objective, Parts, Stepper
 from pvae.pair import Pair, Terms, quiet, samples

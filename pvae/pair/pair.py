@@ -11,8 +11,8 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pvae.errors import DataError, DeclarationError
+from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
-from pvae.graph.site import Frame
 from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
 from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of

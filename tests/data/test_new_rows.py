@@ -16,6 +16,7 @@ import pvae
 from pvae.data import CSV, Data, Dataset, FrameSource, H5ad, Idx, Images, Npy, Npz, Split, TensorSource, load
 from pvae.data.new import FittedTransforms, rows_of_new
 from pvae.data.sources.base import FileData
+from pvae.graph.frame import Entry
 from tests.cli_runner import run_cli, run_cli_json
 from tests.data.test_data import COLUMNS, FRAME, LABELS, PIXELS, TABLE, X, Y, loaded
 from tests.data.writers import SMALL, h5ad, hdf5, npy, npz, pictures, refused
@@ -96,7 +97,7 @@ def test_draws_of_new_rows_are_the_same_each_time(binarize: Any, stream: bool, t
 def test_rows_of_conditional_data_keep_their_labels_in_the_whole(tmp_path: Path):
     for stream in (False, True):
         data = load(Npz(path=npz(tmp_path, x=X, y=Y), y="y", stream=stream))
-        whole = data.conditioned({"y": 3}).whole()
+        whole = data.conditioned({"y": Entry(codes=3)}).whole()
         assert whole.event == (4,)
         assert torch.equal(whole.x, torch.cat([data.whole().x, torch.from_numpy(Y)[:, None]], 1))
 

@@ -16,7 +16,7 @@ from pvae.analysis.decompose.by_covariate import GROUP_SEEDS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.graph.site import Frame
+from pvae.graph.frame import Entry, Frame
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
@@ -47,7 +47,7 @@ def rows(n: int = 60, codes: int = 3) -> tuple[Tensor, Tensor]:
 
 
 def test_a_row_holds_the_datum_and_its_label():
-    frame = Frame((1, 2, 3), {"y": 4})
+    frame = Frame((1, 2, 3), {"y": Entry(codes=4)})
     assert frame.row == (7,)
     x, y = torch.rand(5, 1, 2, 3), torch.tensor([0, 3, 1, 2, 3])
     datum, seen = frame.split(torch.cat([x.flatten(1), y[:, None].float()], 1))
@@ -216,11 +216,11 @@ def test_labels_outside_the_codes_are_refused_everywhere(tmp_path):
     pair, (x, _) = declared(), rows()
     wrong = x.clone()
     wrong[5, -1] = 7
-    with pytest.raises(DataError, match=r"y: expected integers 0 \.\. 2 in the last column of x; got 7"):
+    with pytest.raises(DataError, match=r"y: expected integers 0 \.\. 2 in its column of x; got 7"):
         surgery(pair, wrong)
-    data = Dataset.from_tensors(x[:, :6], x[:, 6].long()).conditioned({"y": 3})
+    data = Dataset.from_tensors(x[:, :6], x[:, 6].long()).conditioned({"y": Entry(codes=3)})
     with pytest.raises(DataError, match=r"expected labels 0 \.\. 1; got 0 \.\. 2"):
-        data.conditioned({"y": 2})
+        data.conditioned({"y": Entry(codes=2)})
     assert torch.equal(data.conditioned({}).train.x, data.train.data)
     plain = {**TABLE, "latents": {"z": {"dim": 2}}, "decoder": {**NETWORK, "likelihood": {"kind": "bernoulli"}}}
     del plain["covariates"]

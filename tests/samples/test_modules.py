@@ -33,10 +33,7 @@ def inputs_of(pair: Pair, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     """Rows, their data on grey levels, and their covariates."""
     x = torch.randint(17, (rows, *pair.frame.x)) / 16
     x = x.round() if pair.model.decoder.likelihood.__class__.__name__ == "ElementsModule" else x
-    codes = {
-        name: torch.randint(count, (rows, *shape[1:]))
-        for (name, shape), count in zip(pair.frame.shapes.items(), pair.frame.covariates.values(), strict=True)
-    }
+    codes = {name: torch.randint(entry.codes, (rows, *entry.shape)) for name, entry in pair.frame.covariates.items()}
     columns = [t.reshape(rows, -1).float() for t in codes.values()]
     whole = torch.cat([x.flatten(1), *columns], 1) if columns else x
     return whole.to(next(pair.parameters())), x, codes
