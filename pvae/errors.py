@@ -1,5 +1,6 @@
 """Exceptions that pvae raises deliberately, each with the exit code that the command line returns for it."""
 
+import re
 import tomllib
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,13 +28,16 @@ class PvaeError(Exception):
 
     exit_code = 1
 
+    def __init_subclass__(cls, exit_code: int | None = None) -> None:
+        cls.exit_code = cls.exit_code if exit_code is None else exit_code
+
     @classmethod
     def of(cls, name: str, /, **fields: Any) -> Self:
         """Return the error whose message is an entry of `pvae/<room>/words.toml`, with its fields filled in."""
         return cls(_text(name, **fields))
 
 
-class DeclarationError(PvaeError):
+class DeclarationError(PvaeError, exit_code=2):
     """A declaration, override or argument is wrong; ``problems`` holds every finding, one line each.
 
     Example:
@@ -41,14 +45,12 @@ class DeclarationError(PvaeError):
         'vae: train.epoch: expected ...'
     """
 
-    exit_code = 2
-
     def __init__(self, problems: str | Sequence[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         super().__init__("\n".join(self.problems))
 
 
-class DataError(PvaeError):
+class DataError(PvaeError, exit_code=65):
     """Data are missing, broken, or outside the support of the declared likelihood.
 
     Example:
@@ -60,19 +62,13 @@ class DataError(PvaeError):
         pvae.errors.DataError: ...
     """
 
-    exit_code = 65
 
-
-class CheckpointError(PvaeError):
+class CheckpointError(PvaeError, exit_code=65):
     """A checkpoint is missing, damaged, or belongs to another declaration."""
 
-    exit_code = 65
 
-
-class MissingExtraError(PvaeError):
+class MissingExtraError(PvaeError, exit_code=69):
     """An optional package that is needed is not installed."""
-
-    exit_code = 69
 
 
 def require_extra(module: str, extra: str, expected: str) -> None:
@@ -81,28 +77,20 @@ def require_extra(module: str, extra: str, expected: str) -> None:
         raise MissingExtraError(f"{expected}; it is not installed. Run `pip install 'pvae-pyro[{extra}]'`.")
 
 
-class DeviceError(PvaeError):
+class DeviceError(PvaeError, exit_code=71):
     """The device asked for is absent, lost or out of memory."""
 
-    exit_code = 71
 
-
-class StorageError(PvaeError):
+class StorageError(PvaeError, exit_code=74):
     """Writing or reading failed half way (disk full, input/output error)."""
 
-    exit_code = 74
 
-
-class OutputError(StorageError):
+class OutputError(StorageError, exit_code=73):
     """A file or folder cannot be created: no such folder, no permission, something else in its place."""
 
-    exit_code = 73
 
-
-class BusyError(PvaeError):
+class BusyError(PvaeError, exit_code=75):
     """Another process is working on the run and holds its lock."""
-
-    exit_code = 75
 
 
 class Stopped(PvaeError):
@@ -129,25 +117,17 @@ def near(name: str, names: Iterable[str]) -> str:
 
 def printable(text: str) -> str:
     """Return a text with control and format characters as escapes, so that it cannot move a terminal's cursor."""
-    return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs") else _escape(c) for c in text)
+    kept = {c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cf", "Cs")}
+    return "".join(c if c in kept else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)
 
 
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape", "surrogatepass").decode("ascii")
-
-
-REFUSED_PARAMETERS = (
-    "probability tensor contains",
-    "Expected parameter ",
-    "normal expects all elements of std",
-    "Expected p_in",
-)
+REFUSED_PARAMETERS = "probability tensor contains|Expected parameter |normal expects all elements of std|Expected p_in"
 """Parts of the messages by which torch and Pyro reject distribution parameters that are NaN or out of range."""
 
 
 def is_refused_draw(error: Exception) -> bool:
     """Return True if an error says that the parameters of a distribution are not finite or out of range."""
-    return isinstance(error, RuntimeError | ValueError) and any(words in str(error) for words in REFUSED_PARAMETERS)
+    return isinstance(error, RuntimeError | ValueError) and re.search(REFUSED_PARAMETERS, str(error)) is not None
 
 
 def out_of_memory(error: BaseException) -> bool:
