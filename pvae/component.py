@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SerializationInfo, model_validator
+from pydantic import BaseModel, Field, SerializationInfo, model_validator
 from pydantic.annotated_handlers import GetCoreSchemaHandler, GetJsonSchemaHandler
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
 
@@ -44,12 +44,8 @@ IMPORTED: list[str] = []
 """Names of the modules that `load_plugins` has imported by name; the manifest of a run records them."""
 
 
-class Section(BaseModel):
+class Section(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True):
     """Base of every table of a declaration: strict types, no unknown keys, no NaN, immutable."""
-
-    model_config = ConfigDict(
-        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
 
     @model_validator(mode="after")
     def _holdable(self) -> Self:
@@ -67,10 +63,8 @@ LARGEST_FLOAT = 3.4e38
 
 def problem(kind: str, loc: tuple[int | str, ...], wanted: str, found: Any, hint: str = "") -> InitErrorDetails:
     """Return an error of pydantic, which `describe` renders as `loc: expected wanted; got found` and a hint."""
-    return InitErrorDetails(
-        type=PydanticCustomError(kind, "{wanted}", {"wanted": wanted, "near": hint}),
-        loc=loc, input=found,
-    )  # fmt: skip
+    error = PydanticCustomError(kind, "{wanted}", {"wanted": wanted, "near": hint})
+    return InitErrorDetails(type=error, loc=loc, input=found)
 
 
 def _too_large(loc: tuple[int | str, ...], value: Any) -> Iterator[InitErrorDetails]:
@@ -110,10 +104,9 @@ class Component(Section):
             raise TypeError(f'Expected `{cls.tag}: Literal["name"] = "name"` in {cls.__name__}; got none.')
         other = cls.members.setdefault(field.default, cls)
         if other is not cls and other.__qualname__ != cls.__qualname__:
-            raise DeclarationError(
-                f"Expected a new name for {cls.__module__}.{cls.__name__}; got {cls.tag} = "
-                f"{field.default!r}, which belongs to {other.__module__}.{other.__name__}."
-            )
+            mine, theirs = (f"{kind.__module__}.{kind.__name__}" for kind in (cls, other))
+            name = f"{cls.tag} = {field.default!r}"
+            raise DeclarationError(f"Expected a new name for {mine}; got {name}, which belongs to {theirs}.")
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
@@ -125,10 +118,8 @@ class Component(Section):
     @staticmethod
     def _table(part: Component, info: SerializationInfo) -> dict[str, Any]:
         """Return a component as a dictionary, its kind first."""
-        return {
-            part.tag: getattr(part, part.tag),
-            **part.model_dump(exclude_none=bool(info.exclude_none), exclude_unset=bool(info.exclude_unset)),
-        }
+        without: Any = {"exclude_none": bool(info.exclude_none), "exclude_unset": bool(info.exclude_unset)}
+        return {part.tag: getattr(part, part.tag), **part.model_dump(**without)}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
