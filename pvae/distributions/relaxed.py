@@ -77,9 +77,7 @@ class Coordinates(Transform):
         return *shape[:-1], shape[-1] - 1
 
 
-@biject_to.register(type(log_simplex))
-def _to_log_simplex(_constraint: constraints.Constraint) -> Coordinates:
-    return Coordinates()
+biject_to.register(type(log_simplex), lambda _constraint: Coordinates())
 
 
 class Simplices(Batched):
@@ -117,15 +115,9 @@ class RelaxedCodes(Simplices):
     has_rsample = True
 
     def __init__(
-        self,
-        logits: Tensor,
-        temperature: Tensor,
-        grid: int,
-        *,
-        kl: KL = "relaxed",
-        noise: bool = True,
-        has_twin: bool = True,
-    ) -> None:
+        self, logits: Tensor, temperature: Tensor, grid: int, *,
+        kl: KL = "relaxed", noise: bool = True, has_twin: bool = True,
+    ) -> None:  # fmt: skip
         self.logits = logits.log_softmax(-1)
         self.temperature, self.grid, self.kl, self.noise, self.has_twin = temperature, grid, kl, noise, has_twin
         at = logits.dim() - grid - 1

@@ -153,11 +153,9 @@ class GAN(Objective):
         like = torch.zeros(2, *pair.frame.row).to(next(pair.parameters()))
         with torch.random.fork_rng():
             nodes = samples(pair.simulate(like))
-        return [
-            text("objectives.gan.no_gradient", name=name, fn=nodes[name]["fn"])
-            for name, prior in model.priors.items()
-            if not nodes[name]["fn"].has_rsample and any(p.requires_grad for p in prior.parameters())
-        ]
+        learned = [name for name, prior in model.priors.items() if any(p.requires_grad for p in prior.parameters())]
+        stuck = {name: nodes[name]["fn"] for name in learned if not nodes[name]["fn"].has_rsample}
+        return [text("objectives.gan.no_gradient", name=name, fn=fn) for name, fn in stuck.items()]
 
     def stepper(self, fitting: Fitting) -> Stepper:
         return GANStepper(self, fitting)

@@ -149,9 +149,8 @@ def in_use(share: Tensor) -> Tensor:
 
 def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
     """Return the codebook of a latent; None if its codes are read as one-hots, or the pair is hand-written."""
-    if not isinstance(pair.model, GraphModel) or name not in pair.model.codebooks:
-        return None
-    found = pair.model.codebooks[name]
+    books = dict(pair.model.codebooks) if isinstance(pair.model, GraphModel) else {}
+    found = books.get(name)
     return found if isinstance(found, Codebook | NearestCodebook) else None
 
 
@@ -270,8 +269,5 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
             for name, made in tallies(samples(pair.guide_trace(rows)), pair.layout, len(rows)).items():
                 if not made.bits:  # bits have no codes to run out of
                     found[name] = found[name] + made if name in found else made
-    out = {}
-    for name, made in found.items():
-        out[f"perplexity/{name}"] = float(perplexity(made.pooled))
-        out[f"used/{name}"] = float(made.used.sum())
-    return out
+    figures = {name: {"perplexity": perplexity(made.pooled), "used": made.used.sum()} for name, made in found.items()}
+    return {f"{what}/{name}": float(value) for name, both in figures.items() for what, value in both.items()}

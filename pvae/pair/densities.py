@@ -37,14 +37,10 @@ def moved(node: Mapping[str, Any]) -> Tensor:
     fn, value = unwrapped(node["fn"]), node["value"]
     if isinstance(fn, td.Bernoulli):
         return 1 - value
-    if isinstance(fn, Certain):
-        return (value + 1) % fn.states
     if isinstance(fn, td.OneHotCategorical | RelaxedCodes):
         return value.roll(1, -1)
-    if isinstance(fn, td.Categorical):
+    if isinstance(fn, td.Categorical | Certain):
         return (value + 1) % fn.logits.shape[-1]
-    if is_point(fn):
-        return value + 1
     with suppress(NotImplementedError, ValueError):
         transform = td.biject_to(node["fn"].support)
         return transform(transform.inv(value) + 1)

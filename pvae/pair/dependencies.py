@@ -203,8 +203,7 @@ class _Copies(Messenger):
 def _scores(guide: Mapping[str, Any], model: Mapping[str, Any], values: Drawn, layout: Layout) -> Scores:
     """Return per (side, latent) the log density of `values`, `(rows, ...)`, or the location of a point distribution."""
     sides = (("guide", guide), ("model", model))
-    found = [(side, name, nodes[name]) for side, nodes in sides for name in values if name in nodes]
-    return {(side, name): _trail(node, values[name], layout) for side, name, node in found}
+    return {(side, z): _trail(nodes[z], values[z], layout) for side, nodes in sides for z in values if z in nodes}
 
 
 def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:

@@ -81,15 +81,6 @@ def plates_around(node: Mapping[str, Any]) -> list[tuple[CondIndepStackFrame, in
     return [(f, f.size if f.size >= 0 else int(shape[f.dim]) if len(shape) >= -f.dim else 1) for f in frames]
 
 
-def data_frame(trace: Trace, count: int, among: Collection[str]) -> CondIndepStackFrame | None:
-    """Return the outermost vectorised plate of size `count`, named in `among`, around an observed site, or None."""
-    for node in samples(trace).values():
-        frames = [f for f, size in plates_around(node) if size == count and f.name in among]
-        if node["is_observed"] and frames:
-            return min(frames, key=lambda f: f.counter)
-    return None
-
-
 def plates_of(trace: Trace, count: int) -> set[str]:
     """Return the names of the vectorised plates of size `count` in a trace."""
     return {f.name for node in samples(trace).values() for f, size in plates_around(node) if size == count}
@@ -101,13 +92,17 @@ def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Col
     Raises:
         DeclarationError: no observed site is inside a plate over the rows, or a global site is to be enumerated.
     """
-    if (frame := data_frame(model_trace, count, follows)) is None or frame.dim is None:
-        raise DeclarationError.of("pair.layout.no_plate")
     guide, model = samples(guide_trace), samples(model_trace)
+    around = [(f, n) for n in model.values() for f, size in plates_around(n) if size == count and f.name in follows]
+    first = next((node for _, node in around if node["is_observed"]), None)
+    frame = min((f for f, node in around if node is first), key=lambda f: f.counter, default=None)  # the outermost
+    if frame is None or frame.dim is None:
+        raise DeclarationError.of("pair.layout.no_plate")
     dims = [f.dim for node in (*guide.values(), *model.values()) for f in node["cond_indep_stack"] if f.vectorized]
-    around = [f for node in model.values() for f, size in plates_around(node) if size == count]
-    beside = {f.name for f in around if f.name in follows and f.dim == frame.dim}  # over the rows as well
-    plates = frozenset({frame.name}) | beside | _guide_plates(guide, model, frame)
+    beside = {f.name for f, _ in around if f.dim == frame.dim}  # over the rows as well
+    known = {f.name for node in model.values() for f in node["cond_indep_stack"]}
+    frames = [(f, size) for node in guide.values() for f, size in plates_around(node) if f.name not in known]
+    plates = frozenset(beside | {f.name for f, size in frames if (f.dim, size) == (frame.dim, count)})
     unseen = {name: node for name, node in guide.items() if not node["is_observed"]}
 
     def inside(node: Mapping[str, Any]) -> bool:
@@ -158,14 +153,6 @@ def _in_order(one: Sequence[str], other: Sequence[str]) -> tuple[str, ...]:
 def _has_twin(prior: Mapping[str, Any] | None) -> bool:
     """Return whether the prior of a relaxed latent has a discrete counterpart as well."""
     return prior is None or twin(prior["fn"]) is not prior["fn"]
-
-
-def _guide_plates(guide: Mapping[str, Any], model: Mapping[str, Any], data: CondIndepStackFrame) -> set[str]:
-    """Return the names of the guide's own plates with the dimension and size of the model's data plate."""
-    known = {f.name for node in model.values() for f in node["cond_indep_stack"]}
-    frames = [(f, size) for node in guide.values() for f, size in plates_around(node)]
-    count = next(s for n in model.values() for f, s in plates_around(n) if n["is_observed"] and f.name == data.name)
-    return {f.name for f, size in frames if f.name not in known and (f.dim, size) == (data.dim, count)}
 
 
 def is_enumerable(node: Mapping[str, Any]) -> bool:

@@ -264,14 +264,9 @@ class Pair(nn.Module):
         return guide, model
 
     def terms(
-        self,
-        x: Tensor,
-        particles: int = 1,
-        *,
-        closed_form: bool = False,
-        rows: int | None = None,
-        expected: bool = False,
-    ) -> Terms:
+        self, x: Tensor, particles: int = 1, *, closed_form: bool = False,
+        rows: int | None = None, expected: bool = False,
+    ) -> Terms:  # fmt: skip
         """Return the terms of the ELBO of a batch: log-likelihood, KL of every latent, penalties; differentiable.
 
         Arguments:

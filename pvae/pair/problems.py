@@ -30,11 +30,7 @@ if TYPE_CHECKING:
 
 PASSED_ON = (PvaeError, NonlocalExit, MemoryError, torch.OutOfMemoryError, OSError)
 """Exceptions that say nothing about the program that raised them."""
-HOUSES = (
-    *(str(Path(module.__file__ or "").parent) for module in (torch, pyro)),
-    str(Path(__file__).parents[1]),
-    sysconfig.get_paths()["stdlib"],
-)
+HOUSES = (*torch.__path__, *pyro.__path__, str(Path(__file__).parents[1]), sysconfig.get_paths()["stdlib"])
 """Folders of the libraries, whose lines are not the user's."""
 
 

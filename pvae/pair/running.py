@@ -95,11 +95,9 @@ _WHOLE: ContextVar[bool] = ContextVar("whole_plates", default=False)
 @contextmanager
 def whole_plates() -> Iterator[None]:
     """Context manager in which a plate that would draw its own subsample of the rows of a batch holds all of them."""
-    token = _WHOLE.set(True)
-    try:
+    with ExitStack() as stack:
+        stack.callback(_WHOLE.reset, _WHOLE.set(True))
         yield
-    finally:
-        _WHOLE.reset(token)
 
 
 @contextmanager
@@ -112,11 +110,10 @@ def _opened(rows: int) -> Iterator[None]:
         own = subsample is None and subsample_size is not None and subsample_size != rows
         return draw(name, size, None if own else subsample_size, subsample, *rest)
 
-    plates._subsample = staticmethod(all_rows)
-    try:
+    with ExitStack() as stack:
+        stack.callback(setattr, plates, "_subsample", staticmethod(draw))
+        plates._subsample = staticmethod(all_rows)
         yield
-    finally:
-        plates._subsample = staticmethod(draw)
 
 
 def run(
@@ -171,13 +168,12 @@ def way_of_particles(pair: Pair, x: Tensor) -> Way:
     if pair.declared:
         return "plate"
     key = (tuple(x.shape), x.dtype, str(x.device))
-    question = f"particles of {key}"
-    if torch.compiler.is_compiling():
-        return pair.remember(question, key, lambda: "one by one")  # safe; asked before compilation
-    return pair.remember(question, key, lambda: _find_way(pair, x))
+    return pair.remember(f"particles of {key}", key, lambda: _find_way(pair, x))
 
 
 def _find_way(pair: Pair, x: Tensor) -> Way:
+    if torch.compiler.is_compiling():
+        return "one by one"  # safe; asked before compilation
     with quiet(pair, x):
         seeds.set_noise(seeds.mix(0, seeds.ANALYSIS), x.device)
         # of a number that is no size of the data or of a latent, so that none is taken for another

@@ -97,10 +97,7 @@ class Structure:
         A known site that is absent from a batch counts 0 there, as one whose rows are all masked.
         """
         pairs = ((guide_trace, self.nodes[0], self.guide_sites), (model_trace, self.nodes[1], self.model_sites))
-        return all(
-            trace is None or trace.nodes.keys() == nodes or sites.issuperset(samples(trace))
-            for trace, nodes, sites in pairs
-        )
+        return all(t is None or t.nodes.keys() == nodes or sites.issuperset(samples(t)) for t, nodes, sites in pairs)
 
     def joined(self, other: Structure) -> Structure:
         """Return the structure with the sites of both, which two batches of one pair have."""
@@ -291,10 +288,8 @@ class Arguments:
     def unpack(self, rows: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Return the positional and the named arguments of rows of bytes, whatever numbers these are held as."""
         pieces = rows.to(torch.uint8).split([prod(part.shape) * part.dtype.itemsize for part in self.parts], -1)
-        values = [
-            (part.name, piece.contiguous().view(part.dtype).reshape(len(rows), *part.shape))
-            for part, piece in zip(self.parts, pieces, strict=True)
-        ]
+        pairs = zip(self.parts, pieces, strict=True)
+        values = [(p.name, t.contiguous().view(p.dtype).reshape(len(rows), *p.shape)) for p, t in pairs]
         return tuple(v for name, v in values if name is None), {name: v for name, v in values if name is not None}
 
 
