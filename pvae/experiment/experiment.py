@@ -271,7 +271,7 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
             above = {name: known[name] for name in site.given}
             priors[site.name] = prior_of(latents[site.name].prior, site, above, link)
     with at("decoder"):
-        decoder = declared.build({name: known[name] for name in experiment.decoder_given()}, frame.x)
+        decoder = declared.build(known, experiment.decoder_given(), frame.x)
     codebooks = {}
     for site in sites:
         if (width := site.space.embedding) is not None:
@@ -279,7 +279,7 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
     relaxed = [site.name for site in sites if site.space.values == "relaxed"]
     temperatures = {name: Scheduled(latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
     link.model = GraphModel(sites, priors, decoder, frame, codebooks, temperatures)
-    reader = declared.likelihood.reader()
+    reader = declared.likelihood.reader(frame.x)
     known[OBSERVED] = frame.x if reader is None else reader.output
     reading = [site for site in guide_sites if latents[site.name].posterior.reads_features]
     with at("encoder"):
