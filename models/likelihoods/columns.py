@@ -15,8 +15,8 @@ from pvae.distributions import Batched
 from pvae.errors import DeclarationError
 from pvae.graph.site import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
+from pvae.models.likelihoods.continuous import heavy_tailed
 from pvae.models.likelihoods.counts import dispersed, logged, poisson
-from pvae.models.likelihoods.standard import heavy_tailed
 from pvae.util.types import Size
 
 ABSENT_LOGIT = -1e30

@@ -73,9 +73,9 @@ class Counts(Likelihood):
     _levels: int = PrivateAttr(default=0)
 
     @property
-    def dispersed_by(self) -> str | None:
-        """Owner of a dispersion parameter: "shared", "feature", "decoder" or a covariate; None if there is none."""
-        return None
+    def dispersed_by(self) -> str:
+        """Owner of the dispersion parameter: "shared", "feature", "decoder" or a covariate; "" if there is none."""
+        return ""
 
     @property
     def channels(self) -> int:
@@ -121,8 +121,8 @@ class CountsModule(LikelihoodModule):
     def __init__(self, x: Shape, declared: Counts, levels: int) -> None:
         super().__init__(x, declared.channels)
         self.declared, self.form = declared, None if declared.size else declared.closed_form
-        shapes: dict[str | None, Shape] = {"shared": (), "feature": self.x}
-        if (owner := declared.dispersed_by) not in (None, "decoder"):
+        shapes: dict[str, Shape] = {"shared": (), "feature": self.x}
+        if (owner := declared.dispersed_by) not in ("", "decoder"):
             self.log_count = nn.Parameter(torch.ones(shapes.get(owner, (levels, *self.x))))
 
     @property
@@ -145,7 +145,7 @@ class CountsModule(LikelihoodModule):
             log_mean = (log_mean.flatten(-dims).log_softmax(-1) + log_size).unflatten(-1, self.x)
         if owner in given:
             rest.insert(0, (given[owner] @ self.log_count.flatten(1)).unflatten(-1, self.x))
-        elif owner not in (None, "decoder"):
+        elif owner not in ("", "decoder"):
             rest.insert(0, self.log_count)
         return Event(self.declared.element(log_mean, *rest), dims)
 
@@ -170,7 +170,7 @@ class Overdispersed(Counts):
     or the name of a categorical covariate: one for each element and level."""
 
     @property
-    def dispersed_by(self) -> str | None:
+    def dispersed_by(self) -> str:
         return self.dispersion
 
 

@@ -124,7 +124,7 @@ class ExactContinuousBernoulli(Doubling, dist.ContinuousBernoulli):
 class ExactBeta(Doubling, dist.Beta):
     """Beta distribution inside (0, 1) whose log density is float64; samples are rounded to numbers inside."""
 
-    support = open_unit
+    support = open_unit  # type: ignore[assignment]
 
     def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return samples, `sample_shape + (...)`, with their gradient."""
@@ -148,7 +148,7 @@ class ZeroInflated(Batched):
 
     @property
     def support(self) -> constraints.Constraint:
-        return self.base_dist.support  # type: ignore[no-any-return]
+        return self.base_dist.support
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log probability of counts, nats, `(...)`."""
@@ -168,7 +168,7 @@ class ZeroInflated(Batched):
     @property
     def mean(self) -> Tensor:
         """Mean of every element, `(...)`."""
-        return self.base_dist.mean * (-self.gate).sigmoid()  # type: ignore[no-any-return]
+        return self.base_dist.mean * (-self.gate).sigmoid()
 
 
 EXACT: dict[type, type] = {

@@ -113,6 +113,15 @@ class Experiment(Plan):
         return cls.from_dict(raw, origin=str(name_or_file))
 
     @classmethod
+    def of_run(cls, text: str, origin: str = "spec.toml") -> Self:
+        """Return the declaration that a run keeps as TOML; fields that its version lacked mean what they did then."""
+        raw = toml.parse(text, origin)
+        likelihood = raw.get("decoder", {}).get("likelihood", {})
+        if likelihood.get("kind") in ("poisson", "negative_binomial"):
+            likelihood.setdefault("reads", "raw")
+        return cls.from_dict(raw, origin)
+
+    @classmethod
     def schema_json(cls) -> str:  # type: ignore[override]
         """Return the JSON Schema of declarations, for editors: a family is `oneOf` its kinds, each kind a `const`."""
         schema = cls.model_json_schema()

@@ -16,18 +16,15 @@ import torch
 from pvae.component import Shape
 from pvae.distributions.base import DiscretizedLogistic, FactoredNormal, lattice
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
+from pvae.models.likelihoods.continuous import Beta, ContinuousBernoulli, LogNormal, StudentT
 from pvae.models.likelihoods.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pvae.models.likelihoods.standard import (
     Bernoulli,
-    Beta,
     Categorical,
-    ContinuousBernoulli,
     DiscretizedLogisticLikelihood,
-    LogNormal,
     MixtureOfLogistics,
     MultivariateNormal,
     Normal,
-    StudentT,
 )
 
 Array = np.ndarray
