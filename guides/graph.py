@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Shape
 from pvae.distributions.base import Determined
+from pvae.distributions.observed import observed
 from pvae.graph.frame import Frame
 from pvae.graph.site import EMBEDDED, OBSERVED, Link, Site, embedded
 from pvae.graph.statements import data_plate, sample
@@ -170,6 +171,7 @@ class GraphGuide(nn.Module):
         frame: the layout of a row of data: the datum x, then the covariates.
         link: access to the model, which holds the priors and the embeddings of codes.
         reader: fixed encoding of x; None if encoder and posteriors read x as it is.
+        classification: weight of the penalty -log q(value | x) of latents whose values are known in some rows.
     """
 
     def __init__(
@@ -180,9 +182,10 @@ class GraphGuide(nn.Module):
         frame: Frame,
         link: Link,
         reader: nn.Module | None = None,
+        classification: float = 0.0,
     ) -> None:
         super().__init__()
-        self.sites, self.frame, self.link = sites, frame, link
+        self.sites, self.frame, self.link, self.classification = sites, frame, link, classification
         self.encoder = encoder
         self.posteriors = nn.ModuleDict(posteriors)
         self.reader = reader
@@ -194,14 +197,22 @@ class GraphGuide(nn.Module):
         return self.posteriors[name](self._inputs(site, x, features, {}), {})
 
     def forward(self, rows: Tensor) -> dict[str, Tensor]:
-        """Sample the latents of rows `(batch, *row)`; return the features of covariates and latents by name."""
+        """Sample the latents of rows `(batch, *row)`; return the features of covariates and latents by name.
+
+        A latent whose value a row holds has that value there, instead of a sample of its posterior.
+        """
         x, seen = self.frame.split(rows)
+        known = self.frame.known(rows, every=self.training)
         with data_plate(rows.shape[0]):
             x, features = self._encoded(x)
             for site in self.sites:
                 posterior, inputs = self.posteriors[site.name], self._inputs(site, x, features, seen)
                 fn = posterior(inputs, seen)
                 infer: Any = posterior.infer(inputs) if isinstance(posterior, PosteriorModule) else None
+                if site.name in known:
+                    fn, log_q = observed(fn, known[site.name])
+                    weighed = {"classification": -self.classification * log_q} if self.classification else {}
+                    infer = {**(infer or {}), "penalties": weighed}
                 seen[site.name] = self.link.model.see(site, sample(site.name, fn, infer=infer), x)
                 if site.carries:
                     seen[site.name] = self._carried(site, posterior, fn, seen[site.name])

@@ -9,6 +9,7 @@ import typer
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
 from pvae.errors import DeclarationError
+from pvae.experiment.experiment import reading
 from pvae.util.files import write_atomic
 from pvae.words import text
 
@@ -73,7 +74,8 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
         return
     from pvae.training.evaluation import evaluate
 
-    data = pvae.data.load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed)
+    with reading(experiment):
+        data = pvae.data.load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed)
     data = experiment.conditioned(data)
     data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)
     pair, rows = experiment.build(data.shape), data.train.rows[:4]

@@ -150,7 +150,7 @@ class FittedTransforms(Section):
             word, said = words[odd[0]], {"name": rows.name, "row": (codes == odd[0]).argmax()}
             raise DataError.of("data.new.label", **said, known=known, word=word, hint=near(word, known))
         names = tuple(dict.fromkeys([*known, *words]))
-        return torch.tensor([names.index(word) for word in words])[codes], names
+        return torch.tensor([*(names.index(word) for word in words), -1])[codes], names  # -1: no label
 
 
 class Chosen(Stored):

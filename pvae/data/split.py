@@ -79,7 +79,7 @@ class Split:
         """Name of the label of each row, `(n,)` NumPy text, its number if it has none; None without labels."""
         if self.y is None or self.label_names is None:
             return None if self.y is None else self.y.cpu().numpy().astype(np.str_)
-        return np.array(self.label_names)[self.y.cpu()]
+        return np.array([*self.label_names, ""])[self.y.cpu()]  # -1: no label
 
     @property
     def data(self) -> Tensor:
@@ -137,12 +137,14 @@ class Split:
         plain = self.plain()
         if not entries:
             return plain
-        columns, rows = torch.cat([plain._column(*named) for named in entries.items()], 1), plain.rows
+        hidden = torch.full((len(self), 1), torch.nan)
+        found = [hidden.expand(-1, e.width) if e.latent else plain.values(name, e) for name, e in entries.items()]
+        columns, rows = torch.cat(found, 1), plain.rows
         if isinstance(rows, Streamed):
             return replace(plain, rows=rows.with_columns(columns), event=tuple(rows.shape[1:]))
         return replace(plain, rows=torch.cat([rows.flatten(1), columns.to(rows)], 1), event=tuple(rows.shape[1:]))
 
-    def _column(self, name: str, entry: Entry) -> Tensor:
+    def values(self, name: str, entry: Entry) -> Tensor:
         """Return the numbers of an entry of every row, `(n, width)`, after a check of each."""
         if entry.source == "sum":
             found: Tensor | None = torch.cat([chunk.flatten(1).nansum(1) for chunk in self.chunks()])
@@ -209,6 +211,27 @@ def together(splits: Sequence[Split]) -> Split:
     found = {field: joined([getattr(split, name) for split in splits]) for field, name in fields.items()}
     found["side"] = {name: joined([split.side[name] for split in splits]) for name in splits[0].side}
     return replace(splits[0], name="all", raw=None, **found)
+
+
+def chosen_labels(y: Tensor | None, rows: int, count: int, seed: int) -> Tensor:
+    """Return True for `count` of the rows with a label, `(rows,)`, of every class as many as for the others, or all.
+
+    The choice depends on labels and seed alone. Without labels, `count` of all rows are chosen.
+
+    Example:
+        >>> y = torch.tensor([0, 1, 1, 1, 0, 0, 2, -1])
+        >>> sorted(y[chosen_labels(y, 8, 5, seed=0)].tolist())
+        [0, 0, 1, 1, 2]
+    """
+    classes = np.zeros(rows, np.int64) if y is None else y.cpu().numpy()
+    order = np.random.RandomState(seed).permutation(rows)
+    order = order[np.argsort(classes[order], kind="stable")]  # by class, in random order within each
+    starts = np.searchsorted(classes[order], classes[order])
+    turn = np.argsort(np.arange(rows) - starts, kind="stable")  # the first of every class, then the second, ...
+    turn = order[turn][classes[order][turn] >= 0]
+    chosen = torch.zeros(rows, dtype=torch.bool)
+    chosen[torch.from_numpy(turn[:count])] = True
+    return chosen
 
 
 def fingerprint_of(splits: Iterable[Split], shape: tuple[int, ...], binarize: str) -> str:

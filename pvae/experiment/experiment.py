@@ -3,19 +3,20 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from pvae.component import Section, Shape, Table, load_members, problem
 from pvae.data.dataset import Dataset, load
+from pvae.data.rows.rows import labels_may_be_missing
 from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
-from pvae.data.split import Split
+from pvae.data.split import Split, chosen_labels
 from pvae.errors import DeclarationError, is_refused_draw
 from pvae.experiment import zoo
 from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides
@@ -113,15 +114,6 @@ class Experiment(Plan):
         return cls.from_dict(raw, origin=str(name_or_file))
 
     @classmethod
-    def of_run(cls, text: str, origin: str = "spec.toml") -> Self:
-        """Return the declaration that a run keeps as TOML; fields that its version lacked mean what they did then."""
-        raw = toml.parse(text, origin)
-        likelihood = raw.get("decoder", {}).get("likelihood", {})
-        if likelihood.get("kind") in ("poisson", "negative_binomial"):
-            likelihood.setdefault("reads", "raw")
-        return cls.from_dict(raw, origin)
-
-    @classmethod
     def schema_json(cls) -> str:  # type: ignore[override]
         """Return the JSON Schema of declarations, for editors: a family is `oneOf` its kinds, each kind a `const`."""
         schema = cls.model_json_schema()
@@ -189,8 +181,30 @@ class Experiment(Plan):
         return data.conditioned(self.entries())
 
     def entries(self) -> dict[str, Entry]:
-        """Return the entries of a row behind its datum, by name."""
-        return {name: covariate.entry() for name, covariate in self.covariates.items()}
+        """Return the entries of a row behind its datum, by name: covariates, then latents that some rows observe."""
+        return {name: covariate.entry() for name, covariate in self.covariates.items()} | self.observed_latents()
+
+    def observed_latents(self) -> dict[str, Entry]:
+        """Return the entries of the latents whose values some rows have, by name."""
+        found = {name: latent.entry() for name, latent in self.latents.items()}
+        return {name: entry for name, entry in found.items() if entry is not None}
+
+    def known(self, split: Split) -> dict[str, Tensor]:
+        """Return the values of observed latents in the rows of a split by name, `(n, width)`, NaN where unknown.
+
+        Rows as `conditioned` returns them hide these values, so that analyses infer the latents from x; a fit shows
+        them to the guide. Of the training rows they are those that it sees: `data.labelled` hides the others.
+
+        Raises:
+            DataError: a code is none of the latent's, or the data lack the value that a latent is declared to be.
+        """
+        entries = self.observed_latents()
+        found = {name: split.values(self.latents[name].observed or "", e) for name, e in entries.items()}
+        if found and split.name == "train" and self.data.labelled is not None:
+            kept = chosen_labels(split.y, len(split), self.data.labelled, self.data.label_seed or 0)
+            for value in found.values():
+                value[~kept.to(value.device)] = torch.nan
+        return found
 
     def frame(self, x: Shape) -> Frame:
         """Return the layout of a row (the datum, then its entries), for data of event shape `x`."""
@@ -238,6 +252,11 @@ class Experiment(Plan):
         return experiment_html(self)
 
 
+def reading(plan: Plan) -> AbstractContextManager[None]:
+    """Return the context in which the data of a declaration are read: labels that a latent observes may be missing."""
+    return labels_may_be_missing(isinstance(plan, Experiment) and bool(plan.observed_latents()))
+
+
 def build_pair(experiment: Experiment, frame: Frame, rows: int = 0, device: torch.device | None = None) -> Pair:
     """Return the pair of model and guide of a declaration, ready to run, and to be trained in batches of `rows` rows.
 
@@ -280,7 +299,7 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
             above = {name: known[name] for name in site.given}
             priors[site.name] = prior_of(latents[site.name].prior, site, above, link)
     with at("decoder"):
-        decoder = declared.build(known, experiment.decoder_given(), frame.x)
+        decoder = declared.build({name: known[name] for name in experiment.decoder_given()}, frame.x)
     codebooks = {}
     for site in sites:
         if (width := site.space.embedding) is not None:
@@ -288,7 +307,7 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
     relaxed = [site.name for site in sites if site.space.values == "relaxed"]
     temperatures = {name: Scheduled(latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
     link.model = GraphModel(sites, priors, decoder, frame, codebooks, temperatures)
-    reader = declared.likelihood.reader(frame.x)
+    reader = declared.likelihood.reader()
     known[OBSERVED] = frame.x if reader is None else reader.output
     reading = [site for site in guide_sites if latents[site.name].posterior.reads_features]
     with at("encoder"):
@@ -300,7 +319,8 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
             inputs = encoder.shapes.get(site.name, inputs)
         with at(f"latents.{site.name}.posterior"):
             posteriors[site.name] = latents[site.name].posterior.build(site, inputs, link)
-    link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link, reader)
+    weight = experiment.objective.classification or 0.0
+    link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link, reader, weight)
     return link
 
 

@@ -39,6 +39,9 @@ class Latent(Section):
     """Number of elements of a binary vector; its default prior and posterior are then Bernoulli."""
     given: Names = ()
     """Parents of the latent in the model: names of latents and covariates."""
+    observed: str | None = None
+    """Value of the data that is this latent where it is known: "label", or the name of a value beside x. Where it is
+    NaN, -1 or missing, the latent is inferred from x, as it is for all rows of validation and test."""
     prior: Prior = StandardNormal()
     posterior: Posterior = NormalPosterior()
 
@@ -46,7 +49,8 @@ class Latent(Section):
     @classmethod
     def _defaults_of_codes(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and raw.get("codes") is not None:
-            usual = ExactPosterior() if raw.get("grid") is None else CategoricalPosterior()
+            plain = raw.get("grid") is None and raw.get("observed") is None
+            usual = ExactPosterior() if plain else CategoricalPosterior()
             return {"prior": CategoricalPrior(), "posterior": usual, **raw}
         if isinstance(raw, dict) and raw.get("bits") is not None:
             return {"prior": BernoulliPrior(), "posterior": BernoulliPosterior(), **raw}
@@ -78,6 +82,11 @@ class Latent(Section):
     def sampled(self) -> Space:
         """Space of the values that the posterior samples: `space`, or its relaxation if the posterior relaxes codes."""
         return self.posterior.sampled(self.space)
+
+    def entry(self) -> Entry | None:
+        """Return the entry of a row that holds the latent's value where it is known; None if it never is."""
+        source: Any = "label" if self.observed == "label" else "side"
+        return None if self.observed is None else Entry(self.codes or 0, self.dim or 1, source=source, latent=True)
 
     def site(self, name: str) -> Site:
         """Return the latent as a node of the graph that model and guide are built from."""
@@ -132,6 +141,10 @@ class Train(Section):
     divide it. Noise belongs to the part, so that on a CPU the result has the same bits for any number of processes.
     `free_bits`, leave-one-out priors and whatever else is not linear in the batch are those of a part."""
     optimizer: Optimizer = Adam()
+    labelled: float | None = Field(default=None, gt=0, le=1)
+    """Proportion of every batch that is drawn from the rows in which a latent is observed, in place of as many others:
+    where only few rows are labelled, most batches have none of them. Their weight in the loss is then more than their
+    proportion of the data."""
     schedule: Schedule = Constant()
     """Schedule of a factor on the learning rate."""
     warmup: float = Field(default=0.0, ge=0)

@@ -53,7 +53,7 @@ def findings(e: Experiment) -> Iterator[Finding]:
         yield "latents", "at least one posterior given 'x': the guide never looks at the data", sorted(names)
     rules = [
         _unread, _misplaced_priors, _misplaced_posteriors, _unlike_sums, _negative_schedules, _likelihood_free,
-        _columns, _second_stage, _not_mean_field, _priced, _no_mixture, refused,
+        _columns, _second_stage, _not_mean_field, _priced, _no_mixture, _observed, refused,
     ]  # fmt: skip
     for rule in rules:
         yield from rule(e)
@@ -221,6 +221,24 @@ def _priced(e: Experiment) -> Iterator[Finding]:
             if parent in e.latents and e.latents[parent].posterior.summed:
                 wanted = f"{OF_CODES}, because p({name}) reads {parent}, which is summed out; or samples of {parent}"
                 yield loc, wanted, f"{latent.posterior.kind}, with the KL of its codes"
+
+
+def _observed(e: Experiment) -> Iterator[Finding]:
+    """Yield latents that cannot take the values that some rows have, and a weight of theirs where there are none."""
+    names = [name for name, latent in e.latents.items() if latent.observed is not None]
+    for name in names:
+        latent, loc = e.latents[name], f"latents.{name}"
+        posterior, values = latent.posterior, latent.sampled.values
+        if latent.bits is not None or latent.grid is not None:
+            yield loc, "dim or codes, without a grid, for a latent that is observed in some rows", "another"
+        elif values == "relaxed" or posterior.carries or posterior.summed or posterior.kind == "delta":
+            yield f"{loc}.posterior", text("experiment.rules.observed", codes=latent.codes), posterior.kind
+        for parent in posterior.given:
+            if parent in e.latents and _is_summed(e.latents[parent]) and e.objective.classification:
+                yield f"{loc}.posterior.given", text("experiment.rules.classified", parent=parent), parent
+    if e.objective.classification and not names:
+        wanted = "a latent with observed = 'label', whose log q(y | x) it weighs; or none"
+        yield "objective.classification", wanted, e.objective.classification
 
 
 # ---------------------------------------------------------------------- objective, schedules, data

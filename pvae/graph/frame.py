@@ -145,6 +145,14 @@ class Frame:
         found = zip(self.entries.items(), parts, strict=True)
         return {name: part if entry.shape else part.squeeze(-1) for (name, entry), part in found}
 
+    def known(self, rows: Tensor, *, every: bool = True) -> dict[str, Tensor]:
+        """Return the known values of latents in rows `(..., *row)` by name, `(..., *entry.shape)`, NaN where unknown.
+
+        With `every` unset, a latent that no row has a value of is left out.
+        """
+        found = {name: t for name, t in self.columns(rows).items() if self.entries[name].latent}
+        return found if every else {name: t for name, t in found.items() if not bool(t.isnan().all())}
+
     def split(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the data points `(..., *x)` of rows `(..., *row)`, and what networks read of the covariates."""
         if not self.entries:
@@ -161,15 +169,19 @@ class Frame:
         return torch.cat([x.reshape(len(rows), -1).to(rows), rows[:, prod(self.x) :]], 1) if self.entries else x
 
     def require(self, rows: Tensor) -> None:
-        """Check that every entry of the rows has a value that it can have.
+        """Check that every entry of the rows has a value that it can have, and that of a latent all or no rows have it.
 
         Raises:
-            DataError: an entry has another value; the message names both.
+            DataError: an entry has another value, the message names both; or log p(x, y) of rows in which a latent y
+                is known would be mixed with log p(x) of others.
         """
         for name, column in self.columns(rows).items():
             entry = self.entries[name]
             if len(wrong := column[entry.wrong(column)]):
                 raise DataError.of("graph.frame.entry", name=name, codes=entry.codes, found=float(wrong[0]))
+        for name, column in self.known(rows).items():
+            if 0 < (count := int((~column.isnan()).reshape(len(rows), -1).any(1).sum())) < len(rows):
+                raise DataError.of("graph.frame.mixed", name=name, count=count, rows=len(rows))
 
     @property
     def continuous(self) -> tuple[str, ...]:

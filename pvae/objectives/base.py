@@ -116,6 +116,13 @@ class Objective(Component):
     References:
         Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016), appendix C.8
     """
+    classification: float | None = Field(default=None, gt=0)
+    """Weight of the penalty -log q(y | x) in rows where a latent y is `observed`, nats, which is no part of the ELBO:
+    the latter teaches q(y | x) only in the other rows.
+
+    References:
+        Semi-supervised Learning with Deep Generative Models (Kingma et al., 2014), https://arxiv.org/abs/1406.5298
+    """
 
     @model_validator(mode="after")
     def _as_fixed(self) -> Self:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
@@ -16,7 +17,7 @@ from pvae.data.new import FittedTransforms, rows_of_new
 from pvae.data.rows.files import CONFINED
 from pvae.data.sources.python import PassedData, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
-from pvae.experiment.experiment import Experiment
+from pvae.experiment.experiment import Experiment, reading
 from pvae.experiment.plan import Plan
 from pvae.objectives.base import named
 from pvae.pair.pair import Pair
@@ -102,7 +103,8 @@ class Run(Applied):
     def _passed(self, data: Any) -> Dataset:
         bare = self.files.manifest.get("data", {}).get("shape") == []
         declared = self.plan.data if isinstance(self.plan, Experiment) else TensorSource(shape=() if bare else None)
-        return Dataset.of(data, declared if isinstance(declared, PassedData) else None)
+        with reading(self.plan):
+            return Dataset.of(data, declared if isinstance(declared, PassedData) else None)
 
     @property
     def path(self) -> Path:
@@ -118,9 +120,9 @@ class Run(Applied):
     def plan(self) -> Plan:
         """Declaration of the run: an `Experiment`, or a `Plan` (training settings) for a hand-written pair."""
         origin, manifest = str(self.path / "spec.toml"), self.files.manifest
-        read = Experiment.of_run if manifest.get("declared", True) else Plan.from_toml
+        kind = Experiment if manifest.get("declared", True) else Plan
         try:
-            return read(self.files.spec_text, origin)
+            return kind.from_toml(self.files.spec_text, origin)
         except DeclarationError as error:
             missing = [name for name in manifest.get("imports", []) if name not in IMPORTED]
             hints = [f"The run was fitted with `pvae --import {name}`: say so again." for name in missing]
@@ -150,7 +152,8 @@ class Run(Applied):
         if data is None:
             token = CONFINED.set(self._foreign)
             try:
-                data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
+                with reading(self.plan):
+                    data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
             finally:
                 CONFINED.reset(token)
         wanted = self.files.manifest.get("data", {}).get("fingerprint")
@@ -207,12 +210,29 @@ class Run(Applied):
             data = self._given_pair.pack(data)
         labelled = plan is not None and bool(plan.covariates)
         declared, folder = None if plan is None else plan.data, Path(data_dir) if data_dir else None
-        found = rows_of_new(data, declared, self.transforms, folder, labelled=labelled)
+        with reading(self.plan):
+            found = rows_of_new(data, declared, self.transforms, folder, labelled=labelled)
         split = self.transforms.split(found, closed=labelled)
         if plan is not None:
             split.require_support(plan.observed().support, plan.decoder.likelihood.hint)
             split = plan.conditioned(split)
         return split.to(self._device)
+
+    def labelled(self, split: Split) -> Tensor:
+        """Return the rows `(m, *row)` of a split in which every observed latent y is known, with its values in them.
+
+        Analyses of these rows are of log p(x, y) and q(z | x, y), of other rows of log p(x) and q(y, z | x).
+
+        Arguments:
+            split: one of `Run.data`, of which train has the labels that the fit saw, or of `Run.rows`.
+
+        Raises:
+            DataError: the split lacks the values, or one is none of the latent's.
+        """
+        values = torch.cat([*self.experiment.known(split).values()], 1)
+        every = ~values.isnan().any(1)
+        rows = split.rows[every.nonzero().squeeze(1)]
+        return torch.cat([rows[:, : -values.shape[1]], values[every].to(rows)], 1)
 
     @property
     def _foreign(self) -> str:

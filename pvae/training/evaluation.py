@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pvae.data.split import Split
 from pvae.data.streamed import Streamed
 from pvae.distributions import Discretised, FactoredNormal
 from pvae.experiment.experiment import Experiment
@@ -116,6 +117,35 @@ def held_out(objective: Objective, pair: Pair, x: Tensor | Streamed, seed: int, 
             return {"sum": bound.detach().double() * len(batch)}
 
         return sum(float(part["sum"]) for part in group.dealt(-(-len(x) // chunk), summed)) / len(x)
+
+
+# ---------------------------------------------------------------------- labels of some rows
+
+
+def classified(plan: Plan, pair: Pair, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return q(y | x) `(m, K)` and the label `(m,)` of the rows of a split that have one, for each observed code y.
+
+    The values that `Experiment.known` gives are hidden from the guide, and changed by nothing here. Where the guide
+    infers y from other latents, q is given one sample of them.
+    """
+    known = plan.known(split) if isinstance(plan, Experiment) else {}
+    codes = {name: t.squeeze(1) for name, t in known.items() if pair.frame.entries[name].codes}
+    found: dict[str, list[Tensor]] = {name: [] for name in codes}
+    for start in range(0, len(split), ROWS_AT_ONCE) if codes else ():
+        x = pair.accept(split.rows[start : start + ROWS_AT_ONCE])
+        with quiet(pair, x):
+            seeds.set_noise(seeds.mix(plan.seed, seeds.VALIDATION, start), x.device)
+            nodes = samples(pair.guide_trace(x))
+        for name, parts in found.items():
+            parts.append(nodes[name]["fn"].probs.expand(len(x), -1))
+    have = {name: ~label.isnan() for name, label in codes.items()}
+    return {n: (torch.cat(parts)[have[n]], codes[n][have[n]].long()) for n, parts in found.items() if have[n].any()}
+
+
+def accuracy(plan: Plan, pair: Pair, split: Split) -> dict[str, float]:
+    """Return `accuracy/<latent>`: the proportion of the labelled rows of a split whose most probable y is the label."""
+    found = classified(plan, pair, split)
+    return {f"accuracy/{name}": float((q.argmax(1) == y).double().mean()) for name, (q, y) in found.items()}
 
 
 # ---------------------------------------------------------------------- alerts; none is an error

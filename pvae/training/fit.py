@@ -13,7 +13,7 @@ from pvae.data import Dataset, load
 from pvae.data.sources.python import TensorSource, is_bare
 from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.errors import DataError, DeclarationError
-from pvae.experiment.experiment import Experiment
+from pvae.experiment.experiment import Experiment, reading
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
 from pvae.objectives.base import Objective, weigh_step
@@ -180,11 +180,12 @@ def _declared(
     plan: Experiment, data: Any, data_dir: str | Path | None, device: torch.device
 ) -> tuple[Experiment, Dataset, Pair]:
     """Return the data set to fit, the pair built for it, and the declaration with the source of data passed in."""
-    if data is None:
-        dataset = load(plan.data, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
-    else:
-        source = passed_source(plan)
-        plan, dataset = plan.model_copy(update={"data": source}), Dataset.of(data, source)
+    with reading(plan):
+        if data is None:
+            dataset = load(plan.data, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
+        else:
+            source = passed_source(plan)
+            plan, dataset = plan.model_copy(update={"data": source}), Dataset.of(data, source)
     dataset = plan.conditioned(dataset)
     dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
     return plan, dataset, plan.build(dataset.shape, min(plan.train.batch_size, len(dataset.train)), device)

@@ -17,7 +17,7 @@ from pvae.runs import checkpoint
 from pvae.signals import Answer
 from pvae.training import recovery
 from pvae.training.begin import begin
-from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate, held_out, maximised
+from pvae.training.evaluation import ALERT_ROWS, accuracy, alerts, evaluate, held_out, maximised
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import SIGNALS, ShardedBatch, Trainer, first_line, swapped
 from pvae.util import ProgressBar, group
@@ -112,7 +112,7 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
         position = (state.step - state.epoch * trainer.per_epoch) * trainer.batch
         trainer.stopping = stop.signal
         trainer.due = time.monotonic() - trainer.last_checkpoint >= trainer.train.checkpoint_seconds
-        if not step(trainer, order[position : position + trainer.batch]):
+        if not step(trainer, trainer.batch_of(order[position : position + trainer.batch])):
             return
         stopping = stop.signal if trainer.shards.count == 1 else trainer.stopping
         if stopping is not None:
@@ -272,6 +272,7 @@ def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
             trainer.files.log_metrics({**common, **measured})
             return in_words(measured)
         figures = evaluate(trainer.pair, held, seed, len(trainer.data.train)) | code_usage(trainer.pair, held, seed)
+        figures |= accuracy(trainer.plan, trainer.pair, trainer.data.validation)
         score = judged(trainer, figures, loss)
         better = score > state.best + (CONVERGED if trainer.figure == FITTED else 0.0)
         if better:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from pvae.data import Dataset
 from pvae.errors import is_refused_draw, printable
+from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
 from pvae.nn.schedules import Scheduled
@@ -93,6 +94,11 @@ class Trainer:
         self.sealed = seal.seal(files, plan.to_toml())
         self.engine, self.show = engine, show
         self.data = data.to(device)
+        known = [*plan.known(self.data.train).values()] if isinstance(plan, Experiment) else []
+        self.known = torch.cat(known, 1) if known else None
+        """Values of observed latents in the training rows, which a batch has in its last columns; None without any."""
+        self.labelled = None if self.known is None else (~self.known.isnan()).any(1).nonzero().squeeze(1)
+        """Numbers of the training rows in which a latent is observed."""
         self.pair = pair.to(device, plan.objective.dtype)
         self.dtype = plan.objective.dtype or data.train.rows.dtype
         self.precision = str(files.manifest.get("precision", resolved(self.train.precision, device)))
@@ -179,7 +185,24 @@ class Trainer:
         """Return the training rows `index`, after passing `index` to the modules that hold the training data."""
         for part in self.made_of_data:
             part.start(index)
-        return self.data.train.draw(index).to(self.dtype)
+        rows = self.data.train.draw(index).to(self.dtype)
+        if self.known is not None:
+            rows[:, -self.known.shape[1] :] = self.known[index]
+        return rows
+
+    def batch_of(self, index: Tensor) -> Tensor:
+        """Return the rows of the next batch: `index`, of which `train.labelled` are labelled rows in place of others.
+
+        They are spread over the batch, and drawn with replacement.
+        """
+        count = round((self.train.labelled or 0.0) * len(index))
+        if not count or self.labelled is None or not len(self.labelled):
+            return index
+        chosen = seeds.generator(self.plan.seed, seeds.LABELS, self.state.step)
+        index = torch.as_tensor(index).clone()
+        drawn = torch.randint(len(self.labelled), (count,), generator=chosen).to(self.device)
+        index[torch.arange(count) * len(index) // count] = self.labelled[drawn]
+        return index
 
     def make_stepper(self) -> None:
         """Build the step of the fit: the objective's own, or a gradient step, eager if compilation fails."""

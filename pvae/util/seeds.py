@@ -2,7 +2,7 @@
 
 import torch
 
-ORDER, NOISE, VALIDATION, ANALYSIS, SHARD = range(1, 6)
+ORDER, NOISE, VALIDATION, ANALYSIS, SHARD, LABELS = range(1, 7)
 
 
 def mix(seed: int, stream: int, counter: int = 0) -> int:

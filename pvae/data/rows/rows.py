@@ -2,6 +2,8 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from math import prod
@@ -15,6 +17,10 @@ from pvae.data.rows.files import AnyArray, Joined
 from pvae.errors import DataError
 from pvae.util.types import Array
 
+PARTLY_LABELLED: ContextVar[bool] = ContextVar("partly_labelled", default=False)
+"""True while data are read whose labels may be missing, because a latent observes them: a missing one is then -1."""
+UNKNOWN = ("", "unknown")
+"""Words for a missing label, where labels may be missing."""
 Part = range | NDArray[np.int64]
 """Row numbers of a split: a range, which a declaration may replace, or the indices of a random permutation."""
 
@@ -69,8 +75,23 @@ class Rows:
             raise DataError.of("data.rows.labels", name=name, x=x, y=y)
         if y is not None and y.dtype.kind not in "biu":
             raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
+        if y is not None and self.label_names is not None and PARTLY_LABELLED.get():
+            kept = [word for word in self.label_names if word.strip().lower() not in UNKNOWN]
+            places = np.array([kept.index(word) if word in kept else -1 for word in self.label_names] + [-1])
+            object.__setattr__(self, "y", places[y])
+            object.__setattr__(self, "label_names", tuple(kept))
         if self.ids is not None and self.ids.shape != (len(x),):
             raise DataError(f"Ids of {name}: expected one for each of {len(x)} rows; got shape {self.ids.shape}.")
+
+
+@contextmanager
+def labels_may_be_missing(allowed: bool) -> Iterator[None]:
+    """Context in which labels may be missing, if that is `allowed`: NaN, -1, an empty text or the word unknown."""
+    token = PARTLY_LABELLED.set(allowed)
+    try:
+        yield
+    finally:
+        PARTLY_LABELLED.reset(token)
 
 
 def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
@@ -260,10 +281,10 @@ def natural(text: str) -> tuple[object, ...]:
 
 
 def in_order(codes: Array, words: Iterable[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Return labels `(n,)` renumbered by the natural order of their words, and the sorted words."""
+    """Return labels `(n,)` renumbered by the natural order of their words, and the sorted words; -1 stays."""
     words = tuple(words)
     order = sorted(range(len(words)), key=lambda i: natural(words[i]))
-    return np.argsort(order)[codes], tuple(words[i] for i in order)
+    return np.append(np.argsort(order), -1).astype(np.int64)[codes], tuple(words[i] for i in order)
 
 
 def plain_labels(
@@ -304,10 +325,13 @@ def _integers(y: Array, split: str, changed: dict[str, str]) -> Array:
     if y.ndim != 1:
         return y
     if y.dtype.kind == "f":
+        y = np.where(np.isnan(y), -1.0, y) if PARTLY_LABELLED.get() else y
         if wrong := np.flatnonzero(~(np.isfinite(y) & (y % 1 == 0) & (np.abs(y) < 2**62))).tolist():
             raise DataError(f"Labels of {split}: expected integers; got {y[wrong[0]]:g} in row {wrong[0]}.")
         changed["float"] = f"stored as {y.dtype}: all are integers"
         y = y.astype(np.int64)
+    if y.dtype.kind == "O" and PARTLY_LABELLED.get():
+        y = np.array(["" if word is None else word for word in y])
     if y.dtype.kind == "O" and all(isinstance(word, str) for word in y):
         y = y.astype(np.str_)
     if y.dtype.kind == "S":

@@ -56,6 +56,11 @@ class Data(Component):
     """Shape to which each row is reshaped, for example `[1, 28, 28]`."""
     splits: Table[Splits] = Splits()
     """Row ranges of the splits, such as `train = [0, 50000]`."""
+    labelled: Annotated[int, Field(gt=0)] | None = None
+    """Number of training rows whose labels a fit sees where a latent is `observed`, as many of each class; the other
+    labels are hidden from it. All are seen by default."""
+    label_seed: Seed | None = None
+    """Seed of the choice of the labelled rows, 0 by default."""
 
     @property
     def table(self) -> Mapping[str, Column]:

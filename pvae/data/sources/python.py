@@ -18,7 +18,7 @@ from torch.utils.data import Dataset as TorchDataset
 from pvae.data.rows.cache import cache_folder, created, room, texts
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
 from pvae.data.rows.prepare import Scale
-from pvae.data.rows.rows import Rows, in_order, joined
+from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources.base import Data, Seed
 from pvae.errors import DataError, near
 from pvae.util.types import Array
@@ -284,10 +284,10 @@ def column_labels(found: Any, column: str) -> tuple[Array, tuple[str, ...] | Non
     import pandas as pd
 
     values = pd.Series(found)
-    if missing := int(values.isna().sum()):
+    if (missing := int(values.isna().sum())) and not PARTLY_LABELLED.get():
         raise DataError(f"obs[{column!r}]: expected a label for every row; got none for {missing}. Drop those rows.")
     if pd.api.types.is_integer_dtype(values.dtype):
-        return values.to_numpy(np.int64), None
+        return values.fillna(-1).to_numpy(np.int64), None
     if pd.api.types.is_float_dtype(values.dtype):
         raise DataError(f"obs[{column!r}]: expected categories, names or integers; got {values.dtype}. Make it one.")
     categories = values.astype("category").cat

@@ -12,7 +12,7 @@ from pvae.data.rows.cache import Writer, decoded
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import held, located, version_of
 from pvae.data.rows.prepare import Scale
-from pvae.data.rows.rows import Rows, in_order, joined
+from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources.base import Data, FileData
 from pvae.data.sources.python import PassedData
 from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
@@ -80,6 +80,7 @@ class TableFile(Tabular, FileData):
         path = located(self.path, data_dir)
         declared = self.model_dump(include=DECODED_FIELDS)
         key = {"path": str(path.resolve()), "version": version_of(path), **declared}
+        key |= {"partly_labelled": True} if PARTLY_LABELLED.get() else {}
         kept = decoded(key, lambda writer: self._decode(writer, path))
         more: dict[str, Any] = {"table": self.columns, "notes": tuple(kept.notes["notes"]), "ids": kept.texts("id")}
         y = None

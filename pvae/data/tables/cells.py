@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from pvae.data.rows.cache import texts
 from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.prepare import Floats
+from pvae.data.rows.rows import PARTLY_LABELLED
 from pvae.errors import DataError, near
 from pvae.util.types import Array
 from pvae.words import text
@@ -300,8 +301,9 @@ class CellDecoder:
     def _labels(self, cells: Cells, name: str, where: Where) -> NDArray[np.int64]:
         codes, words = self._words(cells)
         missing = (codes < 0) | np.isin(codes, [place for place, word in enumerate(words) if word is None])
-        if missing.any():
+        if missing.any() and not PARTLY_LABELLED.get():
             raise self._wrong(int(missing.argmax()), name, "a label", "none", where, "Leave the row out.")
+        words = [*(word or "" for word in words), ""]  # of code -1 as well
         for code in dict.fromkeys(codes.tolist()):
             self.labels.setdefault(str(words[code]), len(self.labels))
         if len(self.labels) > MAX_LABELS:

@@ -38,11 +38,14 @@ def pyro_script(experiment: Experiment, x: Shape) -> str:
     """Return the source of a Python script that fits a declaration in Pyro, for data of event shape `x`.
 
     Raises:
-        DeclarationError: the objective is not an ELBO that `pyro.infer.SVI` can minimise.
+        DeclarationError: the objective is not an ELBO that `pyro.infer.SVI` can minimise, or the values of a latent are
+            known in some rows.
     """
     objective: Any = experiment.objective
-    if objective.kind not in ELBOS or objective.free_bits:
-        raise DeclarationError.of("experiment.pyro_script.objective", elbos=ELBOS, objective=objective)
+    observed = sorted(experiment.observed_latents())
+    if objective.kind not in ELBOS or objective.free_bits or observed:
+        found = {"elbos": ELBOS, "objective": objective, "observed": observed}
+        raise DeclarationError.of("experiment.pyro_script.objective", **found)
     pair = experiment.build(x)
     try:
         return PlainScript(experiment, pair).text()
