@@ -28,6 +28,7 @@ ANOTHER_LOOP = {
     "em_mixture": "closed-form steps of EM",
     "kmeans": "closed-form steps of hard EM",
     "gan": "no ELBO: generator and critic take turns",
+    "semi_supervised": "labels in some rows",
 }
 """Systems that SVI does not fit."""
 ANOTHER_ESTIMATE = {"bernoulli_vae": "a closed-form KL beside a score function: TraceGraph_ELBO estimates this KL"}

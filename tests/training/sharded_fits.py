@@ -39,6 +39,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "vq_vae": ("latents.c.posterior.restart=0.5",),
     "autoencoder": (),
     "em_mixture": (),
+    "semi_supervised": ("data.labelled=100",),
     "gan": ("objective.critic_steps=2", "objective.r1=0.1", "train.clip_norm=1.0"),
 }
 """Declarations by zoo name, each with overrides that reach something of its own."""
