@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,17 +44,8 @@ class Likelihood(Component):
         """Return this likelihood bound to table columns with the given distributions; itself if it scores no tables."""
         return self
 
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """Names of the entries of a row that the likelihood reads itself: the size of a datum, covariates."""
-        return ()
-
-    def within(self, shapes: Mapping[str, Shape]) -> Self:
-        """Return this likelihood bound to the shapes `(d,)` of the entries of a row that it reads, by name."""
-        return self
-
-    def reader(self, x: Shape) -> ReaderModule | None:
-        """Return the module that prepares data of event shape `x` for the guide; None if it reads x itself."""
+    def reader(self) -> ReaderModule | None:
+        """Return the module that prepares x for the guide's networks; None if they read x itself."""
         return None
 
     @abstractmethod

@@ -1,0 +1,379 @@
+"""Latents whose values some rows have: ELBOs by hand, Pyro's, closed forms; hidden, missing and unknown labels."""
+
+# Attributes of Modules have no types, and a figure that may be None fails its test if it is.
+# mypy: disable-error-code="arg-type, attr-defined, index, misc, operator, union-attr, no-untyped-def"
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import TraceEnum_ELBO
+from torch import Tensor
+
+import pvae
+from pvae import analysis
+from pvae.data import Dataset
+from pvae.data.split import Split, chosen_labels
+from pvae.distributions.observed import PartlyObserved, observed
+from pvae.errors import DataError, DeclarationError
+from pvae.experiment.experiment import Experiment, reading
+from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
+from pvae.pair.pair import Pair
+from pvae.pair.running import run
+from tests.runs_shared import assert_resumes_exactly, fit, tiny
+
+ROWS, PIXELS, NAN = 7, 5, torch.nan
+CODE = {"codes": 3, "observed": "label"}
+PLAIN = {"network": {"kind": "mlp", "hidden": [4]}}
+LABELS = {"known": [0, 2, 1, 1, 0, 2, 2], "unknown": [NAN] * ROWS, "mixed": [0, NAN, 1, NAN, NAN, 2, NAN]}
+every_batch = pytest.mark.parametrize("batch", LABELS)
+
+
+def m2(x: int = PIXELS, **changes: Any) -> Experiment:
+    """M2: p(y) p(z) p(x | y, z) with q(y | x) q(z | x, y)."""
+    latents = {"y": CODE, "z": {"dim": 2, "posterior": {"kind": "normal", "given": ["x", "y"]}}}
+    decoder = {**PLAIN, "given": ["y", "z"]}
+    return Experiment.from_dict({"latents": latents, "encoder": PLAIN, "decoder": decoder, **changes})
+
+
+def discrete(**changes: Any) -> Experiment:
+    """M2 with a discrete z, of which everything is an exact sum."""
+    z = {"codes": 2, "posterior": {"kind": "categorical", "given": ["x", "y"]}}
+    return m2(latents={"y": CODE, "z": z}, **changes)
+
+
+def built(e: Experiment, shape: tuple[int, ...] = (PIXELS,)) -> Pair:
+    """The pair in float64, with priors that are not uniform."""
+    pair = e.build(shape).double()
+    with torch.no_grad():
+        for p in pair.parameters():
+            p += 0.3 * torch.randn_like(p)
+    return pair
+
+
+def rows_of(labels: list[float], pixels: int = PIXELS) -> Tensor:
+    x = torch.bernoulli(torch.full((len(labels), pixels), 0.5)).double()
+    return torch.cat([x, torch.tensor(labels).double()[:, None]], 1)
+
+
+def by_hand(pair: Pair, rows: Tensor, guide: Any) -> Tensor:
+    """log p(x, y, z) - log q of every row, weighed over y by the sum's definition, at z `(K, n, d)` of a trace."""
+    x, label = rows[:, :-1], rows[:, -1]
+    features = pair.guide.encoder(x)
+    q_y = pair.guide.posteriors["y"]({"x": features}, {}).logits.log_softmax(-1)
+    p_y = pair.model.prior("y", {}).logits.log_softmax(-1).expand(ROWS, 3)
+    z = guide.nodes["z"]["value"]
+    found = []
+    for y in range(3):
+        hot = torch.eye(3).double()[y].expand(ROWS, 3)
+        q = pair.guide.posteriors["z"]({"x": features, "y": hot}, {}).base_dist
+        log_q = -0.5 * ((z[y] - q.loc) / q.scale) ** 2 - q.scale.log() - 0.5 * math.log(2 * math.pi)
+        log_p = -0.5 * z[y] ** 2 - 0.5 * math.log(2 * math.pi)
+        probs = pair.model.decoder.network({"y": hot, "z": z[y]}).sigmoid()
+        log_x = torch.where(x == 1, probs, 1 - probs).log().sum(1)
+        found.append(log_x + (log_p - log_q).sum(1) + p_y[:, y])
+    joint = torch.stack(found, 1)
+    unknown = (q_y.exp() * (joint - q_y)).sum(1)
+    known = joint.gather(1, label.nan_to_num().long()[:, None]).squeeze(1)
+    return torch.where(label.isnan(), unknown, known)
+
+
+@every_batch
+def test_the_elbo_of_some_labels_is_the_sum_by_hand(batch):
+    pair, rows = built(m2()).train(), rows_of(LABELS[batch])
+    pyro.set_rng_seed(1)
+    guide, _ = run(pair, rows, pair.layout, expected=True)
+    pyro.set_rng_seed(1)
+    terms = pair.terms(rows, expected=True)
+    ours = terms.reconstruction - terms.kl["y"] - terms.kl["z"]
+    torch.testing.assert_close(ours, by_hand(pair, rows, guide), rtol=1e-9, atol=1e-9)
+
+
+@every_batch
+def test_the_elbo_of_some_labels_is_that_of_pyro_for_a_hand_written_m2(batch):
+    """Rows with a label go through `obs=` of model and no site of the guide, as in Pyro's own tutorial on M2."""
+    pair, rows = built(discrete()).train(), rows_of(LABELS[batch])
+    model, guide = pair.model, pair.guide
+
+    def p(x, y=None):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(logits=model.prior("y", {}).logits), obs=y)
+            z = pyro.sample("z", dist.Categorical(logits=model.prior("z", {}).logits))
+            seen = {"y": torch.eye(3).double()[y], "z": torch.eye(2).double()[z]}
+            pyro.sample("x", dist.Bernoulli(logits=model.decoder.network(seen)).to_event(1), obs=x)
+
+    def q(x, y=None):
+        with pyro.plate("data", len(x)):
+            features = guide.encoder(x)
+            if y is None:
+                logits = guide.posteriors["y"]({"x": features}, {}).logits
+                y = pyro.sample("y", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+            logits = guide.posteriors["z"]({"x": features, "y": torch.eye(3).double()[y]}, {}).logits
+            pyro.sample("z", dist.Categorical(logits=logits), infer={"enumerate": "parallel"})
+
+    elbo, x, label = TraceEnum_ELBO(max_plate_nesting=1), rows[:, :-1], rows[:, -1]
+    unknown = label.isnan()
+    parts = [(x[unknown],)] * bool(unknown.any()) + [(x[~unknown], label[~unknown].long())] * bool((~unknown).any())
+    theirs = sum(elbo.differentiable_loss(p, q, *part) for part in parts) / ROWS
+    ours = TraceELBO().loss(TraceELBO().terms(pair, rows), torch.ones(()).double())
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+    learned = list(pair.parameters())
+    slopes = [torch.autograd.grad(loss, learned, allow_unused=True, materialize_grads=True) for loss in (ours, theirs)]
+    for one, other in zip(*slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
+
+
+def test_all_labels_known_is_the_model_given_the_label():
+    covariate = {"covariates": {"y": {"codes": 3}}, "latents": {"z": discrete().latents["z"]}}
+    given = Experiment.from_dict({**covariate, "encoder": PLAIN, "decoder": {**PLAIN, "given": ["y", "z"]}})
+    pair, other, rows = built(discrete()), built(given), rows_of(LABELS["known"])
+    other.load_state_dict(pair.state_dict(), strict=False)
+    ours, theirs = pair.terms(rows, expected=True), other.terms(rows, expected=True)
+    torch.testing.assert_close(ours.reconstruction, theirs.reconstruction)
+    torch.testing.assert_close(ours.kl["z"], theirs.kl["z"])
+    log_p = pair.model.prior("y", {}).logits.log_softmax(-1)
+    torch.testing.assert_close(ours.kl["y"], -log_p[rows[:, -1].long()])
+
+
+def test_no_label_known_is_the_clustering_model_unchanged():
+    latents = {"y": {"codes": 3, "posterior": {"kind": "categorical"}}, "z": discrete().latents["z"]}
+    pair, other, rows = built(discrete()), built(discrete().with_changes({"latents": latents})), rows_of([NAN] * ROWS)
+    other.load_state_dict(pair.state_dict())
+    for mode in (True, False):  # in training every row is looked at
+        ours, theirs = pair.train(mode).terms(rows, expected=True), other.terms(rows[:, :-1], expected=True)
+        torch.testing.assert_close(ours.kl, theirs.kl, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours.reconstruction, theirs.reconstruction, rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------- a number that some rows have
+
+
+def test_a_number_that_some_rows_have_against_a_linear_gaussian():
+    """p(a) = N(0, 1), p(x | a) = N(w a + b, s^2), with the exact q(a | x): log p(x, a) and log p(x) in closed form."""
+    linear = {"network": {"kind": "mlp", "hidden": []}}
+    likelihood = {"kind": "normal", "scale": "fixed", "value": 1.0}
+    e = Experiment.from_dict({
+        "latents": {"a": {"dim": 1, "observed": "age", "posterior": linear | {"kind": "normal"}}},
+        "encoder": linear, "decoder": {**linear, "likelihood": likelihood},
+    })  # fmt: skip
+    pair, s = built(e, (3,)).train(), 1.0
+    decode = pair.model.decoder.network
+    with torch.no_grad():
+        b, w = (
+            t.squeeze(0) for t in (decode({"a": torch.zeros(1, 1).double()}), decode({"a": torch.ones(1, 1).double()}))
+        )
+        w = w - b
+        precision = 1 + (w**2).sum() / s**2
+        x = torch.randn(ROWS, 3).double()
+        values = torch.tensor(LABELS["mixed"]).double()
+        rows = torch.cat([x, values[:, None]], 1)
+        mean = ((x - b) @ w) / s**2 / precision
+
+        class Exact(torch.nn.Module):
+            def forward(self, _inputs, _seen=None):
+                return dist.Normal(mean[:, None], precision.rsqrt()).to_event(1)
+
+    pair.guide.posteriors["a"] = Exact()
+    log_p = -0.5 * values**2 - 0.5 * math.log(2 * math.pi)
+    joint = log_p - (0.5 * ((x - w * values[:, None] - b) / s) ** 2 + math.log(s * math.sqrt(2 * math.pi))).sum(1)
+    marginal = dist.MultivariateNormal(b, s**2 * torch.eye(3).double() + w[:, None] * w).log_prob(x)
+    want = torch.where(values.isnan(), marginal, joint)
+    for objective in (TraceELBO(), TraceMeanFieldELBO()):
+        terms = objective.terms(pair, rows)
+        if objective.kind == "trace_elbo":
+            torch.testing.assert_close(terms.reconstruction - terms.kl["a"], want, rtol=1e-9, atol=1e-9)
+        seen = torch.where(values.isnan(), torch.nan, terms.kl["a"])
+        torch.testing.assert_close(seen, -log_p, equal_nan=True)
+
+
+def test_a_distribution_of_known_and_unknown_vectors():
+    base = dist.Normal(torch.zeros(3, 2), 1.0).to_event(1)
+    fn, log_q = observed(base, torch.tensor([[1.0, 2.0], [NAN, NAN], [0.0, 0.0]]))
+    assert isinstance(fn, PartlyObserved)
+    wide = fn.expand((4, 3))
+    draw = wide.rsample()
+    assert draw.shape == (4, 3, 2)
+    assert (draw[:, 0] == torch.tensor([1.0, 2.0])).all()
+    assert (draw[:, 1] != 0).all()
+    assert (wide.log_prob(draw)[:, [0, 2]] == 0).all()
+    torch.testing.assert_close(wide.log_prob(draw)[:, 1], base.log_prob(draw)[:, 1])
+    assert fn.mean[0].tolist() == [1.0, 2.0]
+    torch.testing.assert_close(log_q, torch.tensor([-math.log(2 * math.pi) - 2.5, 0.0, -math.log(2 * math.pi)]))
+
+
+# ---------------------------------------------------------------------- the classification term
+
+
+def test_the_gradient_of_the_classification_term_is_that_of_cross_entropy():
+    """On labelled rows the ELBO does not reach q(y | x), whose gradient is that of the weighted cross-entropy."""
+    rows = rows_of(LABELS["mixed"])
+    pair = built(m2(objective={"classification": 7.0})).train()
+    known = ~rows[:, -1].isnan()
+    labelled, head = rows[known], list(pair.guide.posteriors["y"].parameters())
+    loss = TraceELBO().loss(TraceELBO().terms(pair, labelled), torch.ones(()).double())
+    logits = pair.guide.posteriors["y"]({"x": pair.guide.encoder(labelled[:, :-1])}, {}).logits
+    want = 7.0 * torch.nn.functional.cross_entropy(logits, labelled[:, -1].long())
+    for one, other in zip(torch.autograd.grad(loss, head), torch.autograd.grad(want, head), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+    penalty = pair.terms(rows, expected=True).penalties["y/classification"]
+    assert (penalty[~known] == 0).all()
+    assert (penalty[known] > 0).all()
+
+
+# ---------------------------------------------------------------------- fits: which labels, which rows, the same bits
+
+LABELLED = {
+    "data": {"source": "digits", "binarize": "dynamic", "labelled": 40},
+    "latents": {
+        "y": {"codes": 10, "observed": "label"},
+        "z": {"dim": 3, "posterior": {"kind": "normal", "given": ["x", "y"]}},
+    },
+    "decoder": {**PLAIN, "given": ["y", "z"]},
+    "objective": {"classification": 2.0},
+}
+
+
+def labelled(**train: Any) -> Experiment:
+    e = tiny(labelled=0.25, **train).model_dump(exclude_none=True, exclude_unset=True)
+    return Experiment.from_dict({**e, **LABELLED})
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> pvae.Run:
+    return fit(labelled(), tmp_path_factory.mktemp("labelled"))
+
+
+def test_a_fit_of_some_labels_resumes_bit_for_bit(tmp_path: Path, fitted: pvae.Run):
+    assert_resumes_exactly(labelled(), tmp_path, 15, whole=fitted)
+
+
+def test_a_fit_sees_the_declared_labels_and_analyses_none(fitted: pvae.Run):
+    run, accuracy = fitted, [row["accuracy/y"] for row in fitted.files.metrics_rows() if "accuracy/y" in row]
+    assert len(accuracy) == 3
+    assert all(0 <= share <= 1 for share in accuracy)
+    for split in run.data.splits:
+        assert split.rows[:, -1].isnan().all()
+    seen = run.experiment.known(run.data.train)["y"].squeeze(1)
+    assert run.data.train.y is not None
+    values, counts = seen[~seen.isnan()].unique(return_counts=True)
+    assert values.tolist() == list(range(10))
+    assert counts.tolist() == [4] * 10
+    assert (seen == run.data.train.y)[~seen.isnan()].all()
+    codes = run.encode(run.data.test, mean=True)
+    assert run.data.test.y is not None
+    assert run.data.validation.y is not None
+    assert codes.latents["y"].probs.shape == (len(run.data.test), 10)
+    right = run.encode(run.data.validation, mean=True)["y"] == run.data.validation.y
+    assert accuracy[-1] == pytest.approx(float(right.double().mean()))
+
+
+def test_evidence_is_of_x_or_of_x_and_y_but_never_of_some_of_each(fitted: pvae.Run):
+    rows = fitted.labelled(fitted.data.test)[:20]
+    hidden = rows.clone()
+    hidden[:, -1] = torch.nan
+    joint, marginal = (analysis.evidence(fitted.pair, x, 200).log_p for x in (rows, hidden))
+    total = []  # log p(x) = log sum_y p(x, y)
+    for y in range(10):
+        rows[:, -1] = y
+        total.append(analysis.evidence(fitted.pair, rows, 200).log_p)
+    torch.testing.assert_close(torch.stack(total).logsumexp(0), marginal, rtol=0, atol=0.1)
+    assert (joint < marginal + 0.1).all()
+    rows[::2, -1] = torch.nan
+    with pytest.raises(DataError, match="all hold a value of y, or none; got 10 of 20"):
+        analysis.surgery(fitted.pair, rows)
+
+
+def test_labels_of_new_rows_are_typed(fitted: pvae.Run):
+    x = np.random.RandomState(0).randint(0, 17, (4, 8, 8)).astype(np.uint8)
+    assert fitted.labelled(fitted.rows((x, np.array([0, -1, 9, 3])))).shape == (3, 65)
+    with pytest.raises(DataError, match="expected labels 0 .. 9; got 0 .. 11"):
+        fitted.labelled(fitted.rows((x, np.array([0, 1, 11, 3]))))
+    with pytest.raises(DataError, match="expected labels"):
+        fitted.labelled(fitted.rows(x))
+
+
+def test_labelled_rows_are_chosen_by_class_and_seed_alone():
+    y = torch.tensor([0] * 50 + [1] * 3 + [2] * 20 + [-1] * 10)
+    for count, want in ((6, [2, 2, 2]), (30, [14, 3, 13]), (90, [50, 3, 20])):
+        mask = chosen_labels(y, len(y), count, seed=1)
+        assert [int((y[mask] == k).sum()) for k in range(3)] == want
+        assert mask.sum() == sum(want)
+    again, other = (chosen_labels(y, len(y), 6, seed) for seed in (1, 2))
+    assert torch.equal(again, chosen_labels(y, len(y), 6, 1))
+    assert not torch.equal(again, other)
+
+
+# ---------------------------------------------------------------------- labels that are missing at the source
+
+X = np.random.RandomState(1).randint(0, 2, (40, PIXELS)).astype(np.float32)
+CODES = np.arange(40) % 3
+GONE = np.arange(40) % 4 == 0
+MISSING: dict[str, Any] = {
+    "minus one": np.where(GONE, -1, CODES),
+    "NaN": torch.tensor(np.where(GONE, np.nan, CODES)),
+    "empty": np.where(GONE, "", np.array(["ant", "bee", "cow"])[CODES]),
+    "unknown": np.where(GONE, "unknown", np.array(["ant", "bee", "zebra"])[CODES]),
+}
+
+
+@pytest.mark.parametrize("how", MISSING)
+def test_missing_labels_are_unknown(how):
+    with reading(m2()):
+        data = Dataset.of((torch.tensor(X), MISSING[how]))
+    found = torch.cat([m2().known(split)["y"] for split in data.splits]).squeeze(1)
+    numbers = np.concatenate([split.numbers for split in data.splits])
+    assert torch.equal(found.isnan(), torch.tensor(GONE[numbers]))
+    assert found[~found.isnan()].tolist() == CODES[numbers][~GONE[numbers]].tolist()
+    if how in ("empty", "unknown"):
+        assert len(data.label_names) == 3
+        assert not {"", "unknown"} & {*data.label_names}
+
+
+def test_an_empty_cell_is_a_missing_label_where_a_latent_observes_it(tmp_path: Path):
+    words = np.array(["ant", "bee", "cow"], object)[CODES]
+    frame = pandas.DataFrame({"a": X[:, 0], "b": X[:, 1], "kind": pandas.Series(words).mask(GONE)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    columns = {"a": "binary", "b": "binary"}
+    data = {"source": "csv", "path": str(tmp_path / "t.csv"), "label": "kind", "columns": columns}
+    decoder = {**PLAIN, "given": ["y", "z"], "likelihood": "columns"}
+    short = {"epochs": 1, "batch_size": 20}
+    run = fit(m2(data=data, decoder=decoder, train=short), tmp_path)
+    assert sum(int(v["y"].isnan().sum()) for v in map(run.experiment.known, run.data.splits)) == GONE.sum()
+    assert pvae.Run.load(run.path).data.label_names == ("ant", "bee", "cow")
+    with pytest.raises(DataError, match="expected a label; got none"):
+        fit(tiny().with_changes({"data": data, "decoder": {**PLAIN, "likelihood": "columns"}}), tmp_path)
+
+
+# ---------------------------------------------------------------------- declarations
+
+WRONG = {
+    "bits": ({"y": {"bits": 3, "observed": "label"}}, {}, "latents.y: expected dim or codes, without a grid"),
+    "exact": ({"y": {**CODE, "posterior": "exact"}}, {}, "latents.y.posterior: expected categorical"),
+    "delta": ({"y": {"dim": 2, "observed": "a", "posterior": "delta"}}, {}, "latents.y.posterior: .* with a density"),
+    "weight alone": ({"y": {"codes": 3}}, {"classification": 1.0}, "objective.classification: expected a latent"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_observed_is_refused(case):
+    latents, objective, said = WRONG[case]
+    with pytest.raises(DeclarationError, match=said):
+        Experiment.from_dict({"latents": latents, "objective": objective})
+
+
+def test_values_beside_x_are_those_of_a_latent():
+    e = Experiment.from_dict({"latents": {"a": {"dim": 1, "observed": "age"}}})
+    age = torch.tensor([1.0, NAN, 3.0])
+    split = Split("train", torch.zeros(3, PIXELS), side={"age": age})
+    rows = e.conditioned(split)
+    assert rows.rows.shape == (3, PIXELS + 1)
+    assert rows.rows[:, -1].isnan().all()
+    torch.testing.assert_close(e.known(rows)["a"], age[:, None], equal_nan=True)
+    with pytest.raises(DataError, match="expected values of 'age'"):
+        e.known(Split("train", torch.zeros(3, PIXELS)))
