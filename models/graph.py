@@ -40,18 +40,19 @@ class Decoder(Section):
         own = self.likelihood.support
         return own if own.is_discrete or not self.likelihood.is_point else self.network.support or own
 
-    def build(self, given: Mapping[str, Shape], x: Shape) -> DecoderModule:
-        """Return the module from the latents' features to a distribution of event shape `x`."""
-        return DecoderModule(self, given, x)
+    def build(self, known: Mapping[str, Shape], given: Sequence[str], x: Shape) -> DecoderModule:
+        """Return the module from the features `given`, of the shapes `known`, to a distribution of event shape `x`."""
+        return DecoderModule(self, known, given, x)
 
 
 class DecoderModule(nn.Module):
     """Module of a decoder: the network, then the likelihood of its output."""
 
-    def __init__(self, declared: Decoder, given: Mapping[str, Shape], x: Shape) -> None:
+    def __init__(self, declared: Decoder, known: Mapping[str, Shape], given: Sequence[str], x: Shape) -> None:
         super().__init__()
-        self.likelihood = declared.likelihood.build(x)
-        self.network = declared.network.build(given, self.likelihood.inputs)
+        self.conditions = declared.likelihood.conditions
+        self.likelihood = declared.likelihood.within({name: known[name] for name in self.conditions}).build(x)
+        self.network = declared.network.build({name: known[name] for name in given}, self.likelihood.inputs)
 
     def forward(self, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return p(x | features), with batch shape `(...)`, for features `name -> (..., *shape)`.
@@ -61,7 +62,8 @@ class DecoderModule(nn.Module):
         """
         if isinstance(seen, Tensor):
             raise DataError.of("models.graph.names", inputs=self.network.inputs)
-        return self.likelihood(self.network(seen))
+        beside = ({name: seen[name] for name in self.conditions},) if self.conditions else ()
+        return self.likelihood(self.network(seen), *beside)
 
 
 ENUMERATED: InferDict = {"enumerate": "parallel"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -44,8 +44,17 @@ class Likelihood(Component):
         """Return this likelihood bound to table columns with the given distributions; itself if it scores no tables."""
         return self
 
-    def reader(self) -> ReaderModule | None:
-        """Return the module that prepares x for the guide's networks; None if they read x itself."""
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the entries of a row that the likelihood reads itself: the size of a datum, covariates."""
+        return ()
+
+    def within(self, shapes: Mapping[str, Shape]) -> Self:
+        """Return this likelihood bound to the shapes `(d,)` of the entries of a row that it reads, by name."""
+        return self
+
+    def reader(self, x: Shape) -> ReaderModule | None:
+        """Return the module that prepares data of event shape `x` for the guide; None if it reads x itself."""
         return None
 
     @abstractmethod

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions import Batched, ExactPoisson, ExactStudentT
+from pvae.distributions import Batched
 from pvae.errors import DeclarationError
 from pvae.graph.site import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
-from pvae.models.likelihoods.standard import HIGHEST_LOG_RATE, LOWEST_LOG_RATE, dispersed
+from pvae.models.likelihoods.continuous import heavy_tailed
+from pvae.models.likelihoods.counts import dispersed, logged, poisson
 from pvae.util.types import Size
 
 ABSENT_LOGIT = -1e30
@@ -95,8 +96,7 @@ class StudentTColumns(NormalColumns):
     log_df: nn.Parameter
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        df, scale = 1 + self.log_df.clamp(max=-LOWEST_LOG_RATE).exp(), self.log_scale.exp().clamp(min=self.floor)
-        return ExactStudentT(df.expand(h.shape), h, scale.expand(h.shape), validate_args=False)
+        return heavy_tailed(h, self.log_scale, self.log_df, self.floor, validate_args=False)
 
 
 class PoissonColumns(Family):
@@ -105,11 +105,11 @@ class PoissonColumns(Family):
     support = constraints.nonnegative_integer
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return ExactPoisson(h.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE).exp(), validate_args=False)
+        return poisson(h, validate_args=False)
 
     @staticmethod
     def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
-        return x.nan_to_num(0.0).clamp(min=0.0).log1p()
+        return logged(x)
 
 
 class NegativeBinomialColumns(PoissonColumns):
@@ -338,7 +338,7 @@ class ColumnsLikelihood(Likelihood):
         """Constraint on a row: each element lies in the support of its own column."""
         return columns(self._laws)
 
-    def reader(self) -> ReaderModule:
+    def reader(self, x: Shape) -> ReaderModule:
         return Reader(self._laws)
 
     def build(self, x: Shape) -> LikelihoodModule:

@@ -1,7 +1,8 @@
-"""Likelihoods of independent elements, the multivariate normal, and point masses: all but those of tables."""
+"""Likelihoods of independent elements, the multivariate normal, and point masses; not those of counts and tables."""
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from math import prod
 from typing import ClassVar, Literal
 
@@ -14,42 +15,43 @@ from torch.distributions import constraints
 from pvae.component import Shape
 from pvae.distributions import base as distributions
 from pvae.distributions.base import Determined, DiscretizedLogistic, Event, FactoredNormal, Implicit, Rounded, lattice
-from pvae.distributions.exact import ExactNegativeBinomial, ExactPoisson
 from pvae.models.likelihoods import base
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.nn.network import lower_factor
 
-LOWEST_LOG_RATE = -12.0
-"""Smallest log-rate or log-mean (a clamp), so that counts absent from the data stay possible."""
-HIGHEST_LOG_RATE = 24 * math.log(2) + 1
-"""Largest log-rate or log-mean (a clamp): single precision represents all integers up to 2^24."""
-LARGEST_LOG_COUNT = 7.0
-"""Largest |log r| of a negative binomial (a clamp), r its dispersion parameter."""
-COUNTS = "set data.scale = 'raw', or use likelihood 'normal'"
 GREYS = "set data.scale = 'unit', data.binarize = 'none' and likelihood.levels (17 for digits)"
 
 
 class Elements(Likelihood):
-    """Base of likelihoods of independent elements whose distribution is a function of the decoder's output alone."""
+    """Base of likelihoods of independent elements, functions of the decoder's output and of learned parameters."""
+
+    learned: ClassVar[Mapping[str, float]] = {}
+    """Parameters that are learned, one for each element, by name, with their initial values."""
 
     @abstractmethod
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
-        """Return the distribution of every element, batch shape `(..., *x)`, for `channels` parameters `(..., *x)`."""
+        """Return the distribution of every element, batch shape `(..., *x)`.
+
+        Arguments:
+            parameters: `channels` tensors `(..., *x)` from the decoder, then those `learned`, each `(*x)`.
+        """
 
     def build(self, x: Shape) -> LikelihoodModule:
         return ElementsModule(x, self)
 
 
 class ElementsModule(LikelihoodModule):
-    """Module of a likelihood of independent elements, whose parameters are the decoder's output."""
+    """Module of a likelihood of independent elements: parameters are the decoder's output, or learned."""
 
     def __init__(self, x: Shape, declared: Elements) -> None:
         super().__init__(x, declared.channels)
         self.declared, self.form = declared, declared.closed_form
+        for name, start in declared.learned.items():
+            self.register_parameter(name, nn.Parameter(torch.full(self.x, start)))
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Return the distribution of x for a decoder output `(..., channels * x[0], *x[1:])`."""
-        return Event(self.declared.element(*self.split(h)), len(self.x))
+        return Event(self.declared.element(*self.split(h), *self.parameters()), len(self.x))
 
 
 class Bernoulli(Elements):
@@ -87,54 +89,6 @@ class Categorical(Elements):
         return dist.Categorical(logits=torch.stack(parameters, -1))
 
 
-class Poisson(Elements):
-    """Poisson likelihood: elements of x are independent counts 0, 1, 2, ..."""
-
-    kind: Literal["poisson"] = "poisson"
-    hint: ClassVar[str] = COUNTS
-    support: ClassVar[constraints.Constraint] = constraints.nonnegative_integer
-    closed_form: ClassVar[type[base.ClosedForm] | None] = base.PoissonForm
-    bounds: ClassVar[tuple[float, float]] = (LOWEST_LOG_RATE, HIGHEST_LOG_RATE)
-    """Smallest and largest log-rate."""
-
-    def element(self, *parameters: Tensor) -> dist.TorchDistribution:
-        return ExactPoisson(parameters[0].clamp(*self.bounds).exp())
-
-
-def dispersed(log_mean: Tensor, log_count: Tensor, validate_args: bool | None = None) -> dist.TorchDistribution:
-    """Return negative binomials of mean m and variance m + m^2 / r, given log m `(..., d)` and log r `(d,)`."""
-    log_count = log_count.clamp(-LARGEST_LOG_COUNT, LARGEST_LOG_COUNT)  # beyond, a Poisson
-    logits = log_mean.clamp(LOWEST_LOG_RATE, HIGHEST_LOG_RATE) - log_count
-    return ExactNegativeBinomial(log_count.exp().expand(logits.shape), logits=logits, validate_args=validate_args)
-
-
-class NegativeBinomialModule(LikelihoodModule):
-    """Module of the negative binomial likelihood: the decoder outputs log-means; dispersions are learned."""
-
-    def __init__(self, x: Shape) -> None:
-        super().__init__(x, 1)
-        self.log_count = nn.Parameter(torch.ones(self.x))
-
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
-        """Return the distribution of x for log-means `(..., *x)`."""
-        return Event(dispersed(h, self.log_count), len(self.x))
-
-
-class NegativeBinomial(Likelihood):
-    """Negative binomial likelihood of independent counts (RNA, say): variance m + m^2 / r, one learned r per element.
-
-    References: Deep generative modeling for single-cell transcriptomics (Lopez et al., 2018),
-        https://doi.org/10.1038/s41592-018-0229-2
-    """
-
-    kind: Literal["negative_binomial"] = "negative_binomial"
-    hint: ClassVar[str] = COUNTS
-    support: ClassVar[constraints.Constraint] = constraints.nonnegative_integer
-
-    def build(self, x: Shape) -> LikelihoodModule:
-        return NegativeBinomialModule(x)
-
-
 class DiscretizedLogisticLikelihood(Elements):
     """Discretised logistic likelihood of pixels: a logistic density integrated over the bin of each grey value."""
 
@@ -154,6 +108,41 @@ class DiscretizedLogisticLikelihood(Elements):
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
         loc, log_scale = parameters
         return DiscretizedLogistic(loc + 0.5, (log_scale - 2.0).clamp(min=self.floor), self.levels)
+
+
+class MixtureOfLogistics(Elements):
+    """Mixture of discretised logistic likelihoods of pixels: each grey value has the mass of its bin, summing to one.
+
+    Pixels and colours are independent given z. The measure counts grey values: log p is a log probability in nats, not
+    the log of a density.
+
+    References: PixelCNN++ (Salimans et al., 2017), https://arxiv.org/abs/1701.05517
+    """
+
+    kind: Literal["mixture_of_logistics"] = "mixture_of_logistics"
+    hint: ClassVar[str] = GREYS
+    levels: int = Field(default=256, gt=1)
+    """Number of grey values; a pixel takes the values k / (levels - 1): 256 for 8-bit images of data.scale = 'unit'."""
+    components: int = Field(default=5, gt=1)
+    """Number of logistic components of a pixel."""
+    floor: float = -7.0
+    """Smallest log-scale of a component, for pixels in [0, 1]."""
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Support of each pixel: the grey values k / (levels - 1)."""
+        return lattice(self.levels)
+
+    @property
+    def channels(self) -> int:
+        """Number of parameters of each pixel: weight, centre and log-scale of every component."""
+        return 3 * self.components
+
+    def element(self, *parameters: Tensor) -> dist.TorchDistribution:
+        logits, loc, log_scale = torch.stack(parameters, -1).chunk(3, -1)
+        spread = (torch.arange(self.components).to(loc) + 0.5) / self.components
+        parts = DiscretizedLogistic(loc + spread, (log_scale - 2.0).clamp(min=self.floor), self.levels)
+        return dist.MixtureSameFamily(dist.Categorical(logits=logits), parts)
 
 
 class Normal(Likelihood):

@@ -8,7 +8,11 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
+
+from pvae.distributions.base import Batched
+from pvae.util.types import Size
 
 GAMMA_FAMILIES = (
     torch.distributions.Beta, torch.distributions.Binomial, torch.distributions.Dirichlet,
@@ -89,6 +93,82 @@ class ExactStudentT(dist.StudentT):
         unit = (value.double() - self.loc) / scale
         ratio = log_rising(df / 2, df.new_tensor(0.5)) - 0.5 * (df * math.pi).log() - scale.log()
         return ratio - 0.5 * (df + 1) * (unit.square() / df).log1p()
+
+
+class OpenUnit(constraints.Constraint):
+    """Constraint of proportions: numbers above 0 and below 1."""
+
+    def check(self, value: Tensor) -> Tensor:
+        """Return whether each element lies inside (0, 1), booleans."""
+        return (value > 0) & (value < 1)
+
+    def __repr__(self) -> str:
+        return "numbers above 0 and below 1"
+
+
+open_unit = OpenUnit()
+
+
+class Doubling(dist.TorchDistribution):
+    """Base of distributions whose log density is that of their parameters and values in float64."""
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log density, nats, `(...)`, float64; exact for the parameters as they are held."""
+        return super(Doubling, doubled(self)).log_prob(value.double())
+
+
+class ExactContinuousBernoulli(Doubling, dist.ContinuousBernoulli):
+    """Continuous Bernoulli distribution whose log density is float64: its constant cancels near a mean of 1/2."""
+
+
+class ExactBeta(Doubling, dist.Beta):
+    """Beta distribution inside (0, 1) whose log density is float64; samples are rounded to numbers inside."""
+
+    support = open_unit  # type: ignore[assignment]
+
+    def rsample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Return samples, `sample_shape + (...)`, with their gradient."""
+        bounds = torch.finfo(self.concentration1.dtype)
+        return super().rsample(sample_shape).clamp(bounds.tiny, 1 - bounds.eps)
+
+
+class ZeroInflated(Batched):
+    """Mixture of zero and a distribution of counts, elementwise; log densities are those of the latter's precision.
+
+    Arguments:
+        base_dist: distribution of the counts, batch shape `(...)`.
+        gate: logit of the probability of a further zero, `(...)`.
+    """
+
+    widened = ("base_dist", "gate")
+
+    def __init__(self, base_dist: Any, gate: Tensor) -> None:
+        self.base_dist, self.gate = base_dist, gate
+        super().__init__(base_dist.batch_shape)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.base_dist.support
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Return the log probability of counts, nats, `(...)`."""
+        if self._validate_args:
+            self._validate_sample(value)
+        score = self.base_dist.log_prob(value)
+        gate = self.gate.to(score.dtype)
+        score = score + logsigmoid(-gate)
+        return torch.where(value == 0, torch.logaddexp(score, logsigmoid(gate)), score)
+
+    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
+        """Return samples, `sample_shape + (...)`, without gradient."""
+        with torch.no_grad():
+            found = self.base_dist.sample(torch.Size(sample_shape))
+            return found.masked_fill(torch.bernoulli(self.gate.sigmoid().expand(found.shape)) > 0, 0.0)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of every element, `(...)`."""
+        return self.base_dist.mean * (-self.gate).sigmoid()
 
 
 EXACT: dict[type, type] = {

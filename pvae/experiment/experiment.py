@@ -114,6 +114,15 @@ class Experiment(Plan):
         return cls.from_dict(raw, origin=str(name_or_file))
 
     @classmethod
+    def of_run(cls, text: str, origin: str = "spec.toml") -> Self:
+        """Return the declaration that a run keeps as TOML; fields that its version lacked mean what they did then."""
+        raw = toml.parse(text, origin)
+        likelihood = raw.get("decoder", {}).get("likelihood", {})
+        if likelihood.get("kind") in ("poisson", "negative_binomial"):
+            likelihood.setdefault("reads", "raw")
+        return cls.from_dict(raw, origin)
+
+    @classmethod
     def schema_json(cls) -> str:  # type: ignore[override]
         """Return the JSON Schema of declarations, for editors: a family is `oneOf` its kinds, each kind a `const`."""
         schema = cls.model_json_schema()
@@ -299,7 +308,7 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
             above = {name: known[name] for name in site.given}
             priors[site.name] = prior_of(latents[site.name].prior, site, above, link)
     with at("decoder"):
-        decoder = declared.build({name: known[name] for name in experiment.decoder_given()}, frame.x)
+        decoder = declared.build(known, experiment.decoder_given(), frame.x)
     codebooks = {}
     for site in sites:
         if (width := site.space.embedding) is not None:
@@ -307,7 +316,7 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
     relaxed = [site.name for site in sites if site.space.values == "relaxed"]
     temperatures = {name: Scheduled(latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
     link.model = GraphModel(sites, priors, decoder, frame, codebooks, temperatures)
-    reader = declared.likelihood.reader()
+    reader = declared.likelihood.reader(frame.x)
     known[OBSERVED] = frame.x if reader is None else reader.output
     reading = [site for site in guide_sites if latents[site.name].posterior.reads_features]
     with at("encoder"):

@@ -120,9 +120,9 @@ class Run(Applied):
     def plan(self) -> Plan:
         """Declaration of the run: an `Experiment`, or a `Plan` (training settings) for a hand-written pair."""
         origin, manifest = str(self.path / "spec.toml"), self.files.manifest
-        kind = Experiment if manifest.get("declared", True) else Plan
+        read = Experiment.of_run if manifest.get("declared", True) else Plan.from_toml
         try:
-            return kind.from_toml(self.files.spec_text, origin)
+            return read(self.files.spec_text, origin)
         except DeclarationError as error:
             missing = [name for name in manifest.get("imports", []) if name not in IMPORTED]
             hints = [f"The run was fitted with `pvae --import {name}`: say so again." for name in missing]

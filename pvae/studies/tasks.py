@@ -186,7 +186,7 @@ class Shelf:
         with suppress(OSError, DataError, DeclarationError):
             key = run.path, (run.path / "spec.toml").lstat().st_mtime_ns
             if key not in self.known and run.manifest.get("declared") is True:  # not written by hand, and begun
-                self.known[key] = Experiment.from_toml(run.spec_text).digest(), run.parent
+                self.known[key] = Experiment.of_run(run.spec_text).digest(), run.parent
             return self.known.get(key, ("", None))
         return "", None
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import scipy.integrate
 import scipy.special
 import scipy.stats
 import torch
@@ -15,14 +16,15 @@ import torch
 from pvae.component import Shape
 from pvae.distributions.base import DiscretizedLogistic, FactoredNormal, lattice
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
+from pvae.models.likelihoods.continuous import Beta, ContinuousBernoulli, LogNormal, StudentT
+from pvae.models.likelihoods.counts import NegativeBinomial, Poisson, ZeroInflatedNegativeBinomial
 from pvae.models.likelihoods.standard import (
     Bernoulli,
     Categorical,
     DiscretizedLogisticLikelihood,
+    MixtureOfLogistics,
     MultivariateNormal,
-    NegativeBinomial,
     Normal,
-    Poisson,
 )
 
 Array = np.ndarray
@@ -46,6 +48,28 @@ def categorical_score(h: Array, x: Array) -> Array:
     return picked[..., 0] - scipy.special.logsumexp(logits, axis=-1)
 
 
+def mixture_score(h: Array, x: Array) -> Array:
+    """Of three components whose centres start at 1/6, 3/6 and 5/6."""
+    weights, loc, log_scale = np.split(h, 3)
+    parts = [logistic_cdf_difference(loc[k] + (k + 0.5) / 3, np.maximum(log_scale[k] - 2, -7), x, 17) for k in range(3)]
+    return scipy.special.logsumexp(np.stack(parts) + scipy.special.log_softmax(weights, 0)[:, None], 0)
+
+
+def zero_inflated_score(h: Array, x: Array) -> Array:
+    plain = scipy.stats.nbinom.logpmf(x, np.exp(h[1]), 1 / (1 + np.exp(h[0] - h[1])))
+    gate = scipy.special.expit(h[2])
+    return np.log(gate * (x == 0) + (1 - gate) * np.exp(plain))
+
+
+def beta_shapes(h: Array) -> tuple[Array, Array]:
+    c = 2 * np.exp(h[1])
+    return c * scipy.special.expit(h[0]), c * scipy.special.expit(-h[0])
+
+
+def continuous(h: Array) -> torch.distributions.ContinuousBernoulli:
+    return torch.distributions.ContinuousBernoulli(logits=torch.as_tensor(h[0]))
+
+
 @dataclass(frozen=True)
 class Row:
     """A member, its density written a second time, and data it must refuse."""
@@ -56,6 +80,8 @@ class Row:
     bad: float
     levels: tuple[float, ...] | None = None
     """Every value of an element; None for real numbers."""
+    cdf: Score | None = None
+    """Distribution function of a density that is not smooth on the whole line."""
 
 
 ROWS = {
@@ -93,6 +119,38 @@ ROWS = {
     "negative_binomial": Row(
         NegativeBinomial(), lambda h, x: scipy.stats.nbinom.logpmf(x, np.e, np.e / (np.e + np.exp(h[0]))), 1.5,
         tuple(float(k) for k in range(1000)),
+    ),
+    "negative_binomial, decoder": Row(
+        NegativeBinomial(dispersion="decoder"),
+        lambda h, x: scipy.stats.nbinom.logpmf(x, np.exp(h[1]), 1 / (1 + np.exp(h[0] - h[1]))), 1.5,
+        tuple(float(k) for k in range(2000)),
+    ),
+    "negative_binomial, shared": Row(
+        NegativeBinomial(dispersion="shared"),
+        lambda h, x: scipy.stats.nbinom.logpmf(x, np.e, np.e / (np.e + np.exp(h[0]))), -1.0,
+        tuple(float(k) for k in range(1000)),
+    ),
+    "zero_inflated_negative_binomial": Row(
+        ZeroInflatedNegativeBinomial(dispersion="decoder"), zero_inflated_score, 1.5,
+        tuple(float(k) for k in range(2000)),
+    ),
+    "student_t": Row(
+        StudentT(), lambda h, x: scipy.stats.t.logpdf(x, 1 + np.exp(2), h[0]), np.nan
+    ),
+    "log_normal": Row(
+        LogNormal(), lambda h, x: scipy.stats.lognorm.logpdf(x, 1.0, scale=np.exp(h[0])), 0.0,
+        cdf=lambda h, x: scipy.stats.lognorm.cdf(x, 1.0, scale=np.exp(h[0])),
+    ),
+    "beta": Row(
+        Beta(), lambda h, x: scipy.stats.beta.logpdf(x, *beta_shapes(h)), 1.0,
+        cdf=lambda h, x: scipy.stats.beta.cdf(x, *beta_shapes(h)),
+    ),
+    "continuous_bernoulli": Row(
+        ContinuousBernoulli(), lambda h, x: continuous(h).log_prob(torch.as_tensor(x)).numpy(), 1.5,
+        cdf=lambda h, x: continuous(h).cdf(torch.as_tensor(x)).numpy(),
+    ),
+    "mixture_of_logistics": Row(
+        MixtureOfLogistics(levels=17, components=3), mixture_score, 0.03, tuple(k / 16 for k in range(17))
     ),
 }  # fmt: skip
 SHAPES: list[Shape] = [(5,), (1,), (1, 4, 3), (2, 3, 4), (3, 6)]
@@ -156,8 +214,12 @@ def test_samples_follow_the_density(row):
     # Eight elements per row of the table, each refused with probability 1e-5 when the law holds: 1e-3 over the
     # table for a new seed; the seed is fixed.
     module = build(row, (8,))
-    d = module(output(module))
+    h = output(module)
+    d = module(h)
     draws = d.sample((20_000,)).numpy()
+    if row.cdf is not None:
+        assert min(scipy.stats.kstest(u, "uniform").pvalue for u in row.cdf(channels(h, module), draws).T) > 1e-5
+        return
     test = against_levels if row.levels else against_density
     for i in range(8):
         assert test(row, d, draws[:, i], i) > 1e-5
@@ -197,6 +259,26 @@ def against_density(row: Row, d: torch.distributions.Distribution, draws: Array,
     integral = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(grid))])
     assert integral[-1] == pytest.approx(1, abs=1e-6)
     return scipy.stats.kstest(np.interp(draws, grid, integral), "uniform").pvalue
+
+
+@pytest.mark.parametrize("kind", ["beta", "continuous_bernoulli", "log_normal", "student_t"])
+def test_densities_integrate_to_one(kind):
+    module = build(ROWS[kind], (1,))
+    d = module(torch.tensor([0.3] * module.channels).double())
+    low, high = {"log_normal": (0, np.inf), "student_t": (-np.inf, np.inf)}.get(kind, (0, 1))
+    total, _ = scipy.integrate.quad(lambda x: d.log_prob(torch.tensor([x]).double()).exp().item(), low, high)
+    assert total == pytest.approx(1, abs=1e-6)
+
+
+def test_single_precision_is_exact():
+    """Near means of 1/2, where the constant cancels in float32, and at large concentrations."""
+    h = torch.linspace(-0.01, 0.01, 64)
+    x = torch.linspace(0.01, 0.99, 64)
+    exact = continuous(h.double().numpy()[None]).log_prob(x.double())
+    assert (ContinuousBernoulli().build((64,))(h).base_dist.log_prob(x) - exact).abs().max() < 1e-9
+    d = Beta().build((64,))(torch.cat([h, torch.full((64,), 9.0)])).base_dist
+    shapes = d.concentration1.double(), d.concentration0.double()
+    np.testing.assert_allclose(d.log_prob(x), scipy.stats.beta.logpdf(x.double(), *shapes), atol=1e-6)
 
 
 @every_shape
