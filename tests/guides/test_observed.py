@@ -18,6 +18,8 @@ from torch import Tensor
 
 import pvae
 from pvae import analysis
+from pvae.analysis.pages.sections.examination import Examination
+from pvae.analysis.pages.sections.latents import calibration_error, labels
 from pvae.data import Dataset
 from pvae.data.split import Split, chosen_labels
 from pvae.distributions.observed import PartlyObserved, observed
@@ -377,3 +379,27 @@ def test_values_beside_x_are_those_of_a_latent():
     torch.testing.assert_close(e.known(rows)["a"], age[:, None], equal_nan=True)
     with pytest.raises(DataError, match="expected values of 'age'"):
         e.known(Split("train", torch.zeros(3, PIXELS)))
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def test_the_calibration_error_is_that_of_its_definition():
+    probs, label = torch.rand(500, 4).softmax(1), torch.randint(4, (500,))
+    confidence, guess = probs.max(1)
+    want = 0.0
+    for k in range(15):
+        inside = (confidence >= k / 15) & (confidence < (k + 1) / 15)
+        if inside.any():
+            gap = (guess == label)[inside].double().mean() - confidence[inside].double().mean()
+            want += float(inside.double().mean() * gap.abs())
+    assert calibration_error(probs, label) == pytest.approx(want)
+
+
+def test_the_report_says_what_is_hidden(fitted: pvae.Run):
+    found = labels(Examination(fitted))
+    assert found is not None
+    (row,) = next(part for part in found.parts if isinstance(part, dict))["labels"]
+    assert row["training_labels"] == 40
+    codes = fitted.encode(fitted.data.test, mean=True)["y"]
+    assert row["accuracy"] == pytest.approx(float((codes == fitted.data.test.y).double().mean()))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import CodeUse
@@ -18,6 +19,7 @@ from pvae.analysis.samples.probe import RAW
 from pvae.analysis.samples.probe import probe as probe_of
 from pvae.errors import DataError
 from pvae.pair.code_usage import SILENT
+from pvae.training.evaluation import classified
 from pvae.util import seeds
 
 HOLE = 0.01
@@ -198,6 +200,46 @@ def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
     maps = values.reshape(len(rows), *use.grid).astype(np.int64)
     made = bars.code_maps(name, data, maps, use.states, *exam.scale_of_grey)
     yield picture("codes.code_maps", made, of=name, count=len(rows), split=exam.split)
+
+
+# ---------------------------------------------------------------------- labels of some rows
+
+CALIBRATION_BINS = 15
+"""Number of intervals of confidence over which a calibration error is taken."""
+
+
+def calibration_error(probs: Tensor, label: Tensor) -> float:
+    """Return the expected calibration error: |accuracy - mean confidence| of 15 bins of confidence, weighed by rows.
+
+    Arguments:
+        probs: probabilities of the classes, `(n, K)`; the confidence is the largest.
+        label: classes, `(n,)`.
+
+    References:
+        On Calibration of Modern Neural Networks (Guo et al., 2017), https://arxiv.org/abs/1706.04599
+
+    Example:
+        >>> calibration_error(torch.tensor([[0.75, 0.25]] * 4), torch.tensor([0, 0, 0, 1]))
+        0.0
+    """
+    confidence, guess = probs.double().max(1)
+    bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+    gaps = torch.zeros(CALIBRATION_BINS).to(confidence).index_add(0, bins, (guess == label).double() - confidence)
+    return float(gaps.abs().sum() / len(label))
+
+
+@section("labels", scored=True)
+def labels(exam: Examination) -> Iterator[Part]:
+    """Yield accuracy and calibration of q(y | x) for latents that some rows observe; nothing without any."""
+    rows = []
+    for name, (probs, label) in classified(exam.run.plan, exam.pair, exam.part).items():
+        seen = int((~exam.run.experiment.known(exam.data.train)[name].isnan()).sum())
+        right = float((probs.argmax(1) == label).double().mean())
+        rows.append((name, seen, len(label), right, calibration_error(probs, label)))
+    if rows:
+        yield table("labels", rows, split=exam.split, bins=CALIBRATION_BINS)
+        keys = ("latent", "training_labels", "rows", "accuracy", "calibration_error")
+        yield {"labels": [dict(zip(keys, row, strict=True)) for row in rows]}
 
 
 # ---------------------------------------------------------------------- probe
