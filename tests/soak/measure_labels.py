@@ -1,0 +1,120 @@
+"""Test errors of M2, and of M1 + M2, on MNIST with few labels (Kingma et al., 2014, https://arxiv.org/abs/1406.5298).
+
+    python tests/soak/measure_labels.py TABLE.csv MNIST.npz [--labels 100 1000] [--seeds 3] [--only M2]
+
+MNIST.npz has x_train, y_train, x_test, y_test. The first 50 000 training images are fitted, of which `data.labelled`
+keep their label, the same for both methods: as many of each class, chosen by the seed. M2 is fitted to the images. M1
+is a VAE without labels, fitted once; M2 is then fitted to the means of its codes, of the coordinates that it uses.
+Nothing is chosen on the test images: the last weights count. Rows are added to a table that is there.
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas
+import torch
+
+import pvae
+from pvae.experiment.experiment import Experiment
+from pvae.training.evaluation import classified
+
+SPLITS = {"train": [0, 50_000], "validation": [50_000, 60_000], "test": [60_000, 70_000]}
+USED = 0.05
+"""Smallest variance over training images of the mean of a coordinate that M1 uses."""
+
+
+def dense(width: int, activation: str = "softplus") -> dict[str, Any]:
+    return {"network": {"kind": "mlp", "hidden": [width], "activation": activation}}
+
+
+def trained(epochs: int, lr: float, **more: Any) -> dict[str, Any]:
+    schedule = {"optimizer": {"kind": "adam", "lr": lr}, "schedule": {"kind": "cosine"}, "keep": "last"}
+    return {"epochs": epochs, "validate_every": epochs, "checkpoint_seconds": 600.0, **schedule, **more}
+
+
+def images(path: Path) -> dict[str, Any]:
+    kept = {"scale": "unit", "binarize": "dynamic", "splits": SPLITS}
+    return {"source": "npz", "path": str(path), "x": "x", "y": "y", **kept}
+
+
+def m2(data: dict[str, Any], labels: int, seed: int, width: int, z: int, **more: Any) -> Experiment:
+    return Experiment.from_dict({
+        "data": {**data, "labelled": labels, "label_seed": seed}, "seed": seed,
+        "latents": {
+            "y": {"codes": 10, "observed": "label", "prior": "uniform"},
+            "z": {"dim": z, "posterior": {"kind": "normal", "given": ["x", "y"], **dense(width)}},
+        },
+        "encoder": dense(width), "decoder": {"given": ["y", "z"], **dense(width)}, **more,
+    })  # fmt: skip
+
+
+def of_images(path: Path, labels: int, seed: int) -> Experiment:
+    train = trained(EPOCHS["M2"], 2e-3, batch_size=200, labelled=0.2)
+    return m2(images(path), labels, seed, 300, 50, objective={"classification": 10.0}, train=train)
+
+
+def codes(path: Path, folder: Path) -> Path:
+    """Return an archive of the codes of a VAE fitted to the images, with their labels."""
+    plan = Experiment.from_dict({
+        "data": images(path), "latents": {"z": {"dim": 50}}, "encoder": dense(600), "decoder": dense(600),
+        "train": trained(EPOCHS["M1"], 2e-3, batch_size=200),
+    })  # fmt: skip
+    run = pvae.fit(plan, run_dir=folder, device="cpu", progress=False)
+    found: dict[str, Any] = {}
+    used = None
+    for split in run.data.splits:
+        z = run.encode(split, mean=True)["z"]
+        used = z.var(0) > USED if used is None else used
+        found |= {f"x_{split.name}": z[:, used].numpy(), f"y_{split.name}": split.y.numpy()}  # type: ignore[union-attr]
+    np.savez(folder / "codes.npz", **found)
+    return folder / "codes.npz"
+
+
+def of_codes(path: Path, labels: int, seed: int) -> Experiment:
+    data = {"source": "npz", "path": str(path), "x": "x", "y": "y", "scale": "standardise"}
+    train = trained(EPOCHS["M1 + M2"], 5e-3, batch_size=500, labelled=0.2)
+    decoder = {"given": ["y", "z"], **dense(200), "likelihood": {"kind": "normal", "scale": "per_datum"}}
+    more = {"objective": {"classification": 10.0}, "train": train, "decoder": decoder}
+    return m2(data, labels, seed, 200, 20, **more)
+
+
+METHODS = {"M2": of_images, "M1 + M2": of_codes}
+EPOCHS = {"M1": 15, "M2": 10, "M1 + M2": 25}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("mnist", type=Path)
+    parser.add_argument("--labels", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", choices=METHODS)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    rows: list[Any] = pandas.read_csv(asked.table).to_dict("records") if asked.table.exists() else []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = {"M2": asked.mnist.resolve()}
+        if asked.only != "M2":
+            source["M1 + M2"] = codes(source["M2"], folder)
+        for method in [asked.only] if asked.only else METHODS:
+            for labels in asked.labels:
+                for seed in range(asked.seeds):
+                    start = time.monotonic()
+                    plan = METHODS[method](source[method], labels, seed)
+                    run = pvae.fit(plan, run_dir=folder, device="cpu", progress=False)
+                    ((probs, label),) = classified(plan, run.pair, run.data.test).values()
+                    error = 100 * float((probs.argmax(1) != label).double().mean())
+                    known: dict[str, Any] = {"method": method, "labels": labels, "seed": seed, "epochs": EPOCHS[method]}
+                    rows.append({**known, "error": round(error, 2), "seconds": round(time.monotonic() - start)})
+                    print(rows[-1], flush=True)
+                    pandas.DataFrame(rows).to_csv(asked.table, index=False)
+    print(pandas.DataFrame(rows).groupby(["method", "labels"])["error"].agg(["mean", "std"]).round(2).to_string())
+
+
+if __name__ == "__main__":
+    main()
