@@ -143,10 +143,13 @@ def named(runs: Sequence[Run]) -> list[str]:
 
 
 def require_alike(first: Run, other: Run) -> None:
-    """Refuse to compare two runs on different data, binarisation or covariates; the DataError lists the differences."""
+    """Refuse to compare two runs on different data, binarisation, covariates, or given the sum of x and not.
+
+    The DataError lists the differences.
+    """
     one, two = _conditions(first), _conditions(other)
     differing = [key for key in one if key in two and one[key] != two[key]]
-    if not {"fingerprint", "data.binarize", "covariates"}.intersection(differing):  # all splits
+    if not {"fingerprint", "data.binarize", "covariates", "log density"}.intersection(differing):  # all splits
         return
     raise DataError(text("refused.other_data", first=first, other=other, one=one, two=two, keys=differing))
 
@@ -160,4 +163,6 @@ def _conditions(run: Run) -> dict[str, str]:
     covariates = ", ".join(f"{name} ({covariate.labels} values)" for name, covariate in plan.covariates.items())
     splits = ", ".join(f"{name} {low} .. {high}" for name, (low, high) in plan.data.splits.declared.items())
     declared = {"data.binarize": plan.data.binarize, "data.splits": splits or "the source's own"}
+    given = any(entry.source == "sum" for entry in plan.entries().values())
+    declared["log density"] = "of x given its sum" if given else "of x"
     return {**found, **declared, "covariates": covariates or "none"}

@@ -125,7 +125,7 @@ class PlainDecoder(PlainModule):
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair, "decoder")
         model = cast(Any, pair.model)
-        reads = model.decoder.network.inputs
+        reads = {*model.decoder.network.inputs, *model.decoder.conditions}
         self.see, self.sites = model.see, [site for site in model.sites if site.name in reads]
         codes = {s.name: (s.space.shape, s.space.states) for s in self.sites if s.space.is_code and s.has_twin}
         values = {s.name: (s.event, 0) for s in self.sites}  # of relaxed values without codes, logarithms

@@ -25,6 +25,7 @@ from pvae.graph.frame import Entry, Frame
 from pvae.graph.site import OBSERVED, Link, Site, topological
 from pvae.guides.graph import Encoder, GraphGuide, SharedEncoder
 from pvae.models.graph import Decoder, GraphModel
+from pvae.models.likelihoods.counts import LIBRARY
 from pvae.models.priors.base import Prior, prior_of
 from pvae.nn.schedules import Constant, Scheduled
 from pvae.objectives.base import weigh_step
@@ -190,8 +191,12 @@ class Experiment(Plan):
         return data.conditioned(self.entries())
 
     def entries(self) -> dict[str, Entry]:
-        """Return the entries of a row behind its datum, by name: covariates, then latents that some rows observe."""
-        return {name: covariate.entry() for name, covariate in self.covariates.items()} | self.observed_latents()
+        """Return the entries of a row behind its datum, by name: covariates, then latents that some rows observe.
+
+        The sum of x is the first of them where the likelihood is given it.
+        """
+        summed = {LIBRARY: Entry(source="sum")} if LIBRARY in self.decoder.likelihood.conditions else {}
+        return summed | {name: c.entry() for name, c in self.covariates.items()} | self.observed_latents()
 
     def observed_latents(self) -> dict[str, Entry]:
         """Return the entries of the latents whose values some rows have, by name."""

@@ -14,6 +14,7 @@ from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.columns import support_of
+from pvae.models.likelihoods.counts import OWNERS, Counts
 from pvae.models.likelihoods.standard import DeterminedLikelihood
 from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.network import TableNetwork
@@ -53,7 +54,7 @@ def findings(e: Experiment) -> Iterator[Finding]:
         yield "latents", "at least one posterior given 'x': the guide never looks at the data", sorted(names)
     rules = [
         _unread, _misplaced_priors, _misplaced_posteriors, _unlike_sums, _negative_schedules, _likelihood_free,
-        _columns, _second_stage, _not_mean_field, _priced, _no_mixture, _observed, refused,
+        _columns, _sizes, _second_stage, _not_mean_field, _priced, _no_mixture, _observed, refused,
     ]  # fmt: skip
     for rule in rules:
         yield from rule(e)
@@ -96,7 +97,7 @@ def _unread(e: Experiment) -> Iterator[Finding]:
     for name in e.latents:
         if name not in heeded:
             yield "decoder.given", text("experiment.rules.unread", name=name), name
-    read = decoded.union(*((*z.given, *z.posterior.given) for z in latents))
+    read = decoded.union(e.decoder.likelihood.conditions, *((*z.given, *z.posterior.given) for z in latents))
     for name in e.covariates:
         if name not in read:
             yield f"covariates.{name}", "a covariate that a prior, a posterior or the decoder is given", name
@@ -267,6 +268,20 @@ def _no_mixture(e: Experiment) -> Iterator[Finding]:
     for loc, part, sound, what in wanted:
         if not sound:
             yield loc, f"{what} for the objective em", part.kind
+
+
+def _sizes(e: Experiment) -> Iterator[Finding]:
+    """Yield sizes and owners of dispersions of counts that are no entries of a row of the kind that they need."""
+    if not isinstance(likelihood := e.decoder.likelihood, Counts):
+        return
+    single = {name: entry.codes > 0 for name, entry in e.entries().items() if entry.width == 1 and not entry.latent}
+    wanted = [("size", likelihood.size, ("learned",), False), ("dispersion", likelihood.dispersed_by, OWNERS[1:], True)]
+    for field, name, words, coded in wanted:
+        allowed = [*words, *(entry for entry, codes in single.items() if codes == coded)]
+        if name and name not in allowed:
+            yield f"decoder.likelihood.{field}", text("experiment.rules.size", field=field, allowed=allowed), name
+    if likelihood.size and isinstance(e.objective, EM):
+        yield "decoder.likelihood.size", "none, for the objective em", likelihood.size
 
 
 def _second_stage(e: Experiment) -> Iterator[Finding]:

@@ -71,7 +71,7 @@ class PlainScript(Script):
         return [f"data = load({self.construct(self.experiment.data)}{seed})"]
 
     def statements(self) -> dict[str, list[str]]:
-        if self.pair.layout.scored or self.guider.reader is not None:
+        if self.pair.layout.scored or self.guider.reader is not None or self.modeller.decoder.conditions:
             raise parts.NotPlainError
         model: list[str] = []
         for site in self.experiment.sites():
