@@ -385,6 +385,10 @@ def _trains(draw: DrawFn, objective: Raw) -> Raw:
     return {**train, "epochs": draw(st.integers(1, 2)), "batch_size": batch, "shards": shards}
 
 
+OWNERS = {"size": ("library", "learned"), "dispersion": ("feature", "shared", "decoder")}
+"""Fields of likelihoods of counts that take one of these words, or the name of a covariate."""
+
+
 @st.composite
 def _decoders(draw: DrawFn, recipe: str, shape: Shape, latents: Raw, conditioned: bool) -> Raw:
     determines = {Posterior.members[z["posterior"]["kind"]].determines for z in latents.values()} - {None}
@@ -399,6 +403,9 @@ def _decoders(draw: DrawFn, recipe: str, shape: Shape, latents: Raw, conditioned
     if recipe == "drawn":
         return {"network": draw(networks({"z": VECTOR}, shape)), "likelihood": {"kind": "determined"}}
     likelihood = draw(members(Likelihood, among=lambda kind: recipe != "mixture" or kind.closed_form).filter(_scores))
+    if recipe == "mixture":
+        likelihood.pop("size", None)
+    likelihood |= {field: draw(st.sampled_from(words)) for field, words in OWNERS.items() if field in likelihood}
     many = {f"z{i}": VECTOR for i in range(len(latents) + conditioned)}
     network = st.just({"kind": "table"}) if recipe == "mixture" else networks(many, shape)
     return {"network": draw(network), "likelihood": likelihood}
