@@ -164,7 +164,8 @@ def test_the_size_is_an_entry_of_the_row(run: pvae.Run):
 def test_samples_have_sizes_of_training_rows_or_those_given(run: pvae.Run):
     drawn = sample(run, n=50).covariates["library"]
     assert set(drawn.flatten().tolist()) <= set(run.data.train.rows[:, -1].tolist())
-    given = sample(run, n=20, mean=True, given={"library": 30.0})
+    wanted: Any = {"library": 30.0}
+    given = sample(run, n=20, mean=True, given=wanted)
     torch.testing.assert_close(given.x.sum(1), torch.full((20,), 30.0), rtol=1e-5, atol=1e-4)
     mean = run.decoder(torch.zeros(2, 2), library=torch.tensor([[10.0], [100.0]])).sum(1)
     torch.testing.assert_close(mean, torch.tensor([10.0, 100.0]))
