@@ -19,17 +19,19 @@ from pvae.util import seeds
 from pvae.util.memory import require_memory
 
 
-def accept(pair: Pair, x: Any, *, guide: bool = True) -> Tensor:
+def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True) -> Tensor:
     """Return data as the tensor that the pair scores, `(n, *event)`; refuse pairs without a likelihood.
 
     Arguments:
         pair: the pair.
         x: data `(n, *event)`.
         guide: False for an analysis that does without the guide, whose latents may then be others than the model's.
+        known: False for an analysis that infers every latent, which rows with the value of one are no data of.
 
     Raises:
         DeclarationError: `pair` is no `pvae.Pair`, or the guide has latents that the model lacks.
-        DataError: the pair has no likelihood, or rows do not fit it.
+        DataError: the pair has no likelihood, or rows do not fit it; or some hold the value of a latent and others do
+            not, or the analysis is of none that do.
     """
     if not isinstance(pair, Pair):
         hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
@@ -40,6 +42,8 @@ def accept(pair: Pair, x: Any, *, guide: bool = True) -> Tensor:
     if guide:
         require_bound(pair.structure.guide_only)
     pair.frame.require(rows)
+    if not (guide and known) and (names := pair.frame.known(rows, every=False)):
+        raise DataError(text("refused.known", names=sorted(names)))
     return rows
 
 

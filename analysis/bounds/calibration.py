@@ -186,13 +186,13 @@ def calibration(
 def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
     """Return rows to run the model on, `(rows, *event)`: some of `x` at random, or zeros where it reads none."""
     if x is not None:
-        x = accept(pair, x)
+        x = accept(pair, x, known=False)
         return x[torch.randint(len(x), (rows,), generator=seeds.generator(seed, seeds.ANALYSIS, 5)).to(x.device)]
     wanted = "calibration: expected rows of data, for the model reads"
     if pair.frame.covariates or pair.arguments is not None:
         read = ", ".join(pair.frame.covariates) or "several arguments"
         raise DataError(f"{wanted} {read}; got none. Pass x=..., of which all but x itself is kept.")
-    like = accept(pair, torch.zeros(rows, *pair.frame.row))
+    like = accept(pair, pair.frame.blank(rows))
     made = []
     for number in (0, 1) if not pair.declared else ():
         try:

@@ -131,7 +131,7 @@ def gap(
         True
     """
     require_counts("gap", steps=steps, samples=samples, evidence_samples=evidence_samples, particles=particles)
-    x = accept(pair, x)
+    x = accept(pair, x, known=False)
     if names := ", ".join(pair.layout.shared):
         raise DataError(f"gap: expected latents of single data only; got global {names}.")
     if not pair.layout.latents:

@@ -118,7 +118,7 @@ def score(
     """
     require_counts("score", samples=samples)
     pair = running.opened(run_or_pair)
-    found = _scored(pair, accept(pair, x), samples, seed, on_progress)
+    found = _scored(pair, accept(pair, x, known=False), samples, seed, on_progress)
     try:
         beside = _reference(run_or_pair, pair, reference, samples)
     except PvaeError as error:

@@ -283,7 +283,7 @@ def build_pair(experiment: Experiment, frame: Frame, rows: int = 0, device: torc
     def make() -> Pair:
         link = linked_parts(experiment, frame)
         link.building = True
-        pair = Pair(link.model, link.guide).adopt(torch.zeros(2, *frame.row))
+        pair = Pair(link.model, link.guide).adopt(frame.blank(2))
         experiment.objective.attach(pair)
         link.building = False
         return pair

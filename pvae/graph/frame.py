@@ -153,6 +153,11 @@ class Frame:
         found = {name: t for name, t in self.columns(rows).items() if self.entries[name].latent}
         return found if every else {name: t for name, t in found.items() if not bool(t.isnan().all())}
 
+    def blank(self, count: int) -> Tensor:
+        """Return `count` rows of zeros in which no value of a latent is known."""
+        parts = [torch.full((count, e.width), torch.nan if e.latent else 0.0) for e in self.entries.values()]
+        return torch.cat([torch.zeros(count, prod(self.x)), *parts], 1) if parts else torch.zeros(count, *self.x)
+
     def split(self, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the data points `(..., *x)` of rows `(..., *row)`, and what networks read of the covariates."""
         if not self.entries:

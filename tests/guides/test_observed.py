@@ -286,6 +286,9 @@ def test_evidence_is_of_x_or_of_x_and_y_but_never_of_some_of_each(fitted: pvae.R
         total.append(analysis.evidence(fitted.pair, rows, 200).log_p)
     torch.testing.assert_close(torch.stack(total).logsumexp(0), marginal, rtol=0, atol=0.1)
     assert (joint < marginal + 0.1).all()
+    for of in (analysis.ais, analysis.gap, analysis.score, analysis.prior_evidence):
+        with pytest.raises(DataError, match="expected rows without the value of y"):
+            of(fitted.pair, rows)
     rows[::2, -1] = torch.nan
     with pytest.raises(DataError, match="all hold a value of y, or none; got 10 of 20"):
         analysis.surgery(fitted.pair, rows)
