@@ -46,7 +46,7 @@ def m2(data: dict[str, Any], labels: int, seed: int, width: int, z: int, **more:
         "data": {**data, "labelled": labels, "label_seed": seed}, "seed": seed,
         "latents": {
             "y": {"codes": 10, "observed": "label", "prior": "uniform"},
-            "z": {"dim": z, "posterior": {"kind": "normal", "given": ["x", "y"], **dense(width)}},
+            "z": {"dim": z, "posterior": {"kind": "normal", "given": ["x", "y"]}},
         },
         "encoder": dense(width), "decoder": {"given": ["y", "z"], **dense(width)}, **more,
     })  # fmt: skip
@@ -54,11 +54,14 @@ def m2(data: dict[str, Any], labels: int, seed: int, width: int, z: int, **more:
 
 def of_images(path: Path, labels: int, seed: int) -> Experiment:
     train = trained(EPOCHS["M2"], 2e-3, batch_size=200, labelled=0.2)
-    return m2(images(path), labels, seed, 300, 50, objective={"classification": 10.0}, train=train)
+    encoder = {"kind": "per_latent", **dense(300)}
+    return m2(images(path), labels, seed, 300, 50, objective={"classification": 10.0}, train=train, encoder=encoder)
 
 
-def codes(path: Path, folder: Path) -> Path:
-    """Return an archive of the codes of a VAE fitted to the images, with their labels."""
+def codes(path: Path, folder: Path, kept: Path) -> Path:
+    """Return the archive `kept`, made unless it is there: codes of a VAE fitted to the images, with their labels."""
+    if kept.exists():
+        return kept
     plan = Experiment.from_dict({
         "data": images(path), "latents": {"z": {"dim": 50}}, "encoder": dense(600), "decoder": dense(600),
         "train": trained(EPOCHS["M1"], 2e-3, batch_size=200),
@@ -70,20 +73,21 @@ def codes(path: Path, folder: Path) -> Path:
         z = run.encode(split, mean=True)["z"]
         used = z.var(0) > USED if used is None else used
         found |= {f"x_{split.name}": z[:, used].numpy(), f"y_{split.name}": split.y.numpy()}  # type: ignore[union-attr]
-    np.savez(folder / "codes.npz", **found)
-    return folder / "codes.npz"
+    np.savez(kept, **found)
+    return kept
 
 
 def of_codes(path: Path, labels: int, seed: int) -> Experiment:
     data = {"source": "npz", "path": str(path), "x": "x", "y": "y", "scale": "standardise"}
     train = trained(EPOCHS["M1 + M2"], 5e-3, batch_size=500, labelled=0.2)
     decoder = {"given": ["y", "z"], **dense(200), "likelihood": {"kind": "normal", "scale": "per_datum"}}
-    more = {"objective": {"classification": 10.0}, "train": train, "decoder": decoder}
+    more = {"objective": {"classification": 30.0}, "train": train, "decoder": decoder}
+    more["encoder"] = {"kind": "per_latent", **dense(200)}  # of the codes, q(y | x) shares nothing with q(z | x, y)
     return m2(data, labels, seed, 200, 20, **more)
 
 
 METHODS = {"M2": of_images, "M1 + M2": of_codes}
-EPOCHS = {"M1": 15, "M2": 10, "M1 + M2": 25}
+EPOCHS = {"M1": 15, "M2": 10, "M1 + M2": 20}
 
 
 def main() -> None:
@@ -93,6 +97,7 @@ def main() -> None:
     parser.add_argument("--labels", type=int, nargs="+", default=[100, 1000])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=METHODS)
+    parser.add_argument("--codes", type=Path, help="Archive of the codes of M1, made unless it is there.")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     rows: list[Any] = pandas.read_csv(asked.table).to_dict("records") if asked.table.exists() else []
@@ -100,7 +105,7 @@ def main() -> None:
         folder = Path(name)
         source = {"M2": asked.mnist.resolve()}
         if asked.only != "M2":
-            source["M1 + M2"] = codes(source["M2"], folder)
+            source["M1 + M2"] = codes(source["M2"], folder, asked.codes or folder / "codes.npz")
         for method in [asked.only] if asked.only else METHODS:
             for labels in asked.labels:
                 for seed in range(asked.seeds):
