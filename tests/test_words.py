@@ -27,6 +27,9 @@ def calls() -> Iterator[tuple[str, str, set[str]]]:
 
     Entries that a class of results names, as its heading, its remarks or the meaning of a field, are given that result.
     """
+    for named in {str(value) for table in estimate.TABLES.values() for value in table.values()}:
+        if ("figures", named) in ENTRIES:
+            yield "figures", named, {"found"}
     for path in sorted(
         path for room in ("pvae", "models", "guides", "analysis") for path in (ROOT / room).rglob("*.py")
     ):

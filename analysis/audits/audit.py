@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ PICTURED, SHOWN = 100_000, 8
 """Largest numbers of elements of latents, and of reconstructions, in pictures."""
 
 
-@dataclass(frozen=True, repr=False)
 class Audit(Figures):
     """Figures of an autoencoder that pvae did not fit, by name: `found["scale"]` is an `Estimate`, None if unknown.
 
@@ -50,10 +49,6 @@ class Audit(Figures):
       likelihood the ELBO and bits per dimension (of a density for a normal one)
     - `log_likelihood`: log p(x | z), nats, of points without noise, which bounds nothing
     """
-
-    heading = "Audit of an autoencoder: latents of shape {0.shape} (n = {0.n})"
-    unit = "value"
-    counts = ("n", "shape", "event", "likelihood", "scale")
 
     n: int
     """Number of rows examined."""

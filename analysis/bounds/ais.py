@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -22,12 +21,8 @@ STATES_PER_CHUNK = 4000
 """Largest number of chains times rows annealed at once: each keeps the autograd graph of one log density."""
 
 
-@dataclass(frozen=True, repr=False)
 class _Annealing(Figures):
     """Base class of results of annealing: settings, lower bound on log p(x), and acceptance of the transitions."""
-
-    remarked = "annealing.remarks"
-    counts = ("n", "temperatures", "chains", "leapfrog", "start")
 
     n: int
     """Number of data."""
@@ -48,11 +43,8 @@ class _Annealing(Figures):
         return self.nested(acceptance=self.acceptance.mean())
 
 
-@dataclass(frozen=True, repr=False)
 class Annealed(_Annealing):
     """Lower bound on the mean log p(x) by annealed importance sampling, nats per datum; the result of `ais`."""
-
-    heading = "annealed importance sampling, nats per datum (n = {0.n})"
 
     log_p: Tensor
     """Log of the mean weight of every datum, nats, `(n,)`, float64 on the CPU."""
@@ -69,11 +61,8 @@ class Annealed(_Annealing):
         return {**super().to_dict(), "ess_median": float(self.ess.median()), "ess_min": float(self.ess.min())}
 
 
-@dataclass(frozen=True, repr=False)
 class Bracket(_Annealing):
     """Lower and upper bound on the mean log p(x) of simulated data, nats per datum; the result of `bracket`."""
-
-    heading = "bidirectional Monte Carlo on simulated data, nats per datum (n = {0.n})"
 
     lower: Annotated[Estimate, f"lower bound on log p(x): annealed from the {{0.start}}, {SETTINGS}"]
     upper: Annotated[Estimate, f"upper bound on log p(x): annealed back from exact posterior samples, {SETTINGS}"]

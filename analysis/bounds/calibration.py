@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import product
 from typing import Any
 
@@ -30,13 +30,8 @@ SHOWN = 12
 JOINT = "all jointly"
 
 
-@dataclass(frozen=True, repr=False)
 class Calibration(Figures):
     """Ranks of the latents that made simulated data among samples of q(z | x); the result of `calibration`."""
-
-    heading = "calibration of q(z | x) on {0.n} rows that the model made, {0.draws} samples each"
-    unit = "ratio"
-    counts = ("n", "draws", "importance")
 
     n: int
     """Number of rows simulated from the model."""

@@ -29,13 +29,8 @@ OPTIMISE, CHOOSE, MEASURE, EVIDENCE = range(1, 5)
 """Numbers of the noise streams: the refined posterior is selected on other samples than its ELBO is measured on."""
 
 
-@dataclass(frozen=True, repr=False)
 class Gap(Figures):
     """Gaps between the ELBO and log p(x), nats per datum; `inference = approximation + amortisation`, exactly."""
-
-    heading = "inference gap, nats per datum (n = {0.n})"
-    remarked = "gap.remarks"
-    counts = ("n", "steps", "samples", "evidence_samples", "refined", "unconverged")
 
     n: int
     """Number of data."""

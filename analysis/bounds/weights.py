@@ -5,7 +5,6 @@ And results with lower bounds on log p(x) for 1 to K importance samples, with di
 
 import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -169,13 +168,9 @@ def _mean_log(excess: Tensor, b: Tensor, count: Tensor) -> Tensor:
 # ---------------------------------------------------------------------- the bounds that they give
 
 
-@dataclass(frozen=True, repr=False)
 class Bounds(Figures):
     """Lower bounds on the mean log p(x) with 1, ..., `samples` importance samples, nats per datum."""
 
-    heading = "{0.what}, nats per datum (n = {0.n})"
-    remarked = "bounds.remarks"
-    counts = ("n", "samples")
     what: ClassVar[str]
     """Name of the estimated quantity, for the title of the table."""
     names: ClassVar[tuple[str, str]]
@@ -240,13 +235,8 @@ class Bounds(Figures):
         )  # fmt: skip
 
 
-@dataclass(frozen=True, repr=False)
 class Evidence(Bounds):
     """Lower bounds on the mean log p(x) with samples of the guide, nats per datum; the result of `evidence`."""
-
-    what = "evidence"
-    names = ("elbo", "iwae")
-    source = "guide"
 
     exact: Estimate | None = None
     """Exact mean log p(x) for flows and for discrete latents of at most 4096 joint states, which are summed; else
@@ -271,13 +261,8 @@ class Evidence(Bounds):
         return self.curve[-1][1]
 
 
-@dataclass(frozen=True, repr=False)
 class PriorEvidence(Bounds):
     """Lower bounds on the mean log p(x) with samples of the prior, nats per datum; the result of `prior_evidence`."""
-
-    what = "evidence from the prior"
-    names = ("jensen", "prior")
-    source = "prior"
 
     @property
     def jensen(self) -> Estimate:

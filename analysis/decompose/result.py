@@ -80,16 +80,12 @@ class ClassSurgery:
     """Mean over the class of log q_agg(z) - log p(z), where q_agg is that of all data."""
 
 
-@dataclass(frozen=True, repr=False)
 class Surgery(Figures):
     """Decomposition of the mean ELBO of a data set; nats per datum.
 
     `elbo = reconstruction - kl` (minus `global_kl`, where there is one) and `kl = mutual_information + marginal_kl`
     hold exactly, because all terms are computed from the same samples (or from the same sum over all states).
     """
-
-    heading = "surgery.heading"
-    counts = ("n", "samples")
 
     n: int
     samples: int

@@ -5,10 +5,11 @@ The words are the entries of `results.toml`, filled in by Jinja; an unknown entr
 
 import math
 import re
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_type_hints
+from typing import Any, ClassVar, Literal, dataclass_transform, get_type_hints
 
 import pandas
 from rich.table import Table
@@ -181,6 +182,8 @@ TEXT_NAME = re.compile(r"\w+\.\w+")
 
 # ---------------------------------------------------------------------- results
 
+TABLES = tomllib.loads(Path(__file__).with_name("tables.toml").read_text(encoding="utf-8"))
+"""Class attributes of results, by the name of the class."""
 Row = tuple[str, Estimate | None, str]
 """Row of a table of results: name of the term, its estimate (None where it is not defined), and its meaning."""
 
@@ -205,8 +208,11 @@ def _said(words: str, found: Any, **more: Any) -> str:
     return text(words, found=found, **more) if TEXT_NAME.fullmatch(words) else words.format(found, **more)
 
 
+@dataclass_transform(frozen_default=True)
 class Figures:
     """Base class of results that consist of named estimates, shown as text, table, data frame, HTML and JSON.
+
+    Every subclass is a frozen dataclass; its heading, remarks, unit and counts stand in `tables.toml`.
 
     A field `Annotated[Estimate, meaning]` is a row of the table, whose meaning is a format of the result, or the name
     of a text; its name is that of the field, or another format before the meaning.
@@ -220,6 +226,12 @@ class Figures:
     """Unit of the estimates, per datum."""
     counts: ClassVar[tuple[str, ...]] = ()
     """Names of the attributes (numbers of rows, settings) that `to_dict` puts before the estimates."""
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def __init_subclass__(cls, *, eq: bool = True) -> None:
+        for name, value in TABLES.get(cls.__name__, {}).items():
+            setattr(cls, name, tuple(value) if isinstance(value, list) else value)
+        dataclass(frozen=True, repr=False, eq=eq)(cls)
 
     @property
     def title(self) -> str:

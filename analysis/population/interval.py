@@ -48,15 +48,12 @@ class SubsetInformation:
     """The same without the own posterior: an upper bound of I_pi in expectation."""
 
 
-@dataclass(frozen=True, repr=False)
 class Population(Figures):
     """Interval for M = KL(q_pi || p), what a better prior can win on new data with this encoder; nats per datum.
 
     q_pi(z) = E_pi q(z | x) is the aggregated posterior under the distribution pi that the rows were drawn from, and
     I_pi = E log q(z | x) - log q_pi(z) the mutual information under it. E KL(q(z | x) || p) = I_pi + M.
     """
-
-    heading = "On new data, nats per datum (n = {0.n})"
 
     n: int
     gain: Annotated[Estimate, "new_gain", "new data: a better prior wins at least this"]

@@ -1,7 +1,7 @@
 """Data copying: tests of whether samples are closer to training rows than held-out data are."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -29,14 +29,8 @@ TRAINING_BLOCK = 8192
 """Number of training rows whose distances to samples are computed at a time."""
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class Copying(Figures):
+class Copying(Figures, eq=False):
     """Distances of samples and of held-out data to training rows; the result of `copying` and `data_copying`."""
-
-    heading = "copying.heading"
-    remarked = "copying.remarks"
-    unit = "proportion"
-    counts = ("trained", "is_mean", "space", "held_share")
 
     z: Annotated[Estimate, "far below 0: samples are nearer to training rows than held-out data are; above 0: farther"]
     """Mann-Whitney statistic; standard normal if samples have the distribution of the data, negative for copies."""

@@ -1,7 +1,6 @@
 """Estimates of KL(q_agg || p) from samples alone, by a classifier (critic) between codes and samples of the prior."""
 
 import math
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -32,13 +31,8 @@ RATE, DECAY = 2e-3, 0.88
 """Initial learning rate of the critic, and the factor that it is multiplied by after every epoch."""
 
 
-@dataclass(frozen=True, repr=False)
 class CriticKL(Figures):
     """Estimates of KL(q_agg || p) by a critic, nats; the result of `critic`."""
-
-    heading = "critic.heading"
-    remarked = "critic.remarks"
-    counts = ("unit", "n", "draws", "dim", "latents")
 
     kl: Annotated[Estimate, "mean log-ratio of codes: not a bound, and off by the error of the critic"]
     """Mean over codes of the critic's log-ratio T = log q_agg - log p; an estimate, off by the error of the critic."""

@@ -1,7 +1,6 @@
 """Fréchet and kernel distance between features of samples and of data."""
 
 import math
-from dataclasses import dataclass
 from typing import Annotated
 
 import torch
@@ -18,16 +17,11 @@ ZERO_EIGENVALUE = 1e-12
 """Fraction of the largest eigenvalue below which an eigenvalue counts as zero."""
 
 
-@dataclass(frozen=True, repr=False)
 class Distances(Figures):
     """Distances of samples from data in a feature space, estimates; the result of `distances`.
 
     The Fréchet distances have the squared unit of the features, the kernel distance has none.
     """
-
-    heading = "Distances of {0.m} samples from {0.n} data"
-    unit = "features"
-    counts = ("n", "m")
 
     frechet: Annotated[Estimate, "between normals fitted to features of samples and data; too large on average"]
     """Squared Fréchet distance between normals fitted to features of samples and of data, see `frechet`."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from typing import Annotated, Any
 
 import torch
@@ -20,14 +20,8 @@ DISTANCES_PER_BLOCK = 2**23
 """Number of pairwise distances that are computed at a time, which bounds memory."""
 
 
-@dataclass(frozen=True, repr=False)
 class Fidelity(Figures):
     """Precision, recall, density and coverage of samples among data, estimates; the result of `fidelity`."""
-
-    remarked = "fidelity.remarks"
-    heading = "Samples among data ({0.m} among {0.n}, k = {0.k})"
-    unit = "proportion"
-    counts = ("n", "m", "k", "space")
 
     precision: Annotated[Estimate, "proportion of samples within the balls of data: do they look like data?"]
     """Proportion of samples inside at least one of the k-nearest-neighbour balls around data."""

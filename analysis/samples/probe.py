@@ -54,13 +54,8 @@ class Reading:
     """Accuracy of logistic regression minus its accuracy with x as input, paired by row; None for x itself."""
 
 
-@dataclass(frozen=True, repr=False)
 class Probe(Figures):
     """Accuracy of simple classifiers of codes, estimates; the result of `probe`."""
-
-    heading = "Labels predicted from codes ({0.asked} of {0.split}, {0.trained} training rows)"
-    unit = "proportion"
-    counts = ("split", "trained", "asked")
 
     readings: tuple[Reading, ...]
     """Accuracies of classifiers of each latent, of all latents together if there are several, and of x."""

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
@@ -32,13 +31,8 @@ FEWEST_TEST_ROWS = 8
 """Smallest number of data, and of samples, that the test accepts."""
 
 
-@dataclass(frozen=True, repr=False)
 class TwoSample(Figures):
     """Accuracy of a classifier between samples and data, on held-out rows; the result of `two_sample`."""
-
-    heading = "Classifier two-sample test ({0.held} held-out samples and data)"
-    unit = "proportion"
-    counts = ("n", "held")
 
     accuracy: Annotated[Estimate, "classifier accuracy: 1/2 for samples of the distribution of the data"]
     """Accuracy of the classifier on held-out rows; an estimate."""
@@ -126,13 +120,8 @@ def _labelled(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------- all comparisons
 
 
-@dataclass(frozen=True, repr=False)
 class SampleQuality(Figures):
     """Two-sample test, fidelity, distances and sharpness of samples of a run; the result of `sample_quality`."""
-
-    remarked = "quality.remarks"
-    heading = "Samples and {0.split} data: {0.fidelity.m} samples, {0.fidelity.n} data"
-    unit = "proportion"
 
     test: TwoSample
     """Classifier two-sample test between samples and data."""

@@ -139,13 +139,8 @@ class Example:
     """Proportion of held-out data whose k-nearest-neighbour ball contains a sample, see `fidelity`; an estimate."""
 
 
-@dataclass(frozen=True, repr=False)
 class CounterExamples(Figures):
     """Exact likelihoods, nats per datum, and sample quality of the compared models; the result of `counterexamples`."""
-
-    heading = "Likelihood and samples are two things ({0.source}: {0.n} training data of {0.dim} elements)"
-    unit = "nats or proportion"
-    counts = ("source", "n", "dim", "bound")
 
     examples: tuple[Example, ...]
     """Results for each of the compared models."""

@@ -1,7 +1,7 @@
 """Results of the runs of a comparison, computed once and shared by all sections; paired differences of two runs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Annotated, Any
 
@@ -31,12 +31,8 @@ STRIP = 10
 # ---------------------------------------------------------------------- paired differences
 
 
-@dataclass(frozen=True, repr=False)
 class Paired(Figures):
     """Mean paired differences, run minus reference, on the same data; nats per datum, positive if the run is better."""
-
-    heading = "Paired differences, nats per datum (n = {0.n})"
-    counts = ("n",)
 
     n: int
     elbo: Annotated[Estimate, "ELBO less that of the reference, datum by datum"]
