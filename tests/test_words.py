@@ -17,9 +17,13 @@ from tests.pages.test_words import Anything
 ROOT = Path(__file__).parents[1]
 CATALOGUES = {"figures": estimate.WORDS, "rooms": words.MESSAGES}
 IMPORTS = {
-    "figures": re.compile(r"figures.estimate import .*\btexts?\b|^text, texts = WORDS", re.MULTILINE),
+    "figures": re.compile(
+        r"figures.estimate import .*\b(texts?|refuse|misdeclared)\b|^text, texts = WORDS", re.MULTILINE
+    ),
     "rooms": re.compile(r"pvae.words import .*\btexts?\b"),
 }
+REFUSING = ("refuse", "misdeclared")
+"""Functions whose second argument is a message or the name of an entry."""
 
 
 def calls() -> Iterator[tuple[str, str, set[str]]]:
@@ -41,13 +45,18 @@ def calls() -> Iterator[tuple[str, str, set[str]]]:
         for call in ast.walk(tree):
             function = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
             of = ["rooms"] if re.fullmatch(r"(\w*Error|Stopped)\.of", function) else []
-            of += [name for name, line in IMPORTS.items() if function in ("text", "texts") and line.search(source)]
+            of += [
+                name
+                for name, line in IMPORTS.items()
+                if function in ("text", "texts", *REFUSING) and line.search(source)
+            ]
             if of and isinstance(call, ast.Call):
                 fields = {str(keyword.arg) for keyword in call.keywords if keyword.arg}
                 if len(fields) < len(call.keywords):
                     fields |= {str(k.value) for k in ast.walk(tree) if isinstance(k, ast.Constant)}
-                for node in ast.walk(call.args[0]):
-                    if isinstance(node, ast.Constant):
+                for node in ast.walk(call.args[function in REFUSING]):
+                    named = function not in REFUSING or estimate.TEXT_NAME.fullmatch(ast.unparse(node).strip("'"))
+                    if isinstance(node, ast.Constant) and named:
                         yield of[0], str(node.value), fields
 
 

@@ -14,9 +14,8 @@ from pvae.analysis.aggregate.components import Components, Reread, held, members
 from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.aggregate.information import Information, each_left_out
 from pvae.analysis.aggregate.pairwise import GuideRuns
-from pvae.analysis.figures.estimate import jackknife
+from pvae.analysis.figures.estimate import jackknife, misdeclared, refuse
 from pvae.distributions.exponential import Members
-from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair, Undrawn
 from pvae.util import seeds
 from pvae.util.types import Size
@@ -72,8 +71,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         memory: int = MEMORY,
     ) -> None:
         self.components = held(components, memory) if isinstance(components, Members) else components
-        if not len(self.components):
-            raise DeclarationError("AggregatedPosterior: expected at least one component; got none.")
+        misdeclared(not len(self.components), "AggregatedPosterior: expected at least one component; got none.")
         self.total = len(self.components) if total is None else total
         self.index = index
         super().__init__(torch.Size(), torch.Size((self.components.dim,)), validate_args=False)
@@ -107,8 +105,7 @@ class AggregatedPosterior(dist.TorchDistribution):
         """
         x = accept(pair, x)
         names = pair.layout.latents if latents is None else tuple(latents)
-        if not names or not set(names) <= {*pair.layout.latents}:
-            raise DataError(f"latents: expected some of {', '.join(pair.layout.latents)}; got {', '.join(names)}.")
+        refuse(not names or {*names} - {*pair.layout.latents}, "refused.some_latents", pair=pair, names=names)
         rows = choose(len(x), components, seed, x.device)
         chosen = x if rows is None else x[rows]
         alone = set(names) <= pair.dependencies(x).guide_roots
@@ -164,8 +161,7 @@ class AggregatedPosterior(dist.TorchDistribution):
             where[self.index] = torch.arange(len(self), device=index.device)
             skip = where[index]
         count = len(self) - (skip >= 0).double()
-        if float(count.min()) < 1:
-            raise DataError("leave-one-out: expected at least two components; got one.")
+        refuse(float(count.min()) < 1, "leave-one-out: expected at least two components; got one.")
         group = torch.where(skip < 0, -1, self.components.groups.of[skip])
         return self.components.log_sums(value, skip), count, group
 
@@ -229,8 +225,7 @@ class AggregatedPosterior(dist.TorchDistribution):
 
 def choose(n: int, count: int | None, seed: int, device: torch.device) -> Tensor | None:
     """Return the indices of `count` of n rows, chosen at random and sorted; None if all rows are taken."""
-    if count is not None and count < 2:
-        raise DataError(f"components: expected at least 2; got {count}.")
+    refuse(count is not None and count < 2, f"components: expected at least 2; got {count}.")
     if count is None or count >= n:
         return None
     return seeds.subset(n, count, seeds.mix(seed, seeds.ANALYSIS, 3)).to(device)

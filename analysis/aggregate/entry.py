@@ -10,7 +10,7 @@ from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import refuse, text
 from pvae.distributions.relaxed import Discretised
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair, Unweighed, require_bound, samples
@@ -36,8 +36,7 @@ def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True) -> Ten
     if not isinstance(pair, Pair):
         hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
         raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
-    if pair.implicit:
-        raise DataError(text("refused.no_likelihood"))
+    refuse(pair.implicit, "refused.no_likelihood")
     rows = pair.accept(x)
     if guide:
         require_bound(pair.structure.guide_only)
@@ -76,8 +75,7 @@ def require_counts(caller: str, **counts: int) -> None:
         DataError: the message names the first of them.
     """
     for name, count in counts.items():
-        if count < 1:
-            raise DataError(f"{caller}: expected {name} of at least 1; got {count}.")
+        refuse(count < 1, f"{caller}: expected {name} of at least 1; got {count}.")
 
 
 def require_likelihood(pair: Pair, caller: str) -> None:
@@ -86,8 +84,7 @@ def require_likelihood(pair: Pair, caller: str) -> None:
     Raises:
         DataError: z determines x; the message names the observed sites.
     """
-    if found := pair.structure.determined:
-        raise DataError(text("refused.determined", caller=caller, names=found))
+    refuse(found := pair.structure.determined, "refused.determined", caller=caller, names=found)
 
 
 @contextmanager

@@ -13,11 +13,11 @@ from pvae.analysis.audits.foreign import Encoded, Foreign, LikelihoodName
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import Figures, Row, exact, over_rows, text
+from pvae.analysis.figures.estimate import Figures, Row, exact, misdeclared, over_rows, refuse, text
 from pvae.analysis.samples.features import affordable
 from pvae.component import Shape
 from pvae.data.sources.python import as_array
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError
 from pvae.pair import SILENT, Pair, in_use, quiet
 from pvae.util import seeds
 
@@ -164,11 +164,9 @@ def audit(
         >>> abs(found["scale"].value * 4 * float(x.std()) - 1) < 1e-3
         True
     """
-    if not callable(encode) or not callable(decode):
-        raise DeclarationError(f"audit: expected two functions, encode and decode; got {encode}, {decode}.")
+    misdeclared(not callable(encode) or not callable(decode), "refused.functions", encode=encode, decode=decode)
     array = as_array(data, "data")
-    if not array.shape or array.shape[0] < FEWEST:
-        raise DataError(f"data: expected at least {FEWEST} rows; got an array of shape {list(array.shape)}.")
+    refuse(not array.shape or array.shape[0] < FEWEST, "refused.few_audited", array=array, least=FEWEST)
     chosen = seeds.subset(array.shape[0], rows or affordable(ROWS, tuple(array.shape[1:])), seed)
     x = torch.as_tensor(array[chosen.numpy()])[seeds.permutation(len(chosen), seed, 0)].float()
     event, found = tuple(x.shape[1:]), list[Row]()
@@ -211,8 +209,7 @@ def _of_codes(program: Foreign, encoded: Encoded, codes: int | Tensor | None, ou
     """Yield the numbers of K codes that are used, dead, and in use with nearly equal vectors."""
     index, table = encoded.loc if encoded.index is None else encoded.index, codes
     k = program.codes = int(index.max()) + 1 if codes is None else len(codes) if isinstance(codes, Tensor) else codes
-    if int(index.min()) < 0 or int(index.max()) >= k:
-        raise DataError(f"encode: expected codes from 0 to {k - 1}; got {int(index.min())} to {int(index.max())}.")
+    refuse(int(index.min()) < 0 or int(index.max()) >= k, "refused.codes_beyond", index=index, last=k - 1)
     if not isinstance(table, Tensor):
         table = latents.vectors_of(index, encoded.loc, k)
     out["share"] = index.flatten().bincount(minlength=k).double() / index.numel()

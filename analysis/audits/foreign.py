@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import refuse
 from pvae.component import Shape
 from pvae.distributions import Certain, code_grid
 from pvae.distributions.base import DiscretizedLogistic
@@ -50,8 +50,7 @@ class Encoded:
         tensors = [torch.cat(column).detach().cpu() for column in columns]
         floats = [part.float() for part in tensors if part.is_floating_point()]
         codes = [part.long() for part in tensors if not part.is_floating_point()]
-        if not tensors or not all(bool(part.isfinite().all()) for part in floats):
-            raise DataError(text("audit.encoding", found=batches[0]))
+        refuse(not tensors or not all(part.isfinite().all() for part in floats), "audit.encoding", found=batches[0])
         if codes:
             return cls((floats or codes)[0], None, codes[0])
         loc, *log_variance = (part.reshape(len(part), *part.shape[1:] or (1,)) for part in floats)
@@ -88,8 +87,7 @@ class Foreign:
     def encoded(self, x: Tensor) -> Encoded:
         """Return the encodings of rows of data `(n, *event)`."""
         found = Encoded.read(self.chunks(self.encode, x, x), self.noise)
-        if len(found.loc) != len(x):
-            raise DataError(f"encode: expected one encoding for each of {len(x)} rows; got {len(found.loc)}.")
+        refuse((n := len(found.loc)) != len(x), f"encode: expected one encoding for each of {len(x)} rows; got {n}.")
         return found
 
     def decoded(self, z: Tensor, x: Tensor) -> Tensor:

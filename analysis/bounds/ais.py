@@ -11,7 +11,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, sim
 from pvae.analysis.bounds.annealing import anneal, pilot, schedule
 from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows, refuse
 from pvae.errors import DataError
 from pvae.pair import Pair, PairData
 from pvae.util.progress import Progress, silent
@@ -204,8 +204,7 @@ def bracket(
     x_like = accept(pair, x_like, guide=False)
     plan = AnnealingPlan("bracket", temperatures, chains, leapfrog, start)
     plan.check(pair, rows)
-    if rows < 1:
-        raise DataError(f"bracket: expected at least one row to simulate; got rows={rows}. Pass rows=100, say.")
+    refuse(rows < 1, f"bracket: expected at least one row to simulate; got rows={rows}. Pass rows=100, say.")
     if len(pair.layout.observed) != 1:
         names = ", ".join(pair.layout.observed)
         raise DataError(f"bracket: expected one observed site to simulate; got {names}. Use ais on data.")

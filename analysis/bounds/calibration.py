@@ -16,7 +16,7 @@ from torch.distributions import Bernoulli, OneHotCategorical
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, require_room, same_globals, simulated
 from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
 from pvae.analysis.bounds.weights import log_weights
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, text, texts
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, refuse, text, texts
 from pvae.distributions.relaxed import LogOneHot
 from pvae.errors import DataError
 from pvae.pair import Pair, PairData, ProgramError, is_code, is_masked, sum_over, terms_of
@@ -196,8 +196,7 @@ def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
         except ProgramError as error:
             raise DataError(f"{wanted} them: {error} Pass x=...") from error
         made.append([node["value"] for node in nodes.values()])
-    if made and not all(map(torch.equal, *made)):
-        raise DataError(f"{wanted} them; got none. Pass x=..., some rows of data.")
+    refuse(made and not all(map(torch.equal, *made)), f"{wanted} them; got none. Pass x=..., some rows of data.")
     return like
 
 
@@ -242,8 +241,7 @@ def _coordinates(pair: Pair, trace: Trace) -> tuple[dict[str, bool], Tensor]:
     nodes, found = samples(trace), []
     names: dict[str, bool] = {}
     for name in pair.layout.latents:
-        if name not in nodes or is_masked(nodes[name]):
-            raise DataError(f"calibration: expected {name} in every row of simulated data; got rows that lack it.")
+        refuse(name not in nodes or is_masked(nodes[name]), "refused.not_simulated", name=name)
         shape = site_shape(nodes[name], pair.layout)
         flat, sizes = shape.flatten(nodes[name]["value"]).double(), (*shape.left, *shape.right)
         fn = nodes[name]["fn"]

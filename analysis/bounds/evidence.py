@@ -10,7 +10,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, sam
 from pvae.analysis.bounds.accumulate import accumulate_weights
 from pvae.analysis.bounds.weights import Evidence, PriorEvidence, log_weights, one_by_one, side_by_side
 from pvae.analysis.decompose.codes import log_evidence
-from pvae.analysis.figures.estimate import exact_mean, scaled, text
+from pvae.analysis.figures.estimate import exact_mean, refuse, scaled, text
 from pvae.errors import DataError
 from pvae.pair import PARTICLES, Pair, PairData, Terms, full_size, is_point, log_prob, sum_over
 from pvae.pair.layout import samples as sample_sites
@@ -191,14 +191,12 @@ def require_posterior(pair: Pair) -> bool:
         True if log p(x) is known exactly: in a flow, and where the model sums all its latents out.
     """
     points = [name for name in pair.layout.latents if name in pair.structure.points]
-    if points and not pair.structure.determined:
-        raise DataError(text("refused.points", names=points))
+    refuse(points and not pair.structure.determined, "refused.points", names=points)
     return len(points) == len(pair.layout.latents)
 
 
 def _check_samples(samples: int, caller: str) -> None:
-    if samples < 1:
-        raise DataError(f"{caller}: expected at least one sample; got samples={samples}. Pass samples=5000, say.")
+    refuse(samples < 1, f"{caller}: expected at least one sample; got samples={samples}. Pass samples=5000, say.")
 
 
 def _likelihood(pair: Pair, x: Tensor, count: int, given: dict[str, Tensor]) -> Tensor:

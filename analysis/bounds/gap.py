@@ -13,7 +13,7 @@ from pvae.analysis.bounds.accumulate import Accumulator
 from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
-from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows
+from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows, refuse
 from pvae.errors import DataError
 from pvae.nn.schedules import LeanAdam
 from pvae.pair import Pair, PairData
@@ -127,8 +127,7 @@ def gap(
     """
     require_counts("gap", steps=steps, samples=samples, evidence_samples=evidence_samples, particles=particles)
     x = accept(pair, x, known=False)
-    if names := ", ".join(pair.layout.shared):
-        raise DataError(f"gap: expected latents of single data only; got global {names}.")
+    refuse(names := ", ".join(pair.layout.shared), f"gap: expected latents of single data only; got global {names}.")
     if not pair.layout.latents:
         names = ", ".join(pair.layout.enumerated)
         raise DataError(f"gap: expected latents in the guide; {names} are summed out exactly, so there is no gap.")

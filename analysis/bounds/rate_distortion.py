@@ -12,7 +12,7 @@ from rich.text import Text
 
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import refuse, text
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
@@ -108,8 +108,7 @@ def rate_distortion(
         >>> abs(row["elbo"] + row["rate"] + row["distortion"]) < 1e-9
         True
     """
-    if not runs:
-        raise DataError("rate_distortion: expected at least one run; got none.")
+    refuse(not runs, "rate_distortion: expected at least one run; got none.")
     runs = list({run.path: run for run in runs}.values())
     for run in runs[1:]:
         require_alike(runs[0], run)

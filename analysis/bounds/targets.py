@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to
 
 from pvae.analysis.aggregate.entry import require_counts, require_room
-from pvae.analysis.figures.estimate import text, texts
+from pvae.analysis.figures.estimate import refuse, text, texts
 from pvae.errors import DataError
 from pvae.pair import PARTICLES, Layout, Pair, SiteShape, log_prob, samples, site_shape, sum_over, unwrapped
 
@@ -91,8 +91,7 @@ class Target:
         self.start: Start = plan.start
         model, again = (_unseen(pair.model_trace(x)) for _ in range(2))
         self.coordinates = [_coordinate(plan, name, node, again[name], self.layout) for name, node in model.items()]
-        if not self.coordinates:
-            raise DataError(f"{plan.caller}: expected latents in the model; got none. Its density is exact as it is.")
+        refuse(not self.coordinates, "refused.no_latents", caller=plan.caller)
         if plan.start == "guide":
             _check_guide(plan, model, _unseen(pair.guide_trace(x)))
         self.sizes = [coordinate.free.numel for coordinate in self.coordinates]
@@ -212,8 +211,7 @@ def _unseen(trace: Trace) -> dict[str, Any]:
 
 def _coordinate(plan: AnnealingPlan, name: str, node: Any, again: Any, layout: Layout) -> Coordinate:
     """Return one latent of the model with the map from unconstrained space to its support."""
-    if not layout.holds(node):
-        raise DataError(f"{plan.caller}: expected latents of single data only; got global {name}.")
+    refuse(not layout.holds(node), f"{plan.caller}: expected latents of single data only; got global {name}.")
     transform = _to_support(plan, name, node)
     other = _to_support(plan, name, again)(transform.inv(node["value"]))
     if other.shape != node["value"].shape or not _close(other, node["value"]):
@@ -237,8 +235,7 @@ def _to_support(plan: AnnealingPlan, name: str, node: Any) -> Transform:
 
 def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, Any]) -> None:
     """Refuse a guide whose density is not over the latents and supports of the model."""
-    if set(guide) != set(model):
-        raise DataError(text("refused.other_latents", caller=plan.caller, model=sorted(model), guide=sorted(guide)))
+    refuse({*guide} != {*model}, "refused.other_latents", caller=plan.caller, model=sorted(model), guide=sorted(guide))
     for name, node in guide.items():
         pairs = (node["fn"], model[name]["value"]), (model[name]["fn"], node["value"])
         if not all(bool(fn.support.check(value).all()) for fn, value in pairs):

@@ -10,8 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, text
-from pvae.errors import DataError
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, refuse, text
 from pvae.pair.terms import Terms
 
 WeightSampler = Callable[[Tensor, int], Any]
@@ -123,8 +122,7 @@ def pareto_k(log_weights: Tensor, samples: int, resolution: Tensor | float = 0.0
     """
     if (tail := tail_length(samples)) < SMALLEST_TAIL:
         return log_weights.new_full(log_weights.shape[1:], math.nan, dtype=torch.float64)
-    if len(log_weights) <= tail:
-        raise DataError(text("refused.few_weights", tail=tail, samples=samples, count=len(log_weights)))
+    refuse(len(log_weights) <= tail, "refused.few_weights", tail=tail, samples=samples, count=len(log_weights))
     top = log_weights.double().topk(tail + 1, 0).values
     relative = top - top[0]
     cutoff = relative[-1].clamp(min=LOG_TINIEST)

@@ -13,9 +13,8 @@ from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.aggregate.information import Information
 from pvae.analysis.decompose.codes import JointCodes, joint_codes
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
-from pvae.analysis.figures.estimate import Estimate, Kind, over_draws, over_whole_draws, text
+from pvae.analysis.figures.estimate import Estimate, Kind, misdeclared, over_draws, over_whole_draws
 from pvae.distributions import CertainCodes, Codes, Normals, product
-from pvae.errors import DeclarationError
 from pvae.pair import Dependencies, Pair
 from pvae.util import seeds
 
@@ -217,8 +216,7 @@ class Account:
 
     def take(self, d: Draw) -> None:
         """Score one sample of the latents of all rows, and append its log densities."""
-        if d is not self.first and d.latents.keys() != self.every:
-            raise DeclarationError(text("refused.changing_latents", names=self.names, found=d.latents))
+        misdeclared(d is not self.first and d.latents.keys() != self.every, "refused.changing_latents", of=self, draw=d)
         self.reconstruction.append(d.reconstruction)
         self.shared.append(d.shared)
         for name in self.names:

@@ -17,7 +17,7 @@ from pvae.analysis.decompose.by_covariate import by_group, by_presence, priors_b
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery, side_by_side
 from pvae.analysis.decompose.surgery_figures import Asked, close, on_new_data
-from pvae.analysis.figures.estimate import Estimate, over_draws, text
+from pvae.analysis.figures.estimate import Estimate, over_draws, refuse, text
 from pvae.analysis.population.interval import Population
 from pvae.data import Dataset
 from pvae.errors import DataError
@@ -114,8 +114,7 @@ def surgery(
         >>> abs(found.elbo.value - (found.reconstruction.value - found.kl.value)) < 1e-9
         True
     """
-    if samples < 1:
-        raise DataError(f"surgery: expected at least one draw; got samples={samples}.")
+    refuse(samples < 1, f"surgery: expected at least one draw; got samples={samples}.")
     x = accept(pair, x)
     levels = len(pair.layout.latents) + len(pair.layout.enumerated)
     kept = samples * len(x) * (1 + 6 * levels)
@@ -156,10 +155,8 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
         y = torch.as_tensor(labels, device=x.device)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(f"labels: expected {len(x)} integers; got something else: {type(labels).__name__}.") from None
-    if y.shape != (len(x),) or y.is_floating_point():
-        raise DataError(f"labels: expected {len(x)} integers; got shape {list(y.shape)} of {y.dtype}.")
-    if len(y.unique()) > CLASSES_AT_MOST:
-        raise DataError(f"labels: expected at most {CLASSES_AT_MOST} classes; got {len(y.unique())}.")
+    refuse(y.shape != (len(x),) or y.is_floating_point(), "refused.labels", n=len(x), y=y)
+    refuse((k := len(y.unique())) > CLASSES_AT_MOST, f"labels: expected at most {CLASSES_AT_MOST} classes; got {k}.")
     return y
 
 
@@ -258,8 +255,7 @@ def gain(
         with quiet(pair, x, seed):
             terms.append([_nats(pair, x) for _ in range(samples)])
     pairs = list(zip(*terms, strict=True))
-    if not all(torch.equal(one[0], other[0]) for one, other in pairs):
-        raise DataError("gain: expected one encoder under two priors; got guides that draw different latents.")
+    refuse(not all(torch.equal(one[0], other[0]) for one, other in pairs), "refused.other_encoder")
     gained = over_draws(torch.stack([other[1] - one[1] for one, other in pairs]))
     found = []
     for i, pair in enumerate((before, after)):

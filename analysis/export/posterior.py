@@ -17,7 +17,7 @@ from pvae.analysis.decompose.posterior_draws import Draw, draw_chunk
 from pvae.analysis.export import sites as exported
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
 from pvae.analysis.export.sites import ExportedSites, Variable, group, numpy_of, storable, value_of, values_of
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import refuse, text
 from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.pair import ROWS_OF_A_BATCH, Pair, samples
@@ -313,8 +313,7 @@ def posterior(
     """
     counts = {"draws": draws, "rows": rows, "predictive_rows": predictive_rows, "predictive_draws": predictive_draws}
     for name, count in counts.items():
-        if count is not None and count < 1:
-            raise DataError(f"{name}: expected at least 1; got {count}.")
+        refuse(count is not None and count < 1, f"{name}: expected at least 1; got {count}.")
     part = run.data.split(split)
     chosen = seeds.subset(len(part), rows, seed)
     few, some = min(predictive_rows, len(chosen)), min(predictive_draws, draws)

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from pvae.errors import DataError, DeclarationError, PvaeError
 from pvae.util.files import plain
 from pvae.words import Catalogue
 
@@ -178,6 +179,17 @@ def with_error(e: Estimate) -> str:
 WORDS = Catalogue(Path(__file__).parent, "results.toml", short=short, with_error=with_error, log=math.log)
 text, texts = WORDS.text, WORDS.texts
 TEXT_NAME = re.compile(r"\w+\.\w+")
+
+
+def refuse(problem: object, words: str, error: type[PvaeError] = DataError, /, **fields: Any) -> None:
+    """Raise a DataError if there is a problem; its message is `words`, or the text of that name with its fields."""
+    if problem:
+        raise error(text(words, **fields) if TEXT_NAME.fullmatch(words) else words)
+
+
+def misdeclared(problem: object, words: str, /, **fields: Any) -> None:
+    """Raise a DeclarationError if there is a problem, as `refuse` does."""
+    refuse(problem, words, DeclarationError, **fields)
 
 
 # ---------------------------------------------------------------------- results

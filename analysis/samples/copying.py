@@ -8,12 +8,11 @@ import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, exact, proportion, text
+from pvae.analysis.figures.estimate import Estimate, Figures, exact, proportion, refuse
 from pvae.analysis.samples.features import Features, affordable
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
 from pvae.analysis.samples.running import observed_rows, opened
 from pvae.analysis.samples.sample import Samples, sample
-from pvae.errors import DataError
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
 
@@ -113,8 +112,7 @@ def copying(
         (400, True)
     """
     pair, part, train = opened(run), run.data.split(split), run.data.train
-    if part.name == train.name:
-        raise DataError("copying: expected data that the run was not trained on; got train. Take validation or test.")
+    refuse(part.name == train.name, "refused.copied_from_train")
     chosen = seeds.subset(len(part), min(rows or COPYING_ROWS, COPYING_ROWS), seed)
     if samples is None:
         samples = sample(run, len(chosen), mean=mean, seed=seed)
@@ -181,10 +179,8 @@ def data_copying(
         True
     """
     kinds = (train, held, fake)
-    if min(map(len, kinds)) < 2 or len({tuple(x.shape[1:]) for x in kinds}) > 1:
-        raise DataError(text("refused.other_rows", shapes=[list(x.shape) for x in kinds]))
-    if not all(bool(x.isfinite().all()) for x in kinds):
-        raise DataError(text("refused.no_distance"))
+    refuse(min(map(len, kinds)) < 2 or len({x.shape[1:] for x in kinds}) > 1, "refused.other_rows", kinds=kinds)
+    refuse(not all(bool(x.isfinite().all()) for x in kinds), "refused.no_distance")
     train, held, fake = (x.flatten(1) if space is None else space.embed(x) for x in kinds)
     total = len(fake) + len(held)
     nearest, distance = nearest_of(fake, train)

@@ -8,11 +8,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from pvae.analysis.aggregate.entry import accept
-from pvae.analysis.figures.estimate import Estimate, Figures, over_rows
+from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, refuse
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.running import analysed, by_chunks, opened
 from pvae.analysis.samples.sample import prior_latents
-from pvae.errors import DataError
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
@@ -98,8 +97,7 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
     """
     pair = opened(run_or_pair)
     x = accept(pair, x)
-    if len(x) < FEWEST_CRITIC_ROWS:
-        raise DataError(f"critic: expected at least {FEWEST_CRITIC_ROWS} rows; got {len(x)}.")
+    refuse(len(x) < FEWEST_CRITIC_ROWS, f"critic: expected at least {FEWEST_CRITIC_ROWS} rows; got {len(x)}.")
     draws = min(64, max(1, math.ceil(CRITIC_CODES / len(x))))
     q, p, latents = both_sides(pair, x, draws, seed)
     fold = torch.randperm(len(x), generator=seeds.generator(seed, seeds.ANALYSIS, 20)) % FOLDS

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from pvae.analysis.figures.estimate import refuse
 from pvae.component import Shape
-from pvae.errors import DataError
 from pvae.nn.conv import Conv
 from pvae.nn.network import MLP, NetworkModule
 from pvae.nn.schedules import LeanAdam
@@ -154,8 +154,7 @@ def features(x: Tensor, y: Tensor | None = None, names: tuple[str, ...] | None =
         >>> features(torch.randn(30, 4)).embed(torch.zeros(2, 4)).shape
         torch.Size([2, 4])
     """
-    if len(x) < 2:
-        raise DataError(f"features: expected at least two rows of data; got {len(x)}.")
+    refuse(len(x) < 2, f"features: expected at least two rows of data; got {len(x)}.")
     classes = 0 if y is None else int(y.max()) + 1
     if y is not None and classes > 1:
         model = classify(x, y, classes, seed)

@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, jackknife, over_rows, proportion, text
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, jackknife, over_rows, proportion, refuse
 from pvae.analysis.samples.features import Features
-from pvae.errors import DataError
 
 FIDELITY_NEIGHBOURS = 5
 """Default k: the radius of the ball around a point is the distance to its k-th nearest neighbour."""
@@ -123,10 +122,8 @@ def fidelity(real: Tensor, fake: Tensor, k: int = FIDELITY_NEIGHBOURS, space: Fe
         >>> found.precision.value, found.coverage.value
         (0.0, 0.0)
     """
-    if real.shape[1:] != fake.shape[1:]:
-        raise DataError(f"fidelity: expected samples of shape {list(real.shape[1:])}; got {list(fake.shape[1:])}.")
-    if not 0 < k < min(len(real), len(fake)):
-        raise DataError(text("refused.few_neighbours", k=k, real=len(real), fake=len(fake)))
+    refuse(real.shape[1:] != fake.shape[1:], "refused.other_shape", caller="fidelity", real=real, fake=fake)
+    refuse(not 0 < k < min(len(real), len(fake)), "refused.few_neighbours", k=k, real=len(real), fake=len(fake))
     embed = (lambda x: x.flatten(1).double()) if space is None else space.embed
     return among(embed(real), embed(fake), k, space)
 

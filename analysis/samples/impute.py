@@ -13,6 +13,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import accept, require_counts, require_room
 from pvae.analysis.bounds.weights import inverse_ess, log_weights, pareto_k
 from pvae.analysis.export.sites import rows_of
+from pvae.analysis.figures.estimate import refuse
 from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import summed_codes
 from pvae.analysis.samples.sample import model_samples
@@ -120,14 +121,12 @@ def impute(
         (torch.Size([400, 2, 3]), True)
     """
     require_counts("impute", draws=draws, samples=samples)
-    if not 0 < interval < 1:
-        raise DataError(f"interval: expected a probability between 0 and 1; got {interval}.")
+    refuse(not 0 < interval < 1, f"interval: expected a probability between 0 and 1; got {interval}.")
     pair = running.opened(run_or_pair)
     rows = accept(pair, x)
     data, layout = pair.frame.split(rows)[0], pair.layout
     gone = torch.as_tensor(data.isnan() if mask is None else mask, device=rows.device)
-    if gone.dtype is not torch.bool or gone.shape != data.shape:
-        raise DataError(f"mask: expected booleans {list(data.shape)}; got {gone.dtype} {list(gone.shape)}.")
+    refuse(gone.dtype is not torch.bool or gone.shape != data.shape, "refused.mask", data=data, mask=gone)
     absent, event, n = gone | data.isnan(), tuple(data.shape[1:]), len(rows)
     require_room(pair, "impute", n, n * (draws + 8) * prod(event), f"{draws} draws")
     at = absent.flatten(1).any(1).nonzero()[:, 0]
@@ -142,8 +141,7 @@ def impute(
             value = torch.where(missing, prior.to(value).reshape(-1, *value.shape).mean(0), value)
         with Hidden(layout, tiled(missing, samples)) if hides else nullcontext():
             log_w, held, node = _visit(pair, tiled(pair.frame.join(value, chunk), samples))
-        if bool(log_w.isnan().any()):
-            raise DataError("impute: expected a pair that scores missing values (NaN); got log p = NaN. Pass mask=...")
+        refuse(bool(log_w.isnan().any()), "refused.scores_no_missing")
         log_w, gone = log_w.reshape(samples, m), tiled(missing.flatten(1), draws)
         weights = log_w.masked_fill((log_w == -inf).all(0), 0.0).softmax(0)
         means, drawn = _read(node, layout, samples * m)

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.analysis.samples import running
 from pvae.component import Shape
 from pvae.distributions.relaxed import twin
-from pvae.errors import DataError, DeclarationError
 from pvae.graph.site import OBSERVED
 from pvae.pair import Pair, unwrapped
 
@@ -37,8 +36,7 @@ class PlainModule(nn.Module):
 
     def __init__(self, pair: Pair, side: str) -> None:
         super().__init__()
-        if not pair.declared:
-            raise DeclarationError(text("refused.by_hand", side=side))
+        misdeclared(not pair.declared, "refused.by_hand", side=side)
         self.side, self.frame = side, pair.frame
         self.covariates = {name: (entry.shape, entry.codes) for name, entry in self.frame.covariates.items()}
 
@@ -69,8 +67,7 @@ class PlainModule(nn.Module):
             elif count and not torch.compiler.is_exporting() and bool(((value < 0) | (value >= count)).any()):
                 problem = f"{name} from {int(value.min())} to {int(value.max())}"
             given[name] = value if count else value.to(next(self.parameters()))
-        if problem:
-            raise DataError(f"{self.side}: expected {self.expected}; got {problem}.")
+        refuse(problem, f"{self.side}: expected {self.expected}; got {problem}.")
         codes = {name: t for name, t in given.items() if name in self.covariates}
         return given, self.frame.features(codes, next(self.parameters()))
 
@@ -169,8 +166,7 @@ class PlainEncoder(PlainModule):
 
     def __init__(self, pair: Pair) -> None:
         super().__init__(pair, "encoder")
-        if pair.implicit:
-            raise DeclarationError("run.encoder: expected a guide that infers z; got that of a GAN, which infers none.")
+        misdeclared(pair.implicit, "run.encoder: expected a guide that infers z; got that of a GAN, which infers none.")
         self.guide = cast(Any, pair.guide)
         model, sites = self.guide.link.model, self.guide.sites
         self.summed = [site for site in model.sites if site.summed]
@@ -193,8 +189,7 @@ class PlainEncoder(PlainModule):
         latents = self.guide.along(x, seen, self.centre)
         found = {site.name: twin(fn) for site, fn in zip(self.guide.sites, latents, strict=False)}  # not the last mean
         if self.summed:
-            if len(self.summed) > 1 or self.summed[0].space.grid:
-                raise DeclarationError("run.encoder: expected one code that the model sums out; got several.")
+            misdeclared(len(self.summed) > 1 or self.summed[0].space.grid, "refused.several_codes")
             values = {name: self.centre(fn) for name, fn in found.items()}
             values[self.outputs[-1]] = torch.arange(self.summed[0].space.states, device=x.device)[:, None]
             seen |= {site.name: model.see(site, values[site.name], x) for site in model.sites}
@@ -203,6 +198,5 @@ class PlainEncoder(PlainModule):
         return found
 
     def centre(self, fn: Any) -> Tensor:
-        if (found := running.centre(twin(fn))) is None:
-            raise DeclarationError(text("refused.no_mean", kind=type(unwrapped(fn)).__name__))
-        return found
+        misdeclared((found := running.centre(twin(fn))) is None, "refused.no_mean", kind=type(unwrapped(fn)).__name__)
+        return cast(Tensor, found)

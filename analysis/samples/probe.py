@@ -16,7 +16,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion, text
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion, refuse
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
 from pvae.analysis.samples.running import opened
@@ -121,23 +121,18 @@ def probe(
         True
     """
     pair, part, train = opened(run), run.data.split(split), run.data.train
-    if pair.frame.covariates:
-        raise DataError(text("refused.given_label", covariates=pair.frame.covariates))
+    refuse(pair.frame.covariates, "refused.given_label", covariates=pair.frame.covariates)
     x, y = _some(train, PROBE_TRAINING_ROWS, seed)
     asked, labels = _some(part, min(rows or PROBE_ROWS, PROBE_ROWS), seed)
     there = np.unique(y)
-    if not 1 < len(there) <= MAX_CLASSES:
-        raise DataError(f"probe: expected 2 to {MAX_CLASSES} labels among the training rows; got {len(there)}.")
+    refuse(not 1 < len(there) <= MAX_CLASSES, "refused.probed_labels", most=MAX_CLASSES, found=there)
     known = np.isin(labels, there)
     y, labels = (np.where(np.isin(side, there), np.searchsorted(there, side), len(there)) for side in (y, labels))
-    if not known.any():
-        raise DataError("probe: expected rows of labels that train has; got none.")
-    if not all(bool(side.isfinite().all()) for side in (x, asked)):
-        raise DataError("probe: expected finite numbers; got NaN or infinity, of which x has no principal components.")
+    refuse(not known.any(), "probe: expected rows of labels that train has; got none.")
+    refuse(not all(side.isfinite().all() for side in (x, asked)), "refused.no_components")
     codes = [encode(run, side, mean=True, seed=seed).latents for side in (x, asked)]
     read: dict[str, list[Block]] = {name: [(codes[0][name].value, codes[1][name].value)] for name in codes[0]}
-    if not read:
-        raise DataError("probe: expected latents of single data; got a model without any.")
+    refuse(not read, "probe: expected latents of single data; got a model without any.")
     if len(read) > 1:
         read[TOGETHER] = [block for blocks in read.values() for block in blocks]
     loc, directions = principal(x)

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import hypergeom
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows, proportion, text
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows, proportion, refuse, text
 from pvae.analysis.samples.distances import Distances, distances
 from pvae.analysis.samples.features import MAX_CLASSES, Features, affordable, classify, features, in_chunks, sharpness
 from pvae.analysis.samples.fidelity import FIDELITY_NEIGHBOURS, Fidelity, among, ratio_of
@@ -79,16 +79,14 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
         >>> found.accuracy.value > 0.9, found.p_value.kind
         (True, 'exact')
     """
-    if real.shape[1:] != fake.shape[1:]:
-        raise DataError(f"two_sample: expected samples of shape {list(real.shape[1:])}; got {list(fake.shape[1:])}.")
+    refuse(real.shape[1:] != fake.shape[1:], "refused.other_shape", caller="two_sample", real=real, fake=fake)
     if (n := min(len(real), len(fake))) < FEWEST_TEST_ROWS:
         raise DataError(text("refused.few_samples", least=FEWEST_TEST_ROWS, real=len(real), fake=len(fake)))
     sides = []
     for i, x in ((12, real), (13, fake)):
         order = torch.randperm(len(x), generator=seeds.generator(seed, seeds.ANALYSIS, i))
         sides.append(x.float()[order[:n].to(x.device)])
-    if not all(bool(side.isfinite().all()) for side in sides):
-        raise DataError("two_sample: expected finite numbers; got NaN or infinity among data or samples.")
+    refuse(not all(side.isfinite().all() for side in sides), "refused.infinite_sides")
     half, held = n // 2, n - n // 2
     fitting = half - half // 5
     parts = [[side[:fitting], side[fitting:half], side[half:]] for side in sides]

@@ -19,9 +19,10 @@ from torch.distributions import Categorical, Distribution
 from pvae.analysis.aggregate.entry import accept, quiet, same_globals
 from pvae.analysis.export.rows import Origin, write
 from pvae.analysis.export.sites import numpy_of, rows_of, safe_names
+from pvae.analysis.figures.estimate import misdeclared, refuse
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
-from pvae.errors import DataError, DeclarationError, near
+from pvae.errors import DeclarationError, near
 from pvae.pair import Layout, Pair, unwrapped
 from pvae.runs.run import Run
 from pvae.util import Progress, silent
@@ -42,8 +43,7 @@ CHUNK_NUMBERS = 2**20
 
 def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -> str:
     """Return `name` if it is one of `names`; else raise a DeclarationError that suggests the most similar one."""
-    if name not in names:
-        raise DeclarationError(f"{what}: expected one of {', '.join(names)}; got {name!r}{near(name, names)}.")
+    misdeclared(name not in names, f"{what}: expected one of {', '.join(names)}; got {name!r}{near(name, names)}.")
     return name
 
 
@@ -146,8 +146,7 @@ class Centred(Messenger):
 def opened(source: Any) -> Pair:
     """Return the model-guide pair of a run, or the given pair; raise if it is no pair, or has not yet seen data."""
     pair = source.pair if isinstance(source, Run) else source
-    if not isinstance(pair, Pair):
-        raise DeclarationError(f"Expected a pvae.Run or a pvae.Pair; got {type(pair).__name__}.")
+    misdeclared(not isinstance(pair, Pair), f"Expected a pvae.Run or a pvae.Pair; got {type(pair).__name__}.")
     _ = pair.layout  # raises if it has seen no data
     return pair
 
@@ -159,8 +158,7 @@ def one_row(pair: Pair, x: Any, what: str = "traverse", todo: str = "Pass x[:1],
     except (TypeError, ValueError, RuntimeError):
         return accept(pair, x)  # raises with what is wrong
     found = accept(pair, row[None] if tuple(row.shape) == pair.frame.row else row)
-    if len(found) != 1:
-        raise DataError(f"{what}: expected one row of data; got {len(found)}. {todo}")
+    refuse(len(found) != 1, f"{what}: expected one row of data; got {len(found)}. {todo}")
     return found
 
 

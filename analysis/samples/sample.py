@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import require_room
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.analysis.samples import running
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.graph.frame import Entry
 from pvae.nn.schedules import Constant
@@ -72,8 +72,7 @@ def sample(
         >>> found.x.shape, found.latents["z"].shape
         (torch.Size([5, 3]), torch.Size([5, 2]))
     """
-    if n < 1:
-        raise DataError(f"sample: expected at least one draw; got n={n}.")
+    refuse(n < 1, f"sample: expected at least one draw; got n={n}.")
     _require_density(run_or_pair)
     pair = running.opened(run_or_pair)
     rows = Template(run_or_pair, pair, n, given, seed)
@@ -131,8 +130,7 @@ class Template:
     def _covariates(self, n: int, given: Covariates | None, seed: int) -> dict[str, Tensor]:
         known = self.frame.covariates
         for name in given or {}:
-            if not known:
-                raise DeclarationError(f"given: expected nothing, for the model has no covariates; got {name!r}.")
+            misdeclared(not known, f"given: expected nothing, for the model has no covariates; got {name!r}.")
             running.known_name(name, known, "given")
         if not known or given:
             return {name: self._given(name, entry, n, given or {}) for name, entry in known.items()}
@@ -173,8 +171,7 @@ class Template:
 def _values(name: str, entry: Entry, n: int, given: Covariates) -> Tensor:
     """Return the values of a label or of numbers, `(n, *entry.shape)`, after checking that the entry can have them."""
     values = f"0 .. {entry.codes - 1}" if entry.codes else "numbers"
-    if name not in given:
-        raise DeclarationError(f"given: expected a value of {name} too, {values}; got none.")
+    misdeclared(name not in given, f"given: expected a value of {name} too, {values}; got none.")
     try:
         found = torch.as_tensor(given[name]).cpu()
     except (TypeError, ValueError, RuntimeError):

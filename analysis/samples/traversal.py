@@ -13,7 +13,7 @@ from pvae.analysis.aggregate.entry import accept, require_room
 from pvae.analysis.decompose.collapse import activity
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.export.sites import as_value
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import LatentCode, encode
 from pvae.analysis.samples.sample import Covariates, Template, prior_latents
@@ -105,16 +105,13 @@ def traverse(
         >>> traverse(pair, x[:1], dims=[1], steps=3).x.shape
         torch.Size([1, 3, 3])
     """
-    if steps < 1 or not 0 < span < float("inf"):
-        raise DataError(f"traverse: expected at least one step and a span above 0; got steps={steps}, span={span}.")
+    refuse(steps < 1 or not 0 < span < float("inf"), "refused.few_steps", steps=steps, span=span)
     pair = running.opened(run_or_pair)
     row = None if x is None else running.one_row(pair, x)
-    if row is not None and given:
-        raise DeclarationError("given: expected none beside a row of data, which has covariates of its own; got some.")
+    misdeclared(row is not None and given, "refused.given_beside_row")
     layout = pair.layout
     names = (*layout.latents, *layout.enumerated)
-    if not names:
-        raise DataError(f"traverse: expected latents of single data; got only global {', '.join(layout.shared)}.")
+    refuse(not names, f"traverse: expected latents of single data; got only global {', '.join(layout.shared)}.")
     name = names[0] if latent is None else running.known_name(latent, names, "latent")
     template = Template(run_or_pair, pair, 1, given, seed, row)
     if rows is None and isinstance(run_or_pair, Run):
@@ -124,8 +121,7 @@ def traverse(
     base = {} if row is None else encode(pair, row, mean=True, seed=seed).latents
     with running.analysed(pair, template.at(0, 2), seed):
         nodes = samples(pair.simulate(template.at(0, 8)))
-        if name not in nodes:
-            raise DataError(f"traverse: expected {name} in the model; got a latent of the guide alone.")
+        refuse(name not in nodes, f"traverse: expected {name} in the model; got a latent of the guide alone.")
         priors = _priors(template, {z: nodes[z] for z in names if z in nodes})
         scores, order = (None, "their own order") if seen is None else _scores(pair, seen, name)
         at = base[name].value.flatten() if base else priors[name][0]
@@ -221,8 +217,7 @@ def _places(fn: Any, name: str, prior: tuple[Tensor, Tensor], dims: Sequence[int
         return loc[list(dims), None] + scale[list(dims), None] * units.to(loc)
     states = torch.tensor([0.0, 1.0])
     if not isinstance(unwrapped(fn), Bernoulli):
-        if len(loc) > 1 or not fn.has_enumerate_support:
-            raise DataError(f"traverse: expected real coordinates, bits or a single code; got {name}, a grid of codes.")
+        refuse(len(loc) > 1 or not fn.has_enumerate_support, "refused.grid", name=name)
         states = fn.enumerate_support(expand=False).flatten().cpu()
     return states.expand(len(dims), -1)
 
@@ -300,8 +295,7 @@ def interpolate(
         >>> interpolate(pair, x[0], x[1], steps=5).x.shape
         torch.Size([5, 3])
     """
-    if steps < 2:
-        raise DataError(f"interpolate: expected at least two steps; got steps={steps}.")
+    refuse(steps < 2, f"interpolate: expected at least two steps; got steps={steps}.")
     pair, todo = running.opened(run_or_pair), "Pass x[:1]."
     first, last = (running.one_row(pair, row, "interpolate", todo) for row in (a, b))
     ends = [encode(pair, row, mean=True, seed=seed).latents for row in (first, last)]
@@ -335,6 +329,5 @@ def _path(
             path[name] = start.expand(len(at), *start.shape[1:])
         else:
             raise DataError(text("refused.other_codes", name=name))
-    if not path:
-        raise DataError("interpolate: expected latents of single data; got a model without any.")
+    refuse(not path, "interpolate: expected latents of single data; got a model without any.")
     return path

@@ -9,7 +9,7 @@ import pandas
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact_mean, text
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact_mean, refuse, text
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK, fidelity
 from pvae.analysis.samples.quality import two_sample
 from pvae.analysis.truths.linear import probabilistic_pca
@@ -206,8 +206,7 @@ def counterexamples(
     """
     train, test = (part.data.flatten(1).double() for part in (data.train, data.test))
     low, high = float(train.min()), float(train.max())
-    if data.binarize != "none":
-        raise DataError(f"counterexamples: expected real numbers; got data.binarize = {data.binarize!r}. Use 'none'.")
+    refuse(data.binarize != "none", "refused.binarized", data=data)
     if min(len(train), len(test)) < 100 or train.shape[1] <= components:
         raise DataError(text("refused.few_rows", train=train, test=test, components=components))
     ppca = FactorNormal(train, components)

@@ -20,10 +20,9 @@ from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import gap
 from pvae.analysis.bounds.weights import Bounds
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import Estimate, text, texts
+from pvae.analysis.figures.estimate import Estimate, refuse, text, texts
 from pvae.analysis.truths import linear, structured
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Truth
-from pvae.errors import DataError
 from pvae.util import StageProgress, plain, silent
 from pvae.util.threads import threads
 
@@ -321,8 +320,7 @@ def selfcheck(
         True
     """
     chosen = standard() if truths is None else tuple(truths)
-    if not chosen:
-        raise DataError("selfcheck: expected at least one truth; got none. Pass truths=None for the standard ones.")
+    refuse(not chosen, "selfcheck: expected at least one truth; got none. Pass truths=None for the standard ones.")
     total, done, checks = sum(len(truth.estimators) for truth in chosen), 0, list[FigureCheck]()
     with threads(1):
         for truth in (truth.to(device) for truth in chosen):
