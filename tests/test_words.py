@@ -55,8 +55,8 @@ def calls() -> Iterator[tuple[str, str, set[str]]]:
                 if len(fields) < len(call.keywords):
                     fields |= {str(k.value) for k in ast.walk(tree) if isinstance(k, ast.Constant)}
                 for node in ast.walk(call.args[function in REFUSING]):
-                    named = function not in REFUSING or estimate.TEXT_NAME.fullmatch(ast.unparse(node).strip("'"))
-                    if isinstance(node, ast.Constant) and named:
+                    is_name = function not in REFUSING or estimate.TEXT_NAME.fullmatch(ast.unparse(node).strip("'"))
+                    if isinstance(node, ast.Constant) and is_name:
                         yield of[0], str(node.value), fields
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pvae.analysis.aggregate.components import Components, Reread, held, members_of, nothing_as_infinite
+from pvae.analysis.aggregate.components import LOG_ZERO, Components, Reread, held, members_of, nothing_as_infinite
 from pvae.analysis.aggregate.entry import accept, quiet
-from pvae.analysis.aggregate.information import Information, each_left_out
 from pvae.analysis.aggregate.pairwise import GuideRuns
 from pvae.analysis.figures.estimate import jackknife, misdeclared, refuse
 from pvae.distributions.exponential import Members
@@ -33,6 +32,34 @@ DRAWS_CHECKED = 32
 """Number of samples for which interpolated densities are compared with exact sums over all components."""
 PAIRS_IN_A_BLOCK = 2**21
 """Largest number of pairs of value and component that are computed at once."""
+
+
+@dataclass(frozen=True)
+class Information:
+    """Pointwise mutual information log q(z_i | x_i) - log q_agg(z_i) of m samples, `(m,)`, nats."""
+
+    lower: Tensor
+    """Lower bound in expectation: the mixture consists of q(z | x_i) and the chosen components only."""
+    upper: Tensor
+    """Upper bound in expectation, at most log n: the chosen components represent all rows other than x_i."""
+    leave_one_out: Tensor
+    """Upper bound, in expectation, of the mutual information under the distribution that the data come from: the
+    mixture leaves out q(z | x_i)."""
+    left_out: Self | None = None
+    """The same terms with one of the random groups of components after another left out, `(groups, m)` each."""
+
+    def plus(self, other: Self) -> Self:
+        """Return the sums of the terms of two samples."""
+        names = ("lower", "upper", "leave_one_out")
+        return type(self)(*(getattr(self, name) + getattr(other, name) for name in names))
+
+
+def each_left_out(sums: Tensor) -> Tensor:
+    """Return log sums without one group after another, `(groups, m)`, of sums by group and of the rest."""
+    nothing = torch.full_like(sums[:1], LOG_ZERO)
+    before = torch.cat([nothing, sums.logcumsumexp(0)[:-1]])
+    after = torch.cat([sums.flip(0).logcumsumexp(0).flip(0)[1:], nothing])
+    return torch.logaddexp(before, after)[:-1]
 
 
 class AggregatedPosterior(dist.TorchDistribution):
@@ -64,12 +91,9 @@ class AggregatedPosterior(dist.TorchDistribution):
     support = constraints.real_vector
 
     def __init__(
-        self,
-        components: Members | Components,
-        total: int | None = None,
-        index: Tensor | None = None,
+        self, components: Members | Components, total: int | None = None, index: Tensor | None = None,
         memory: int = MEMORY,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.components = held(components, memory) if isinstance(components, Members) else components
         misdeclared(not len(self.components), "AggregatedPosterior: expected at least one component; got none.")
         self.total = len(self.components) if total is None else total
@@ -78,15 +102,9 @@ class AggregatedPosterior(dist.TorchDistribution):
 
     @classmethod
     def of(
-        cls,
-        pair: Pair,
-        x: Tensor,
-        *,
-        latents: Sequence[str] | None = None,
-        components: int | None = None,
-        seed: int = 0,
-        memory: int = MEMORY,
-    ) -> Self:
+        cls, pair: Pair, x: Tensor, *, latents: Sequence[str] | None = None, components: int | None = None,
+        seed: int = 0, memory: int = MEMORY,
+    ) -> Self:  # fmt: skip
         """Return the aggregated posterior of a guide over a data set.
 
         Arguments:
@@ -111,16 +129,11 @@ class AggregatedPosterior(dist.TorchDistribution):
         alone = set(names) <= pair.dependencies(x).guide_roots
         with quiet(pair, x, 0):
             first = members_of(pair, chosen[:2], names) if alone else None
-        made: Members | Components
-        if first is None:
-            made = GuideRuns(pair, chosen, names, memory)
-        elif 8 * first.numbers * len(chosen) > memory // 2:
-            made = Reread(pair, chosen, names, memory)
-        else:
-            with quiet(pair, x, 0), Undrawn(names):
-                parts = [members_of(pair, part, names) for part in chosen.split(pair.structure.rows_at_once())]
-            made = parts[0].joined(parts[1:])  # type: ignore[union-attr]
-        return cls(made, len(x), rows, memory)
+        if first is None or 8 * first.numbers * len(chosen) > memory // 2:
+            return cls((GuideRuns if first is None else Reread)(pair, chosen, names, memory), len(x), rows, memory)
+        with quiet(pair, x, 0), Undrawn(names):
+            parts = [members_of(pair, part, names) for part in chosen.split(pair.structure.rows_at_once())]
+        return cls(parts[0].joined(parts[1:]), len(x), rows, memory)  # type: ignore[union-attr]
 
     def __len__(self) -> int:
         return len(self.components)
@@ -130,8 +143,7 @@ class AggregatedPosterior(dist.TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log q_agg(z) of `(..., D)`, nats, `(...)`; exact over all components."""
-        out = self.components.log_sum(self._flat(value)) - math.log(len(self))
-        return out.reshape(value.shape[:-1])
+        return (self.components.log_sum(self._flat(value)) - math.log(len(self))).reshape(value.shape[:-1])
 
     def log_prob_left_out(self, value: Tensor) -> tuple[Tensor, Tensor]:
         """Return log q_agg of `(m, D)`, and without one of the groups of components after another, `(groups, m)`."""
@@ -162,8 +174,7 @@ class AggregatedPosterior(dist.TorchDistribution):
             skip = where[index]
         count = len(self) - (skip >= 0).double()
         refuse(float(count.min()) < 1, "leave-one-out: expected at least two components; got one.")
-        group = torch.where(skip < 0, -1, self.components.groups.of[skip])
-        return self.components.log_sums(value, skip), count, group
+        return self.components.log_sums(value, skip), count, torch.where(skip < 0, -1, self.components.groups.of[skip])
 
     def information(self, value: Tensor, index: Tensor, own: Tensor) -> Information:
         r"""Return the pointwise mutual information of samples z_i ~ q(z | x_index_i), or bounds of it.
@@ -252,10 +263,8 @@ def marginal_log_prob(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
     Returns:
         log q_agg(z_d), `(m, D)`, nats, an approximation of the exact sum.
     """
-    out = torch.empty_like(value)
-    for d in range(value.shape[1]):
-        out[:, d] = _coordinate(loc[:, d].contiguous(), scale[:, d].contiguous(), value[:, d].contiguous())
-    return out
+    columns = zip(loc.T, scale.T, value.T, strict=True)
+    return torch.stack([_coordinate(*(t.contiguous() for t in column)) for column in columns], 1)
 
 
 def grid_error(loc: Tensor, scale: Tensor, value: Tensor, found: Tensor) -> float:
@@ -269,8 +278,7 @@ def all_pairs(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:
     """Return log q_agg(z) of one coordinate at values `(m,)`, nats, by the exact sum over all n normal components."""
     constant = -scale.log() - 0.5 * math.log(2 * math.pi) - math.log(len(loc))
     rows = max(1, PAIRS_IN_A_BLOCK // len(loc))
-    parts = [(constant - 0.5 * ((z[:, None] - loc) / scale) ** 2).logsumexp(1) for z in value.split(rows)]
-    return torch.cat(parts)
+    return torch.cat([(constant - 0.5 * ((z[:, None] - loc) / scale) ** 2).logsumexp(1) for z in value.split(rows)])
 
 
 def _coordinate(loc: Tensor, scale: Tensor, value: Tensor) -> Tensor:

@@ -210,8 +210,7 @@ class Kept(Held, Products):
         """
         few = value[:: max(1, len(value) // VALUES_CHECKED)].to(self.device, torch.float64)
         parts = [chunk.log_prob(few[:, None]).logsumexp(1) for chunk in self.chunks()]
-        found = torch.stack(parts).logsumexp(0) - self.log_sum(few)
-        return float(found.nan_to_num(nan=0.0).abs().max())
+        return float((torch.stack(parts).logsumexp(0) - self.log_sum(few)).nan_to_num(nan=0.0).abs().max())
 
 
 class Tallied(Held):
@@ -235,8 +234,7 @@ class Tallied(Held):
         """Return sorted hashes of the distinct codes, the index of each row's code, and these codes."""
         for self.seed in range(8):
             keys, group = row_hash(codes, self.seed).unique(return_inverse=True)
-            rows = torch.arange(len(codes), device=codes.device)
-            distinct = codes[torch.zeros_like(keys).scatter_(0, group, rows)]
+            distinct = codes[torch.zeros_like(keys).scatter_(0, group, torch.arange(len(codes), device=codes.device))]
             parts = zip(codes.split(CODES_AT_ONCE), group.split(CODES_AT_ONCE), strict=True)
             if all(bool((part == distinct[at]).all()) for part, at in parts):
                 return keys, group, distinct

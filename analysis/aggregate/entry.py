@@ -94,10 +94,10 @@ def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
         yield {}
         return
     nodes, fixed = samples(pair.guide_trace(pair.structure.few(x))), Trace()
-    for name in pair.layout.shared:
-        fixed.nodes[name] = nodes[name]
+    shared = {name: nodes[name] for name in pair.layout.shared}
+    fixed.nodes.update(shared)
     with ReplayMessenger(trace=fixed):
-        yield {name: nodes[name] for name in pair.layout.shared}
+        yield shared
 
 
 def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -130,11 +130,8 @@ def _placed(pair: Pair, like: Tensor, found: dict[str, Tensor]) -> Tensor | None
     parts: dict[Any, Tensor] = dict(enumerate(args)) | named
     for name, value in found.items():
         held = seen[name]["value"]
-        at = [
-            key
-            for key, part in parts.items()
-            if part.numel() == held.numel() and torch.equal(held.reshape(part.shape).to(part.dtype), part)
-        ]
+        fit = {key: part for key, part in parts.items() if part.numel() == held.numel()}
+        at = [key for key, part in fit.items() if torch.equal(held.reshape(part.shape).to(part.dtype), part)]
         if len(at) != 1:
             return None
         parts[at[0]] = value.reshape(parts[at[0]].shape).to(parts[at[0]].dtype)

@@ -51,9 +51,8 @@ class GuideRuns(Components):
         """Return the dtype of every latent, and True if a plate of particles gives the densities of repeated rows."""
         x = self.pair.structure.few(self.x, 3)
         trace = samples(self.pair.guide_trace(x))
-        values = {name: trace[name]["value"] for name in self.latents}
-        self.dtypes = {name: value.dtype for name, value in values.items()}
-        flat = torch.cat([self.shapes[name].flatten(value).double() for name, value in values.items()], 1)
+        self.dtypes = {name: trace[name]["value"].dtype for name in self.latents}
+        flat = torch.cat([self.shapes[name].flatten(trace[name]["value"]).double() for name in self.latents], 1)
         flat = flat.repeat(3, 1)[: len(x) + 1]  # another number of particles than rows
         try:
             got = self.score(flat, x, stacked=True)
@@ -73,8 +72,7 @@ class GuideRuns(Components):
         """
         k, c, nesting = len(value), len(x), self.pair.layout.nesting
         if not stacked:
-            tiled = x.repeat(k, *(1,) * (x.dim() - 1))
-            return self._scores(value.repeat_interleave(c, 0), tiled).reshape(k, c)
+            return self._scores(value.repeat_interleave(c, 0), x.repeat(k, *(1,) * (x.dim() - 1))).reshape(k, c)
         with pyro.plate(PARTICLES, k, dim=-1 - nesting):
             return self._scores(value[:, None].expand(k, c, -1), x, k, nesting).reshape(k, c)
 

@@ -133,8 +133,7 @@ class Accumulator:
 
     def __init__(self, samples: int, precision: float) -> None:
         self.sizes = group_sizes(samples)
-        below = (1, *self.sizes[:-1])
-        self.levels = [Level(size, size // last) for size, last in zip(self.sizes, below, strict=True)]
+        self.levels = [Level(size, size // last) for size, last in zip(self.sizes, (1, *self.sizes[:-1]), strict=True)]
         self.kept = min(tail_length(samples) + 1, samples)
         self.precision = precision
         self.largest, self.means = torch.empty(0), torch.zeros(1, 1)
@@ -164,8 +163,7 @@ class Accumulator:
         inverse_ess = (self.doubled - 2 * (bounds[-1] + math.log(samples))).exp().nan_to_num(nan=math.inf)
         errors = [level.squared_error for level in self.levels[:-1]]
         errors.append(squared_error(self.largest, bounds[-1], inverse_ess, samples))
-        resolution = WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs())
-        khat = pareto_k(self.largest, samples, resolution)
+        khat = pareto_k(self.largest, samples, WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs()))
         means = self.means.where(self.total[..., None] > -math.inf, math.nan)
         figures = bounds, torch.stack(errors), 1 / inverse_ess, khat, means.mT
         return Accumulated(self.sizes, *(figure.cpu() for figure in figures))

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, simulated
-from pvae.analysis.bounds.annealing import anneal, pilot, schedule
-from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target
+from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target, anneal, pilot, schedule
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows, refuse
-from pvae.errors import DataError
 from pvae.pair import Pair, PairData
 from pvae.util.progress import Progress, silent
 
@@ -205,9 +203,7 @@ def bracket(
     plan = AnnealingPlan("bracket", temperatures, chains, leapfrog, start)
     plan.check(pair, rows)
     refuse(rows < 1, f"bracket: expected at least one row to simulate; got rows={rows}. Pass rows=100, say.")
-    if len(pair.layout.observed) != 1:
-        names = ", ".join(pair.layout.observed)
-        raise DataError(f"bracket: expected one observed site to simulate; got {names}. Use ais on data.")
+    refuse(len(pair.layout.observed) != 1, "refused.several_observed", names=pair.layout.observed)
     chunks = x_like[torch.arange(rows, device=x_like.device) % len(x_like)].split(max(1, STATES_PER_CHUNK // chains))
     tick = counter(3 * temperatures * len(chunks), on_progress)
     with quiet(pair, x_like, seed):
@@ -257,6 +253,5 @@ def _both(
     x, values = simulated(pair, like, "bracket")
     target = Target(pair, x, plan)
     forward, acceptance, widths, kernels = _lower(target, plan, tick)
-    back = target.given(values, plan.chains)
-    backward, _ = anneal(target, back, widths[::-1], kernels[::-1], plan.leapfrog, tick)
+    backward, _ = anneal(target, target.given(values, plan.chains), widths[::-1], kernels[::-1], plan.leapfrog, tick)
     return x, forward, backward, acceptance

@@ -154,15 +154,16 @@ def calibration(
         >>> [test.name for test in calibration(pair, rows=100).guide]
         ['z[0]', 'z[1]', 'all jointly']
     """
-    if rows < 2 or draws < 2 or importance < 0:
-        found = f"rows={rows}, draws={draws}, importance={importance}"
-        raise DataError(f"calibration: expected at least two rows and draws, importance of at least 0; got {found}.")
+    few = rows < 2 or draws < 2 or importance < 0
+    refuse(few, "refused.few_ranks", rows=rows, draws=draws, importance=importance)
     taken = draws * max(1, importance)
     latents = sum(shape.numel for shape in pair.structure.shapes.values())
     told = f"{rows:,} rows with {taken:,} samples of each"
     require_room(pair, "calibration", rows + 2 * taken, 2 * rows * draws * latents, told)
     like = _template(pair, rows, x, seed)
-    _require_samples(pair)
+    points = [name for name in pair.layout.latents if name in pair.structure.points and not pair.structure.determined]
+    reasons = texts("refused.calibration", pair=pair, points=points)
+    refuse(reasons, "".join(reasons[:1]))
     chunk = max(1, pair.structure.rows_at_once(max(1, NUMBERS // like[0].numel())) // taken)
     parts, done = [], 0
     with quiet(pair, like, seed), same_globals(pair, like):
@@ -184,9 +185,8 @@ def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
         x = accept(pair, x, known=False)
         return x[torch.randint(len(x), (rows,), generator=seeds.generator(seed, seeds.ANALYSIS, 5)).to(x.device)]
     wanted = "calibration: expected rows of data, for the model reads"
-    if pair.frame.covariates or pair.arguments is not None:
-        read = ", ".join(pair.frame.covariates) or "several arguments"
-        raise DataError(f"{wanted} {read}; got none. Pass x=..., of which all but x itself is kept.")
+    read = ", ".join(pair.frame.covariates) or ("several arguments" if pair.arguments is not None else "")
+    refuse(read, f"{wanted} {read}; got none. Pass x=..., of which all but x itself is kept.")
     like = accept(pair, pair.frame.blank(rows))
     made = []
     for number in (0, 1) if not pair.declared else ():
@@ -198,13 +198,6 @@ def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
         made.append([node["value"] for node in nodes.values()])
     refuse(made and not all(map(torch.equal, *made)), f"{wanted} them; got none. Pass x=..., some rows of data.")
     return like
-
-
-def _require_samples(pair: Pair) -> None:
-    """Refuse guides without samples of single latents, or for given rows only."""
-    points = [name for name in pair.layout.latents if name in pair.structure.points and not pair.structure.determined]
-    if reasons := texts("refused.calibration", pair=pair, points=points):
-        raise DataError(reasons[0])
 
 
 def _simulated(

@@ -14,7 +14,6 @@ from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows, refuse
-from pvae.errors import DataError
 from pvae.nn.schedules import LeanAdam
 from pvae.pair import Pair, PairData
 from pvae.util import Progress, group, seeds, silent
@@ -128,9 +127,7 @@ def gap(
     require_counts("gap", steps=steps, samples=samples, evidence_samples=evidence_samples, particles=particles)
     x = accept(pair, x, known=False)
     refuse(names := ", ".join(pair.layout.shared), f"gap: expected latents of single data only; got global {names}.")
-    if not pair.layout.latents:
-        names = ", ".join(pair.layout.enumerated)
-        raise DataError(f"gap: expected latents in the guide; {names} are summed out exactly, so there is no gap.")
+    refuse(not pair.layout.latents, "refused.no_gap", names=pair.layout.enumerated)
     chunks = x.split(pair.structure.rows or max(1, OPTIMISED_SAMPLES // particles))
     plan = RefinePlan(steps, samples, evidence_samples, particles, seed, counter(steps * len(chunks), on_progress))
     with quiet(pair, x, seed):

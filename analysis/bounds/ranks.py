@@ -87,8 +87,7 @@ def rank_tests(ranks: Array, samples: int, names: Sequence[str]) -> tuple[RankTe
 def holm(p: Array) -> Array:
     """Return p-values `(m,)` adjusted by Holm's method, which holds under any dependence."""
     order = np.argsort(p, kind="stable")
-    stepped = np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))
-    return stepped[order.argsort()]
+    return np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))[order.argsort()]
 
 
 def _verdict(width: Estimate, shift: Estimate) -> str:

@@ -12,8 +12,7 @@ from rich.text import Text
 
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.figures.estimate import refuse, text
-from pvae.errors import DataError
+from pvae.analysis.figures.estimate import refuse
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
 from pvae.util import Progress, plain, seeds, silent
@@ -148,9 +147,8 @@ def require_alike(first: Run, other: Run) -> None:
     """
     one, two = _conditions(first), _conditions(other)
     differing = [key for key in one if key in two and one[key] != two[key]]
-    if not {"fingerprint", "data.binarize", "covariates", "log density"}.intersection(differing):  # all splits
-        return
-    raise DataError(text("refused.other_data", first=first, other=other, one=one, two=two, keys=differing))
+    unlike = {"fingerprint", "data.binarize", "covariates", "log density"}.intersection(differing)  # all splits
+    refuse(unlike, "refused.other_data", first=first, other=other, one=one, two=two, keys=differing)
 
 
 def _conditions(run: Run) -> dict[str, str]:

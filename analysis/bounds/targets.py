@@ -1,7 +1,8 @@
-"""Start and target densities of annealed importance sampling, as functions of latents in unconstrained space."""
+"""Densities of annealed importance sampling in unconstrained space, and Hamiltonian Monte Carlo between them."""
 
+import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +18,18 @@ from pvae.errors import DataError
 from pvae.pair import PARTICLES, Layout, Pair, SiteShape, log_prob, samples, site_shape, sum_over, unwrapped
 
 Start = Literal["guide", "prior"]
+PILOT_CHAINS = 8
+PILOT_FIRST, PILOT_ALL = 30, 60
+"""Smallest number of pilot transitions, which tune step sizes, at the first temperature and at all temperatures
+together."""
+TARGET_ACCEPTANCE = 0.65
+ADAPTATION_RATE = 0.5
+"""Rate at which log step sizes adapt to the acceptance."""
+FIRST_STEP = 0.2
+STEP_JITTER = 0.2
+"""Half-width of the random relative change of a step size, which avoids periodic trajectories."""
+STEEPNESS = 4.0
+"""Steepness of the sigmoid schedule."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +52,8 @@ class AnnealingPlan:
         require_counts(self.caller, temperatures=self.temperatures, chains=self.chains, leapfrog=self.leapfrog)
         told = f"{self.chains:,} chains for each of {rows:,} rows, {self.temperatures:,} temperatures"
         require_room(pair, self.caller, rows + 4 * self.chains, rows * self.chains + 50 * self.temperatures, told)
-        if reasons := texts("refused.annealing", plan=self, layout=pair.layout, bounds=pair.structure.bounds):
-            raise DataError(reasons[0])
+        reasons = texts("refused.annealing", plan=self, layout=pair.layout, bounds=pair.structure.bounds)
+        refuse(reasons, "".join(reasons[:1]))
 
 
 # ---------------------------------------------------------------------- the annealed densities
@@ -131,8 +144,7 @@ class Target:
         nodes = [trace.nodes[name] for name in names if name in trace.nodes]  # a batch may lack some
         if self.stacked:
             return sum_over([log_prob(node, self.layout, count).double() for node in nodes])
-        parts = [log_prob(node, self.layout, 0).double() for node in nodes]
-        return sum_over(parts).reshape(count, len(self.x))
+        return sum_over([log_prob(node, self.layout, 0).double() for node in nodes]).reshape(count, len(self.x))
 
     # -- densities
 
@@ -155,9 +167,7 @@ class Target:
         model = self._run(self.pair.model, values, count)
         prior = self._score(model, names, count)
         joint = prior + self._score(model, self.layout.observed, count)
-        base = prior
-        if self.start == "guide":
-            base = self._score(self._run(self.pair.guide, values, count), names, count)
+        base = self._score(self._run(self.pair.guide, values, count), names, count) if self.start == "guide" else prior
         return States(u, base + jacobian, joint + jacobian)
 
     def slope(self, u: Tensor, beta: float) -> tuple[States, Tensor]:
@@ -223,14 +233,10 @@ def _coordinate(plan: AnnealingPlan, name: str, node: Any, again: Any, layout: L
 
 
 def _to_support(plan: AnnealingPlan, name: str, node: Any) -> Transform:
-    support = node["fn"].support
-    try:
-        if support.is_discrete:
-            raise NotImplementedError
-        return biject_to(support)
-    except NotImplementedError:
-        kind = type(unwrapped(node["fn"])).__name__
-        raise DataError(text("refused.no_reals", caller=plan.caller, name=name, kind=kind)) from None
+    with suppress(NotImplementedError):
+        if not node["fn"].support.is_discrete:
+            return biject_to(node["fn"].support)
+    raise DataError(text("refused.no_reals", caller=plan.caller, name=name, kind=type(unwrapped(node["fn"])).__name__))
 
 
 def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, Any]) -> None:
@@ -240,3 +246,88 @@ def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, An
         pairs = (node["fn"], model[name]["value"]), (model[name]["fn"], node["value"])
         if not all(bool(fn.support.check(value).all()) for fn, value in pairs):
             raise DataError(text("refused.other_support", caller=plan.caller, name=name, model=model[name], guide=node))
+
+
+# ---------------------------------------------------------------------- transitions along the temperatures
+
+
+def schedule(temperatures: int) -> list[float]:
+    """Return temperatures b_0 = 0, ..., b_T = 1, dense at both ends: a rescaled sigmoid."""
+    s = torch.sigmoid(torch.linspace(-STEEPNESS, STEEPNESS, temperatures + 1, dtype=torch.float64))
+    return [float(b) for b in (s - s[0]) / (s[-1] - s[0])]
+
+
+def transition(target: Target, point: States, beta: float, step: Tensor, leapfrog: int) -> tuple[States, Tensor]:
+    """Take one step of Hamiltonian Monte Carlo that leaves f_b invariant, independently for every chain and datum.
+
+    Arguments:
+        target: the densities.
+        point: current states of the chains.
+        beta: temperature b.
+        step: step size of every datum, `(n,)`.
+        leapfrog: number of leapfrog steps.
+
+    Returns:
+        The new states, and the acceptance probabilities, `(chains, n)`.
+    """
+    spread = 1 + STEP_JITTER * (2 * torch.rand(point.base.shape, dtype=point.u.dtype, device=point.u.device) - 1)
+    epsilon = (step.to(point.u) * spread)[..., None]
+    momentum = torch.randn_like(point.u)
+    before = point.tempered(beta) - _kinetic(momentum)
+    new, gradient = target.slope(point.u, beta)
+    for _ in range(leapfrog):
+        momentum = momentum + epsilon / 2 * gradient
+        new, gradient = target.slope(new.u + epsilon * momentum, beta)
+        momentum = momentum + epsilon / 2 * gradient
+    probability = (new.tempered(beta) - _kinetic(momentum) - before).clamp(max=0).exp().nan_to_num(nan=0.0)
+    take = torch.rand_like(probability) < probability
+    u = torch.where(take[..., None], new.u, point.u)
+    base, joint = torch.where(take, new.base, point.base), torch.where(take, new.joint, point.joint)
+    return States(u, base, joint), probability
+
+
+def _kinetic(momentum: Tensor) -> Tensor:
+    return momentum.double().square().sum(-1) / 2
+
+
+def pilot(target: Target, plan: AnnealingPlan, tick: Callable[[], None]) -> list[Tensor]:
+    """Return step sizes `(n,)` for b_1, ..., b_{T-1}, tuned to the target acceptance on separate chains."""
+    log_step = torch.full((len(target.x),), math.log(FIRST_STEP), dtype=torch.float64, device=target.x.device)
+    point, steps = target.draw(PILOT_CHAINS), []
+    rounds = math.ceil(PILOT_ALL / plan.temperatures)
+    for t, beta in enumerate(schedule(plan.temperatures)[1:-1]):
+        for _ in range(rounds if t else max(rounds, PILOT_FIRST)):
+            point, accepted = transition(target, point, beta, log_step.exp(), plan.leapfrog)
+            log_step = log_step + ADAPTATION_RATE * (accepted.mean(0) - TARGET_ACCEPTANCE)
+        steps.append(log_step.exp())
+        tick()
+    tick()
+    return steps
+
+
+def anneal(
+    target: Target, point: States, widths: Sequence[float], kernels: Sequence[tuple[float, Tensor]],
+    leapfrog: int, tick: Callable[[], None],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Anneal along a sequence of temperatures, forward or in reverse.
+
+    Arguments:
+        target: the densities.
+        point: first states of the chains.
+        widths: difference b_t - b_{t-1} of the temperatures of every factor.
+        kernels: temperature and step sizes of the transitions between the factors, one fewer than factors.
+        leapfrog: leapfrog steps per transition.
+        tick: called after every factor.
+
+    Returns:
+        Log weights `(chains, n)`, and the mean acceptance `(n,)`, NaN without transitions.
+    """
+    log_weights = torch.zeros_like(point.base)
+    accepted = torch.zeros_like(point.base[0])
+    for t, width in enumerate(widths):
+        log_weights = log_weights + width * (point.joint - point.base)
+        if t < len(kernels):
+            point, probability = transition(target, point, *kernels[t], leapfrog)
+            accepted = accepted + probability.mean(0)
+        tick()
+    return log_weights, accepted / len(kernels) if kernels else torch.full_like(accepted, math.nan)

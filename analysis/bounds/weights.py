@@ -67,8 +67,7 @@ def squared_error(largest: Tensor, log_mean: Tensor, inverse_ess: Tensor, sample
     more = fall + share
     more = more - more[-1:]
     total = inverse_ess - 2 * (share * more).sum(0) + more.square().sum(0)
-    found = (1 - 1 / samples) * (total - (1 - more.sum(0)).square() / samples)
-    return found.clamp(min=0).nan_to_num(nan=math.inf)
+    return ((1 - 1 / samples) * (total - (1 - more.sum(0)).square() / samples)).clamp(min=0).nan_to_num(nan=math.inf)
 
 
 def one_by_one(sampler: WeightSampler) -> WeightSampler:
@@ -130,8 +129,7 @@ def pareto_k(log_weights: Tensor, samples: int, resolution: Tensor | float = 0.0
     count = above.sum(0)
     excess = torch.where(above, relative[:-1].exp() - cutoff.exp(), 0.0)
     shape = torch.where(count >= SMALLEST_TAIL, _shape(excess, count.clamp(min=1)), math.inf)
-    flat = (relative[-1] >= -resolution) | ~top[0].isfinite()
-    return torch.where(flat, math.nan, shape)
+    return torch.where((relative[-1] >= -resolution) | ~top[0].isfinite(), math.nan, shape)
 
 
 def _shape(excess: Tensor, count: Tensor) -> Tensor:

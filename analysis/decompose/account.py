@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.aggregate.aggregated import AggregatedPosterior, choose, grid_error, marginal_log_prob
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior, Information, choose, grid_error, marginal_log_prob
 from pvae.analysis.aggregate.entry import quiet
-from pvae.analysis.aggregate.information import Information
 from pvae.analysis.decompose.codes import JointCodes, joint_codes
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw_chunk
 from pvae.analysis.figures.estimate import Estimate, Kind, misdeclared, over_draws, over_whole_draws

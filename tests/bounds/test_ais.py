@@ -15,8 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from pvae.analysis.bounds.ais import ais, bracket
-from pvae.analysis.bounds.annealing import schedule, transition
-from pvae.analysis.bounds.targets import AnnealingPlan, Target
+from pvae.analysis.bounds.targets import AnnealingPlan, Target, schedule, transition
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair

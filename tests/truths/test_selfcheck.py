@@ -14,8 +14,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from pvae.analysis.aggregate.aggregated import AggregatedPosterior
-from pvae.analysis.aggregate.information import Information
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior, Information
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.truths.linear import linear_vae
 from pvae.analysis.truths.selfcheck import ESTIMATORS, FigureCheck, SelfCheck, selfcheck, standard
