@@ -156,17 +156,9 @@ class Account:
     """
 
     def __init__(
-        self,
-        pair: Pair,
-        x: Tensor,
-        first: Draw,
-        found: Dependencies,
-        seed: int,
-        components: int | None,
-        memory: int,
-        by_row: frozenset[str] = frozenset(),
-        every: frozenset[str] = frozenset(),
-    ) -> None:
+        self, pair: Pair, x: Tensor, first: Draw, found: Dependencies, seed: int, components: int | None, memory: int,
+        by_row: frozenset[str] = frozenset(), every: frozenset[str] = frozenset(),
+    ) -> None:  # fmt: skip
         self.by_row, self.every = by_row, every or frozenset(first.latents)
         self.pair, self.x, self.first = pair, x, first
         self.guide_roots, self.model_roots = found.guide_roots, found.model_roots
@@ -188,8 +180,7 @@ class Account:
         known = [latent.q for latent in latents if latent.q is not None]
         roots, in_guide = self.guide_roots.issuperset(names), {*self.pair.layout.latents}.issuperset(names)
         if roots and len(known) == len(names):
-            rows = choose(len(self.x), self.components, self.seed, self.x.device)
-            q = product(known)
+            rows, q = choose(len(self.x), self.components, self.seed, self.x.device), product(known)
             mixture = AggregatedPosterior(q if rows is None else q.rows(rows), len(self.x), rows, self.memory)
             return Scored(mixture, self._as_many_as(mixture, latents))
         if roots and in_guide and all(latent.q is not None or latent.tally is not None for latent in latents):
@@ -202,9 +193,8 @@ class Account:
 
     def mixture_of(self, x: Tensor, names: tuple[str, ...], components: int | None) -> AggregatedPosterior:
         """Return the aggregated posterior of the latents `names` over `components` random rows of `x` (None: all)."""
-        return AggregatedPosterior.of(
-            self.pair, x, latents=names, components=components, seed=self.seed, memory=self.memory
-        )
+        how: dict[str, Any] = {"components": components, "seed": self.seed, "memory": self.memory}
+        return AggregatedPosterior.of(self.pair, x, latents=names, **how)
 
     def _as_many_as(self, mixture: AggregatedPosterior, latents: Sequence[LatentDraw]) -> Tensor:
         """Return indices of random rows whose samples are scored, as many as `MULTIPLICATIONS` allows."""

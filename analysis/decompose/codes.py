@@ -58,8 +58,7 @@ def joint_codes(q: Callable[[], Iterable[Sequence[Codes]]], priors: Sequence[Ten
     if (states := every_state([(len(p), p.shape[1]) for p in priors])) is None:
         return None
     sizes = [p.shape[1] for p in priors for _ in range(len(p))]
-    columns = [torch.nn.functional.one_hot(states[:, i], k) for i, k in enumerate(sizes)]
-    one_hot = torch.cat(columns, 1).T.to(priors[0])
+    one_hot = torch.cat([torch.nn.functional.one_hot(states[:, i], k) for i, k in enumerate(sizes)], 1).T.to(priors[0])
     total, n = priors[0].new_zeros(len(states)), 0
     for rows in _blocks(q(), len(states)):
         total += (rows @ one_hot).exp().sum(0)
@@ -110,8 +109,7 @@ def log_evidence(pair: Pair, x: Tensor) -> Tensor | None:
         name: (pair.structure.shapes[name], part.write(index).to(nodes[name]["value"]))
         for name, part, index in zip(names, grids, pieces, strict=True)
     }
-    rows = max(1, MODEL_ROWS_AT_ONCE // len(states))
-    found = [_log_sum(pair, part, values, len(states)) for part in x.split(rows)]
+    found = [_log_sum(pair, part, values, len(states)) for part in x.split(max(1, MODEL_ROWS_AT_ONCE // len(states)))]
     known = [part for part in found if part is not None]
     return torch.cat(known) if len(known) == len(found) else None
 

@@ -170,15 +170,9 @@ def _read(name: str, d: LatentDraw, book: Codebook | NearestCodebook | None) -> 
     idle = variance <= SILENT.variance
     if kl is not None and prior is not None and bool((prior.loc != prior.loc[:1]).any()):
         idle = idle | (torch.tensor(kl, device=idle.device) <= SILENT.coordinate)
-    return LatentCollapse(
-        dim=dim,
-        activity=tuple(variance.tolist()),
-        kl_per_dimension=kl,
-        active=int((variance > SILENT.variance).sum()),
-        idle=int(idle.sum()),
-        curve=tuple((threshold, int((variance > threshold).sum())) for threshold in THRESHOLDS),
-        kl=total,
-    )
+    active, *above = (int((variance > limit).sum()) for limit in (SILENT.variance, *THRESHOLDS))
+    curve = tuple(zip(THRESHOLDS, above, strict=True))
+    return LatentCollapse(dim, tuple(variance.tolist()), kl, active, int(idle.sum()), curve, kl=total)
 
 
 def alert(name: str, latent: LatentCollapse) -> str | None:

@@ -23,12 +23,10 @@ def group_figures(account: Account, names: tuple[str, ...]) -> dict[str, Any]:
     """
     terms = ("mutual_information", "mutual_information_lower", "marginal_kl", "marginal_kl_upper", "leave_one_out")
     out: dict[str, Any] = dict.fromkeys(terms)
-    joint, scored = account.joint_codes(names), account.scored.get(names)
-    kl = account.kl(names)
-    whole = account.over(kl) if joint is None else exact_mean(joint.kl)
-    out["kl"] = whole
+    joint, scored, kl = account.joint_codes(names), account.scored.get(names), account.kl(names)
+    out["kl"] = account.over(kl) if joint is None else exact_mean(joint.kl)
     if scored is not None:
-        out |= _bounds(account, kl, whole.value, scored)
+        out |= _bounds(account, kl, out["kl"].value, scored)
     if points := [name for name in names if account.first.latents[name].point]:
         out["mutual_information"] = _distinct(account, points, names)
     if joint is not None:
@@ -60,9 +58,7 @@ def _distinct(account: Account, points: list[str], names: tuple[str, ...]) -> Es
     first[same] = torch.arange(n, device=same.device)
     code = account.first.flat(points)[first].unique(dim=0, return_inverse=True)[1][same]
     shares = code.bincount().double() / n
-    if len(shares) < n and len(points) < len(names):
-        return None
-    return exact(float(-(shares * shares.log()).sum()))
+    return None if len(shares) < n and len(points) < len(names) else exact(float(-(shares * shares.log()).sum()))
 
 
 def _bounds(account: Account, kl: Tensor, mean_kl: float, scored: Scored) -> dict[str, Estimate | None]:
@@ -108,17 +104,13 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
         alone = first and name in account.model_roots
         kl_exact = exact_mean(level.closed[0]) if alone else account.over(torch.stack(level.closed))
     use = code_use(name, latent.tally) if first and latent.tally is not None else None
-    codes = ("perplexity", "states", "pooled_perplexity", "used")
-    return LatentSurgery(
-        kl=group["kl"],
-        kl_exact=kl_exact,
-        mutual_information=group["mutual_information"],
-        marginal_kl=group["marginal_kl"] if prior_first else None,
-        kl_per_dimension=tuple(torch.stack(columns).mean(0).tolist()) if (columns := level.kl_per_dimension) else None,
-        active_units=active_units(latent),
-        dimensions=_dimensions(account, name, group["mutual_information"]),
-        **{figure: getattr(use, figure, None) for figure in codes},
-    )
+    shown = ("perplexity", "states", "pooled_perplexity", "used")
+    of_codes: dict[str, Any] = {name: getattr(use, name, None) for name in shown}
+    information, marginal_kl = group["mutual_information"], group["marginal_kl"] if prior_first else None
+    columns = tuple(torch.stack(level.kl_per_dimension).mean(0).tolist()) if level.kl_per_dimension else None
+    dimensions = _dimensions(account, name, information)
+    figures = group["kl"], kl_exact, information, marginal_kl, columns
+    return LatentSurgery(*figures, active_units(latent), dimensions, **of_codes)
 
 
 def _dimensions(account: Account, name: str, information: Estimate | None) -> Dimensions | None:
@@ -140,20 +132,15 @@ def _of_normals(level: LevelTerms, scored: Scored) -> Dimensions:
     """Return the decomposition by coordinate of a latent with normal posteriors, from the samples of the surgery."""
     count = len(scored.upper)
     log_q, aggregated = torch.stack(level.log_q), torch.stack(level.aggregated)
-    joint = log_q[:count, scored.rows] - torch.stack(scored.upper)
-    rest = aggregated[:count, scored.rows]
-    marginal = torch.stack(level.marginal).mean(0) if level.marginal else None
-    return Dimensions(
-        mutual_information=tuple(torch.stack(level.information).mean(0).tolist()),
-        marginal_kl=None if marginal is None else tuple(marginal.tolist()),
-        total_correlation=scored.with_components(
-            over_draws(joint - rest, "estimate" if scored.whole else "lower_bound", len(log_q[0])),
-            "upper",
-            (log_q[:count, scored.rows] - rest).mean(0),
-        ),
-        coordinate_kl=None if marginal is None else over_draws(aggregated - torch.stack(level.log_p)),
-        error=level.grid_error or 0.0,
-    )
+    own, rest = log_q[:count, scored.rows], aggregated[:count, scored.rows]
+    kind: Kind = "estimate" if scored.whole else "lower_bound"
+    joint = over_draws(own - torch.stack(scored.upper) - rest, kind, len(log_q[0]))
+    total = scored.with_components(joint, "upper", (own - rest).mean(0))
+    information = tuple(torch.stack(level.information).mean(0).tolist())
+    if not level.marginal:
+        return Dimensions(information, None, total, None, level.grid_error or 0.0)
+    marginal, alone = torch.stack(level.marginal).mean(0), over_draws(aggregated - torch.stack(level.log_p))
+    return Dimensions(information, tuple(marginal.tolist()), total, alone, level.grid_error or 0.0)
 
 
 def _of_codes(found: Tally, log_prior: Tensor | None, information: Estimate, joint: Estimate | None) -> Dimensions:
@@ -171,10 +158,6 @@ def _of_codes(found: Tally, log_prior: Tensor | None, information: Estimate, joi
     if joint is not None:
         total = math.nan if marginal is None else joint.value - float(marginal.sum())
     kind: Kind = "lower_bound" if information.kind == "upper_bound" else information.kind
-    return Dimensions(
-        mutual_information=tuple(by_position.tolist()),
-        marginal_kl=None if marginal is None else tuple(marginal.tolist()),
-        total_correlation=Estimate(total, information.standard_error, kind, None, information.note),
-        coordinate_kl=None if marginal is None else exact(float(marginal.sum())),
-        error=0.0,
-    )
+    correlation = Estimate(total, information.standard_error, kind, None, information.note)
+    known = (None, None) if marginal is None else (tuple(marginal.tolist()), exact(float(marginal.sum())))
+    return Dimensions(tuple(by_position.tolist()), known[0], correlation, known[1], 0.0)

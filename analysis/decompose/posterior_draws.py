@@ -177,8 +177,7 @@ def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, la
 
 def _log_ratio(q: Any, p: Any) -> float:
     """Return log q - log p of a global latent, nats for the whole data set."""
-    score = log_density(q["fn"], q["value"]).sum()
-    return float(score - (log_density(p["fn"], p["value"]).sum() if p else 0.0))
+    return float(log_density(q["fn"], q["value"]).sum() - (log_density(p["fn"], p["value"]).sum() if p else 0.0))
 
 
 def _summed(
@@ -297,12 +296,9 @@ def _joined(parts: list[LatentDraw]) -> LatentDraw:
             out[f.name] = column[0]
         elif any(part is None for part in column) or f.name == "normal":
             out[f.name] = None
-        elif isinstance(column[0], Members):
-            out[f.name] = column[0].joined(column[1:])
         else:
-            out[f.name] = torch.cat(column)
+            out[f.name] = column[0].joined(column[1:]) if isinstance(column[0], Members) else torch.cat(column)
     normal = [part.normal for part in parts if part.normal is not None]
     # A diagonal normal posterior is its own marginal: kept once.
-    shared = isinstance(out["q"], Normals)
-    out["normal"] = out["q"] if shared else normal[0].joined(normal[1:]) if normal else None
+    out["normal"] = out["q"] if isinstance(out["q"], Normals) else normal[0].joined(normal[1:]) if normal else None
     return LatentDraw(**out)

@@ -199,8 +199,11 @@ class Surgery(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        notes = [note for note in self.notes if note != self._reason]  # which the headline says
-        return (self.headline(), *self.on_new_data, *notes)
+        return (
+            self.headline(),
+            *self.on_new_data,
+            *(note for note in self.notes if note != self._reason),
+        )  # said above
 
     @property
     def on_new_data(self) -> tuple[str, ...]:

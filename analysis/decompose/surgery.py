@@ -1,6 +1,5 @@
 """ELBO surgery: decomposition of the mean ELBO into reconstruction, mutual information and marginal KL; refits."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +22,7 @@ from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.plan import Plan
 from pvae.pair import Pair, PairData
-from pvae.util import plain, seeds
+from pvae.util import Progress, plain, seeds, silent
 
 CLASSES_AT_MOST = 1000
 """Largest number of distinct class labels that `surgery` accepts."""
@@ -32,19 +31,10 @@ RECORDED = (*SURGERY_TERMS, "total_correlation", "coordinate_kl")
 
 
 def surgery(
-    pair: Pair,
-    x: PairData,
-    samples: int = 1,
-    seed: int = 0,
-    *,
-    labels: Tensor | None = None,
-    train: PairData | None = None,
-    components: int | None = None,
-    memory: int = MEMORY,
-    seen: bool = False,
-    population: Asked | None = "rows",
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Surgery:
+    pair: Pair, x: PairData, samples: int = 1, seed: int = 0, *, labels: Tensor | None = None,
+    train: PairData | None = None, components: int | None = None, memory: int = MEMORY, seen: bool = False,
+    population: Asked | None = "rows", on_progress: Progress = silent,
+) -> Surgery:  # fmt: skip
     r"""Return the decomposition of the mean ELBO of `pair` on the data `x`.
 
     (1/n) sum_i KL(q(z|x_i) || p(z)) = I_q[x, z] + KL(q_agg || p), with q_agg = (1/n) sum_i q(z|x_i) over all n
@@ -116,8 +106,7 @@ def surgery(
     """
     refuse(samples < 1, f"surgery: expected at least one draw; got samples={samples}.")
     x = accept(pair, x)
-    levels = len(pair.layout.latents) + len(pair.layout.enumerated)
-    kept = samples * len(x) * (1 + 6 * levels)
+    kept = samples * len(x) * (1 + 6 * (len(pair.layout.latents) + len(pair.layout.enumerated)))
     require_room(pair, "surgery", 4 * len(x), kept, f"{samples:,} samples of {len(x):,} rows")
     train = None if train is None else accept(pair, train)
     y = _labels(labels, x)
@@ -142,9 +131,7 @@ def surgery(
     if seen or population is None:
         return found
     new = on_new_data(account, train, population)
-    if isinstance(new, str):
-        return replace(found, notes=(*found.notes, new))
-    return replace(found, population=new)
+    return replace(found, notes=(*found.notes, new)) if isinstance(new, str) else replace(found, population=new)
 
 
 def _labels(labels: Any, x: Tensor) -> Tensor | None:
@@ -216,15 +203,9 @@ class Gain:
 
 
 def gain(
-    before: Pair,
-    after: Pair,
-    x: Tensor,
-    samples: int = 1,
-    seed: int = 0,
-    *,
-    seen: bool = False,
-    on_progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Gain:
+    before: Pair, after: Pair, x: Tensor, samples: int = 1, seed: int = 0, *, seen: bool = False,
+    on_progress: Progress = silent,
+) -> Gain:  # fmt: skip
     """Return the ELBO gain of a new prior, measured on the same samples, and the surgeries before and after.
 
     Arguments:

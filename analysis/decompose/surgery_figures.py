@@ -53,9 +53,8 @@ def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
 
 def _mean(account: Account, terms: Tensor) -> Estimate:
     """Return the mean of terms `(samples, n)`; exact where all latents are summed over or determined by x."""
-    summed = not account.pair.layout.latents and account.guide_roots.issuperset(account.names)
-    exactly = account.certain or (summed and account.first.points)
-    return exact_mean(terms[0]) if exactly else account.over(terms)
+    summed = not account.pair.layout.latents and account.guide_roots.issuperset(account.names) and account.first.points
+    return exact_mean(terms[0]) if account.certain or summed else account.over(terms)
 
 
 def _elbo(account: Account, reconstruction: Estimate, kl: Estimate) -> Estimate:
@@ -88,16 +87,13 @@ def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
         def within(figure: Estimate, rest: Tensor | None = None, mine: Tensor = mine) -> Estimate:
             return scored.with_components(figure, "upper", rest, mine) if joint is None and scored else figure
 
-        out[int(label)] = ClassSurgery(
-            n=int(mine.sum()),
-            elbo=over_draws((reconstruction - kl - account.shares())[:, mine]),
-            reconstruction=over_draws(reconstruction[:, mine]),
-            kl=over_draws(kl[:, mine]),
-            mutual_information=None if information is None else within(over_draws(information)),
-            marginal_kl=None
-            if information is None or account.by_row
-            else within(over_draws(kl[: len(information), mine] - information), kl.mean(0)),
-        )
+        marginal = None
+        if information is not None and not account.by_row:
+            marginal = within(over_draws(kl[: len(information), mine] - information), kl.mean(0))
+        terms = reconstruction - kl - account.shares(), reconstruction, kl
+        elbo, fit, price = (over_draws(each[:, mine]) for each in terms)
+        known = None if information is None else within(over_draws(information))
+        out[int(label)] = ClassSurgery(int(mine.sum()), elbo, fit, price, known, marginal)
     return out
 
 
@@ -283,14 +279,9 @@ def new_rows(
     closed = [z.kl for name in account.names if (z := d.latents[name]).kl is not None]
     if alone and len(closed) == len(account.names) and account.model_roots.issuperset(account.names):
         kl = torch.stack(closed).sum(0)
-    return replace(
-        whole,
-        kl=whole.kl if kl is None else kl,
-        q=whole.q if alone else None,
-        information=None if alone else information,
-        group=account.pair.groups(x),
-        parts=tuple(_rows(d, names) for names in _kinds(account)),
-    )
+    parts, kl = tuple(_rows(d, names) for names in _kinds(account)), whole.kl if kl is None else kl
+    q, information = (whole.q, None) if alone else (None, information)
+    return replace(whole, kl=kl, q=q, information=information, group=account.pair.groups(x), parts=parts)
 
 
 def _rows(d: Draw, names: Sequence[str]) -> NewRows:
