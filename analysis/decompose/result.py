@@ -199,11 +199,7 @@ class Surgery(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        return (
-            self.headline(),
-            *self.on_new_data,
-            *(note for note in self.notes if note != self._reason),
-        )  # said above
+        return (self.headline(), *self.on_new_data, *(note for note in self.notes if note != self._reason))
 
     @property
     def on_new_data(self) -> tuple[str, ...]:
