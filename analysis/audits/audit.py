@@ -89,18 +89,10 @@ class Audit(Figures):
 
 
 def audit(
-    encode: Callable[[Tensor], Any],
-    decode: Callable[[Tensor], Tensor],
-    data: Any,
-    *,
-    noise: float | None = None,
-    likelihood: LikelihoodName = "normal",
-    scale: float | None = None,
-    levels: int = 256,
-    codes: int | Tensor | None = None,
-    rows: int | None = None,
-    seed: int = 0,
-) -> Audit:
+    encode: Callable[[Tensor], Any], decode: Callable[[Tensor], Tensor], data: Any, *, noise: float | None = None,
+    likelihood: LikelihoodName = "normal", scale: float | None = None, levels: int = 256,
+    codes: int | Tensor | None = None, rows: int | None = None, seed: int = 0,
+) -> Audit:  # fmt: skip
     """Return figures of an autoencoder that pvae did not fit.
 
     `encode` maps a batch `(m, *event)` to points `(m, *shape)`, to a normal distribution of torch, to a tuple (mean,

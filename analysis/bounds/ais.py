@@ -145,17 +145,9 @@ def ais(
 
 
 def bracket(
-    pair: Pair,
-    x_like: PairData,
-    *,
-    rows: int = 100,
-    temperatures: int = 200,
-    chains: int = 16,
-    leapfrog: int = 10,
-    start: Start = "guide",
-    seed: int = 0,
-    on_progress: Progress = silent,
-) -> Bracket:
+    pair: Pair, x_like: PairData, *, rows: int = 100, temperatures: int = 200, chains: int = 16, leapfrog: int = 10,
+    start: Start = "guide", seed: int = 0, on_progress: Progress = silent,
+) -> Bracket:  # fmt: skip
     r"""Bound log p(x) from below and above on data simulated from the model (bidirectional Monte Carlo).
 
     For x*, z* ~ p(x, z) the latent z* is an exact sample of the posterior of x*. Annealing back from it, with the

@@ -17,9 +17,8 @@ from pvae.analysis.decompose.posterior_draws import Draw, draw_chunk
 from pvae.analysis.export import sites as exported
 from pvae.analysis.export.datasets import GROUP_NAMES, PosteriorDraws
 from pvae.analysis.export.sites import ExportedSites, Variable, group, numpy_of, storable, value_of, values_of
-from pvae.analysis.figures.estimate import refuse, text
+from pvae.analysis.figures.estimate import refuse
 from pvae.data.split import Split
-from pvae.errors import DataError
 from pvae.pair import ROWS_OF_A_BATCH, Pair, samples
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
@@ -80,10 +79,9 @@ class PosteriorExport:
         for site in sites.observed:
             found[f"observed_data/{site.name}"] = self.predictive_rows * site.like.nbytes
             found[f"posterior_predictive/{site.name}"] = self.predictive_draws * found[f"observed_data/{site.name}"]
-        if sum(found.values()) > memory:
-            largest = max(found, key=found.__getitem__)
-            reduced_by = REDUCED_BY.get(largest.partition("/")[0], "draws or rows")
-            raise DataError(text("refused.memory", memory=memory, sizes=found, largest=largest, by=reduced_by))
+        largest = max(found, key=found.__getitem__)
+        by = REDUCED_BY.get(largest.partition("/")[0], "draws or rows")
+        refuse(sum(found.values()) > memory, "refused.memory", memory=memory, sizes=found, largest=largest, by=by)
 
     def fill(self, on_progress: Progress) -> None:
         """Sample all latents for all rows; the rows of one draw share one sample of the global latents."""
@@ -250,17 +248,9 @@ class PosteriorExport:
 
 
 def posterior(
-    run: Run,
-    split: str = "test",
-    draws: int = 100,
-    rows: int | None = None,
-    seed: int = 0,
-    *,
-    predictive_rows: int = 20,
-    predictive_draws: int = 10,
-    memory: int = 1 << 30,
-    on_progress: Progress = silent,
-) -> PosteriorDraws:
+    run: Run, split: str = "test", draws: int = 100, rows: int | None = None, seed: int = 0, *,
+    predictive_rows: int = 20, predictive_draws: int = 10, memory: int = 1 << 30, on_progress: Progress = silent,
+) -> PosteriorDraws:  # fmt: skip
     """Sample every latent of the guide of a run for the rows of a split, with densities and diagnostics.
 
     Groups and their dims (a variable has the name of its site, made safe, with the original name in the attribute

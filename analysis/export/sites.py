@@ -34,9 +34,7 @@ EXPORTED_PROBABILITIES = 4096
 
 def dims_of(name: str, tail: Sequence[int]) -> tuple[str, ...]:
     """Return the names of a variable's event dims: `<name>_dim` for a vector, `<name>_dim_0`, ... for more dims."""
-    if len(tail) == 1:
-        return (f"{name}_dim",)
-    return tuple(f"{name}_dim_{axis}" for axis in range(len(tail)))
+    return (f"{name}_dim",) if len(tail) == 1 else tuple(f"{name}_dim_{axis}" for axis in range(len(tail)))
 
 
 def safe_names(tails: Mapping[str, Sequence[int]]) -> dict[str, str]:

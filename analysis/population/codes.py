@@ -157,8 +157,7 @@ def latent_classes(flat: Tensor, shares: Tensor, classes: int) -> LatentClasses:
         shares: proportion of each of these codes at its position, `(S,)`.
         classes: number of classes.
     """
-    generator = torch.Generator().manual_seed(0)
-    flat = flat[torch.randperm(len(flat), generator=generator)[:ROWS_BY_CLASS].to(flat.device)]
+    flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(0))[:ROWS_BY_CLASS].to(flat.device)]
     near = (flat[:, None] == flat[None, :classes]).float().mean(2)  # rows of a class resemble its first row
     posterior = (flat.shape[1] * near).softmax(1) if classes > 1 else torch.ones_like(near)
     for step in range(CLASS_STEPS if classes > 1 else 1):
@@ -277,8 +276,7 @@ class CodePrior(HonestPrior):
             mine, before = (fold == k).nonzero()[:, 0], (fold == (k - 1) % FOLDS).nonzero()[:, 0]
             mixture = CodeMixture.chosen(table, fold != k)
             log_r[mine], moved = mixture.scored(mine, torch.ones_like(fold, dtype=torch.bool))
-            alone = CodeMixture.chosen(table, fold == k, classes=False)
-            apart[before], _ = alone.scored(before, fold == k)
+            apart[before], _ = CodeMixture.chosen(table, fold == k, classes=False).scored(before, fold == k)
             influence, words = influence + moved, mixture.words()
         return HonestScores(log_r, influence, apart, words)
 

@@ -104,8 +104,7 @@ class Population(Figures):
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        said = texts("population.remarks", new=self, flat=FLAT, ceiling=2 * math.log(self.n))
-        return (*said, *self.notes)
+        return (*texts("population.remarks", new=self, flat=FLAT, ceiling=2 * math.log(self.n)), *self.notes)
 
     def to_dict(self) -> dict[str, Any]:
         """Return all fields as plain numbers and strings for JSON; `sizes` is a list of the figures of each subset."""
@@ -137,8 +136,7 @@ class PairsBound(NamedTuple):
         seen = m / (m + g)
         psi = t - seen * (reach / m - 2) - (1 - seen) * (alike / alike.mean() - 1)
         twice = (seen / m) ** 2 * counted_twice(groups)
-        largest = float(sums.sum(2).max()) / (m * critic.pairs)
-        return cls(psi - math.log(m + g), twice, seen, largest)
+        return cls(psi - math.log(m + g), twice, seen, float(sums.sum(2).max()) / (m * critic.pairs))
 
 
 def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None, seed: int = 0) -> Population | str:
@@ -174,8 +172,7 @@ def interval(rows: NewRows, prior: HonestPrior, *, train: NewRows | None = None,
     gain = min(gains, key=lambda e: e.standard_error)
     if not math.isfinite(gain.value):
         return "on new data: log r(z) is not finite"
-    upper = mean(rows.own - found.log_r - moved, "upper_bound")
-    out = Population(len(rows), gain, None, None, upper, found.words)
+    out = Population(len(rows), gain, None, None, mean(rows.own - found.log_r - moved, "upper_bound"), found.words)
     if rows.q is None:
         return _of_draws(rows, out)
     return _of_pairs(rows, found.apart, fold if train is None else None, out)
@@ -281,7 +278,6 @@ def _of_one_law(out: Population, law: list[Subset], whole: PointwiseInformation)
         chosen, part = law[-1]
         slope = float((whole.inside[chosen] - part.inside).mean()) / math.log(len(whole.inside) / len(chosen))
     if slope is not None and slope <= FLAT and float((whole.outside - whole.inside).mean()) < SETTLED:
-        terms = whole.inside + whole.outside - whole.inside_shares - whole.outside_shares
-        value = 0.5 * float((whole.inside + whole.outside).mean())
-        middle = Estimate(value, 0.5 * spread(terms))
+        both = whole.inside + whole.outside
+        middle = Estimate(0.5 * float(both.mean()), 0.5 * spread(both - whole.inside_shares - whole.outside_shares))
     return replace(out, sizes=tuple(SubsetInformation(n, *both) for n, both in figures), slope=slope, midpoint=middle)

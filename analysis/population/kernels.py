@@ -49,8 +49,7 @@ def widened(q: Members, variance: Tensor) -> Members | None:
     if isinstance(q, Normals):
         return replace(q, scale=(q.scale**2 + variance).sqrt())
     if isinstance(q, FullRankNormals):
-        covariance = q.scale_tril @ q.scale_tril.mT + torch.diag(variance)
-        return replace(q, scale_tril=torch.linalg.cholesky(covariance))
+        return replace(q, scale_tril=torch.linalg.cholesky(q.scale_tril @ q.scale_tril.mT + torch.diag(variance)))
     if isinstance(q, Product):
         parts = [widened(part, v) for part, v in zip(q.parts, q.split(variance), strict=True)]
         return None if None in parts else Product(tuple(part for part in parts if part is not None))
@@ -207,9 +206,8 @@ class FullPrior(HonestPrior):
         count = min(HELD_OUT_MOST, max(1, n // HELD_OUT))
         held, fit = train.rows(order[:count]), train.rows(order[count:])
         parts, normals = made_of(fit, recipe(fit)), best_mixture(fit.value, held.value, self.seed)
-        parts[f"a mixture of {normals.n_components} normals"] = lambda z: torch.from_numpy(
-            normals.score_samples(z.cpu().numpy())
-        ).to(z)
+        score = normals.score_samples
+        parts[f"a mixture of {normals.n_components} normals"] = lambda z: torch.from_numpy(score(z.cpu().numpy())).to(z)
         if train.value.shape[1] > 1:
             parts["a flow"] = fitted_flow(fit.value, held.value, self.seed)
         log_w = mixture_weights(_scores(parts, held), steps=STEPS)

@@ -211,8 +211,7 @@ def nearest_of(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
         b = (block - loc).float()
         for top in range(0, len(points), DISTANCES_PER_BLOCK // TRAINING_BLOCK):
             rows = slice(top, top + DISTANCES_PER_BLOCK // TRAINING_BLOCK)
-            a = (points[rows] - loc).float()
-            best = torch.addmm(b.square().sum(1), a, b.T, alpha=-2).argmin(1)
+            best = torch.addmm(b.square().sum(1), (points[rows] - loc).float(), b.T, alpha=-2).argmin(1)
             distance = (points[rows].double() - block[best].double()).square().sum(1).sqrt()
             is_nearer = distance < least[rows]
             least[rows] = torch.where(is_nearer, distance, least[rows])

@@ -207,9 +207,7 @@ def sharpness(x: Tensor) -> Tensor | None:
         >>> sharpness(board[None].float())
         tensor([4.], dtype=torch.float64)
     """
-    if not is_image(x.shape[1:]) or min(x.shape[-2:]) < 3:
-        return None
-    return in_chunks(_laplacian, x).double()
+    return in_chunks(_laplacian, x).double() if is_image(x.shape[1:]) and min(x.shape[-2:]) >= 3 else None
 
 
 def _laplacian(images: Tensor) -> Tensor:

@@ -94,8 +94,7 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
     called = in_chunks(classify(x, y, 2, seed, watched if len(watched[0]) else None), asked).argmax(1).bool()
     hits, named = int(called[truth.cpu().bool()].sum()), int(called.sum())
     accuracy = (hits + held - (named - hits)) / (2 * held)
-    rates = [proportion(part) for part in called.split(held)]
-    error = math.hypot(*(rate.standard_error for rate in rates)) / 2
+    error = math.hypot(*(proportion(part).standard_error for part in called.split(held))) / 2
     p_value = exact(by_chance(hits, named, held))
     variation = Estimate(2 * accuracy - 1, 2 * error, "lower_bound", note="in expectation")
     return TwoSample(Estimate(accuracy, error, "estimate"), p_value, variation, half, held)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from numpy.typing import NDArray
@@ -186,11 +186,10 @@ def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> T
 def decoded_mean(nodes: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
     """Return E[x | z], `(count, *shape)`, from the sites of the model; raise DeclarationError if there is no mean."""
     node = datum(layout, nodes)
-    try:
+    with suppress(NotImplementedError):
         return row_values(distribution_mean(node["fn"]), node, layout, count)
-    except NotImplementedError:
-        kind = type(unwrapped(node["fn"])).__name__
-        raise DeclarationError(f"mean: expected p(x | z) with a known mean; got {kind}. Ask for draws.") from None
+    kind = type(unwrapped(node["fn"])).__name__
+    raise DeclarationError(f"mean: expected p(x | z) with a known mean; got {kind}. Ask for draws.")
 
 
 def by_chunks(make: Callable[[int, int], T], n: int, numbers: int, on_progress: Progress = silent) -> T:
@@ -200,8 +199,7 @@ def by_chunks(make: Callable[[int, int], T], n: int, numbers: int, on_progress: 
         stop = min(start + size, n)
         parts.append(make(start, stop))
         on_progress(stop, n)
-    together: T = joined(parts)
-    return together
+    return cast(T, joined(parts))
 
 
 def joined(parts: Sequence[Any]) -> Any:

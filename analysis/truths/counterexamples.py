@@ -109,9 +109,8 @@ class Diluted(KnownDensity):
         self.good, self.noise, self.weight = good, noise, weight
 
     def log_prob(self, x: Tensor) -> Tensor:
-        return torch.logaddexp(
-            math.log(self.weight) + self.good.log_prob(x), math.log1p(-self.weight) + self.noise.log_prob(x)
-        )
+        good, noise = self.good.log_prob(x), self.noise.log_prob(x)
+        return torch.logaddexp(math.log(self.weight) + good, math.log1p(-self.weight) + noise)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         good, noise = self.good.sample(n, generator), self.noise.sample(n, generator)

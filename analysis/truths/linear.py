@@ -200,10 +200,8 @@ def linear_vae(x: FloatArray, q: int, labels: NDArray[Any] | None = None) -> Tru
 
 def identity_channel(noises: Sequence[float]) -> LinearGaussian:
     """Return the linear Gaussian model p(x|z) = N(z, I) with the guide q(z|x) = N(x, diag(noises)^2)."""
-    d = len(noises)
-    return LinearGaussian(
-        np.eye(d), np.zeros(d), 1.0, np.eye(d), np.zeros(d), np.diag(np.square(noises).astype(float)), np.eye(d)
-    )
+    eye, zero = np.eye(len(noises)), np.zeros(len(noises))
+    return LinearGaussian(eye, zero, 1.0, eye, zero, np.diag(np.square(noises).astype(float)), eye)
 
 
 def gaussian_channel(dim: int, variance: float, n: int, seed: int = 0) -> Truth:

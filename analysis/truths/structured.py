@@ -56,12 +56,9 @@ def code(
     tables = (table, prior[None], table.mean(0, keepdims=True))
     q, p, alone = (np.prod([t[:, i, column] for i, column in enumerate(states)], axis=0) for t in tables)
     log_x = norm.logpdf(np.arange(inputs)[:, None], states.sum(0), 1.0)
-    exact = truth.state_figures(q, p[0], log_x) | {
-        "total_correlation": float(rel_entr(q.mean(0), alone[0]).sum()),
-        "coordinate_kl": float(rel_entr(table.mean(0), prior).sum()),
-    }
-    x = np.tile(np.arange(inputs), 40)[:, None]
-    return CodePrograms(table, prior).truth(name, x, exact, estimators=estimators)
+    total, single = (float(rel_entr(*pair).sum()) for pair in ((q.mean(0), alone[0]), (table.mean(0), prior)))
+    exact = truth.state_figures(q, p[0], log_x) | {"total_correlation": total, "coordinate_kl": single}
+    return CodePrograms(table, prior).truth(name, np.tile(np.arange(inputs), 40)[:, None], exact, estimators=estimators)
 
 
 class MixturePriorPrograms(Programs):
