@@ -13,7 +13,7 @@ from pvae.cli.making import background, keep
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from pvae.analysis.samples.rows import RowBlocks
+    from pvae.analysis.samples.running import RowBlocks
 
 
 @command(ON_ROWS)
@@ -61,7 +61,7 @@ def _apply(
     The file has the format of its ending; without one, it is an .npz beside a picture, or a CSV if there is none.
     """
     from pvae.analysis.export.rows import write
-    from pvae.analysis.samples.rows import RowBlocks
+    from pvae.analysis.samples.running import RowBlocks
     from pvae.cli.handwritten import is_pair_file
     from pvae.util import seeds
 

@@ -52,7 +52,7 @@ class Applied:
         return replace(pvae.analysis.sample(run, n, **options), origin=Origin(table=run.transforms))
 
     def _applied(self, make: Callable[..., Any], data: Any, options: dict[str, Any]) -> Any:  # noqa: ANN401
-        from pvae.analysis.samples.rows import RowBlocks
+        from pvae.analysis.samples.running import RowBlocks
 
         run: Any = self
         return RowBlocks(make, run, data if isinstance(data, Split) else run.rows(data), **options).whole()

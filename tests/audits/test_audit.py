@@ -13,7 +13,7 @@ from sklearn.datasets import make_swiss_roll
 from torch import nn
 
 from pvae import analysis
-from pvae.analysis.audits.latents import intrinsic_dimension, moments
+from pvae.analysis.audits.audit import intrinsic_dimension, moments
 from pvae.errors import DataError
 from tests.audits.layouts import DIGITS, LAYOUTS
 from tests.cli_runner import run_cli, run_cli_json

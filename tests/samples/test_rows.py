@@ -19,8 +19,8 @@ import torch
 
 import pvae
 from pvae.analysis import encode, score
-from pvae.analysis.samples import rows
-from pvae.analysis.samples.rows import RowBlocks
+from pvae.analysis.samples import running as rows
+from pvae.analysis.samples.running import RowBlocks
 from pvae.runs.run import Run
 from pvae.util import group, seeds
 from tests.cli_runner import TINY
