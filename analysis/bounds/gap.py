@@ -242,10 +242,9 @@ def _assemble(parts: list[dict[str, Tensor]], plan: RefinePlan) -> Gap:
     error = float(found["squared_error"].sum().sqrt() / len(log_p))
     # one sample cannot separate noise from spread
     log_p_figure = over_noisy_rows(log_p, error if plan.evidence_samples > 1 else math.nan, "lower_bound")
-    data = {"log_p": log_p, "refined_elbo": other.mean(0), "elbo": own.mean(0)}
-    data["approximation"] = data["log_p"] - data["refined_elbo"]
-    data["amortisation"] = data["refined_elbo"] - data["elbo"]
-    data["inference"] = data["log_p"] - data["elbo"]
+    best, guide = other.mean(0), own.mean(0)
+    data = {"log_p": log_p, "refined_elbo": best, "elbo": guide}
+    data |= {"approximation": log_p - best, "amortisation": best - guide, "inference": log_p - guide}
     lacks = max(0.0, float(found["lacks"].mean()))
     refined_elbo, elbo = _with(over_draws(other, "lower_bound"), lacks), over_draws(own, "lower_bound")
     return Gap(

@@ -77,11 +77,9 @@ def rank_tests(ranks: Array, samples: int, names: Sequence[str]) -> tuple[RankTe
     polynomials = np.linalg.qr(powers)[0][:, 1:] * math.sqrt(samples + 1)
     p = chi2.sf(((counts @ polynomials) ** 2).sum(1) / n, polynomials.shape[1])
     adjusted, (width, shift) = holm(p), _moments(counts, samples)
-    return tuple(
-        RankTest(name, tuple(map(int, counts[d])), float(p[d]), float(adjusted[d]), width[d], shift[d], verdict)
-        for d, name in enumerate(names)
-        for verdict in [_verdict(width[d], shift[d]) if adjusted[d] < LEVEL else FINE]
-    )
+    verdicts = [_verdict(w, s) if p < LEVEL else FINE for w, s, p in zip(width, shift, adjusted, strict=True)]
+    figures = p.tolist(), adjusted.tolist(), width, shift, verdicts
+    return tuple(map(RankTest, names, map(tuple, counts.tolist()), *figures))
 
 
 def holm(p: Array) -> Array:

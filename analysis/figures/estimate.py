@@ -158,8 +158,7 @@ def jackknife(left_out: Tensor, size: int, units: int) -> float:
     """
     if (k := len(left_out)) < 2 or not bool((left_out.abs() < HUGE).all()):
         return math.nan
-    few = (k - 1) / max(k - 3, 1)
-    return float(left_out.std()) * (units - size) / math.sqrt(size * units) * math.sqrt(few)
+    return float(left_out.std()) * (units - size) / math.sqrt(size * units) * math.sqrt((k - 1) / max(k - 3, 1))
 
 
 # ---------------------------------------------------------------------- words of results
@@ -308,8 +307,7 @@ class Figures:
         return str(self)
 
     def __str__(self) -> str:
-        lines = [f"{name:28s} {e}" for name, e, _ in self.known()]
-        return "\n".join([self.title, *lines, *self.sentences])
+        return "\n".join([self.title, *(f"{name:28s} {e}" for name, e, _ in self.known()), *self.sentences])
 
     def _repr_html_(self) -> str:
         return text("figures.html", found=self)

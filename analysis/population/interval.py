@@ -83,9 +83,8 @@ class Population(Figures):
     def ends(self) -> tuple[float, float | None]:
         """Interval for M of a level of about 95 %: both bounds, each widened by two of its standard errors; nats."""
         low = max(self.gain.value - 2 * self.gain.standard_error, 0.0)
-        if self.gain_upper is None:
-            return low, None
-        return low, max(self.gain_upper.value + 2 * self.gain_upper.standard_error, low)
+        above = self.gain_upper
+        return low, None if above is None else max(above.value + 2 * above.standard_error, low)
 
     @property
     def interval(self) -> str:

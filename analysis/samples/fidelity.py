@@ -50,9 +50,8 @@ class Fidelity(Figures):
     @property
     def relative_confidence(self) -> Estimate | None:
         """Ratio of the classifier's mean confidence in samples to that in data; None without a classifier."""
-        if self.confidence is None or self.data_confidence is None:
-            return None
-        return ratio_of(self.confidence, self.data_confidence)
+        of_samples, of_data = self.confidence, self.data_confidence
+        return None if of_samples is None or of_data is None else ratio_of(of_samples, of_data)
 
     @property
     def expected_coverage(self) -> float:

@@ -225,9 +225,7 @@ def relative_sharpness(samples: Tensor, data: Tensor) -> Estimate | None:
     and for data of zero sharpness.
     """
     made, real = sharpness(samples), sharpness(data)
-    if made is None or real is None or not bool(real.any()):
-        return None
-    return ratio_of(over_rows(made), over_rows(real))
+    return None if made is None or real is None or not bool(real.any()) else ratio_of(over_rows(made), over_rows(real))
 
 
 def space_of(run: Run, seed: int = 0) -> Features:

@@ -1,4 +1,4 @@
-"""Common parts of sampling, encoding and decoding: results that can be saved, runs of a pair over rows in chunks."""
+"""Common parts of sampling, encoding and decoding: results that can be saved, runs over rows in chunks and blocks."""
 
 from __future__ import annotations
 
