@@ -316,11 +316,7 @@ def _interpolated(grid: Tensor, position: Tensor) -> Tensor:
     t, left = position - base, base.long() - 1
     inside = (left >= 0) & (left + 3 < len(grid))
     left = left.clamp(0, len(grid) - 4)
-    weights = (
-        -t * (t - 1) * (t - 2) / 6,
-        (t + 1) * (t - 1) * (t - 2) / 2,
-        -(t + 1) * t * (t - 2) / 2,
-        (t + 1) * t * (t - 1) / 6,
-    )
+    a, b, c = t + 1, t - 1, t - 2
+    weights = (-t * b * c / 6, a * b * c / 2, -a * t * c / 2, a * t * b / 6)
     value = sum(w * grid[left + j] for j, w in enumerate(weights))
     return torch.where(inside, torch.as_tensor(value).clamp(min=0), 0.0)

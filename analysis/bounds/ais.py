@@ -201,9 +201,7 @@ def bracket(
     with quiet(pair, x_like, seed):
         require_likelihood(pair, "bracket")
         parts = [_both(pair, like, plan, tick) for like in chunks]
-    x, forward, backward, acceptance = (
-        torch.cat(column, -1 if i else 0) for i, column in enumerate(zip(*parts, strict=True))
-    )
+    x, forward, backward, acceptance = (torch.cat(c, -1 if i else 0) for i, c in enumerate(zip(*parts, strict=True)))
     lower, upper = log_mean(forward.cpu()), -log_mean(-backward.cpu())
     width = over_noisy_rows(upper - lower, over_rows(upper - lower).standard_error, "estimate")
     return Bracket(
@@ -238,9 +236,7 @@ def _lower(
     return log_weights.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf), acceptance, widths, kernels
 
 
-def _both(
-    pair: Pair, like: Tensor, plan: AnnealingPlan, tick: Callable[[], None]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _both(pair: Pair, like: Tensor, plan: AnnealingPlan, tick: Callable[[], None]) -> tuple[Tensor, ...]:
     """Return simulated data, forward and reverse log weights, `(chains, n)` each, and mean acceptance, `(n,)`."""
     x, values = simulated(pair, like, "bracket")
     target = Target(pair, x, plan)

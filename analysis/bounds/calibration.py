@@ -200,9 +200,7 @@ def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
     return like
 
 
-def _simulated(
-    pair: Pair, like: Tensor, draws: int, importance: int
-) -> tuple[dict[str, bool], tuple[Tensor, Tensor, Tensor, Tensor]]:
+def _simulated(pair: Pair, like: Tensor, draws: int, importance: int) -> tuple[dict[str, bool], tuple[Tensor, ...]]:
     """Simulate a row for each of `like`, and sample its posterior, with and without importance weights.
 
     Returns:
@@ -293,6 +291,5 @@ def _nearest_before(x: Tensor) -> Tensor:
     found = [torch.zeros(1, dtype=torch.int64, device=x.device)]
     for start in range(1, len(x), 500):
         apart = torch.cdist(x[start : start + 500], x)
-        later = torch.ones_like(apart, dtype=torch.bool).triu(start)
-        found.append(apart.masked_fill(later, torch.inf).argmin(1))
+        found.append(apart.masked_fill(torch.ones_like(apart, dtype=torch.bool).triu(start), torch.inf).argmin(1))
     return torch.cat(found)

@@ -138,8 +138,7 @@ def gap(
             return log_weights(pair.terms(x, particles=count)).reshape(count, len(x))
 
         draw = weights if pair.way_of_particles(x) == "plate" else one_by_one(weights)
-        parts = group.dealt(len(chunks), lambda i: _measure(pair, chunks[i], draw, plan, i))
-    return _assemble(parts, plan)
+        return _assemble(group.dealt(len(chunks), lambda i: _measure(pair, chunks[i], draw, plan, i)), plan)
 
 
 @dataclass(frozen=True)
@@ -202,8 +201,7 @@ def _unconverged(x: Tensor, handler: Refined, draw: WeightSampler, particles: in
     axes = [member.axis for member in handler.members.values() for _ in member.free]
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for i, (axis, one, other) in enumerate(zip(axes, *slopes, strict=True)):
-        gain = one.double() * other.double()
-        total += gain.movedim(axis, 0).reshape(len(x), -1).sum(1) * (0.25 if i % 2 else 0.5)
+        total += (one.double() * other.double()).movedim(axis, 0).reshape(len(x), -1).sum(1) * (0.25 if i % 2 else 0.5)
     return total
 
 

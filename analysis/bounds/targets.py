@@ -187,8 +187,7 @@ class Target:
 
     def draw(self, count: int) -> States:
         """Sample from p0 exactly, `count` chains of every datum."""
-        program = self.pair.guide if self.start == "guide" else self.pair.model
-        sites = samples(self._run(program, {}, count))
+        sites = samples(self._run(self.pair.guide if self.start == "guide" else self.pair.model, {}, count))
         return self.at(torch.cat([self._free(c, sites[c.name]["value"], count) for c in self.coordinates], -1))
 
     def given(self, values: dict[str, Tensor], count: int) -> States:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pvae.distributions import MAX_STATES, CertainCodes, Codes
 from pvae.pair import Pair, SiteShape, is_masked, log_prob, members, samples, sum_over
+from pvae.pair.running import tiled
 
 NUMBERS_AT_ONCE = 2**22
 """Largest number of tensor elements in one block of a computation."""
@@ -121,9 +122,8 @@ def _log_sum(pair: Pair, x: Tensor, values: Mapping[str, tuple[SiteShape, Tensor
     """
     total = torch.full((len(x),), -math.inf, dtype=torch.float64, device=x.device)
     for block in torch.arange(count, device=x.device).split(max(1, MODEL_ROWS_AT_ONCE // len(x))):
-        tiled = x.repeat(len(block), *(1,) * (x.dim() - 1))
         fixed = {n: shape.spread(flat[block].repeat_interleave(len(x), 0)) for n, (shape, flat) in values.items()}
-        nodes = samples(pair.model_trace(tiled, fixed))
+        nodes = samples(pair.model_trace(tiled(x, len(block)), fixed))
         if any(name not in nodes or is_masked(nodes[name]) for name in values):
             return None
         sites = [log_prob(node, pair.layout, 0).double() for node in nodes.values() if pair.layout.holds(node)]

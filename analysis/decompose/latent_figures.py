@@ -68,10 +68,8 @@ def _bounds(account: Account, kl: Tensor, mean_kl: float, scored: Scored) -> dic
     def information(term: str, kind: Kind) -> Estimate:
         return scored.with_components(account.over(torch.stack(getattr(scored, term)), kind), term)
 
-    out: dict[str, Estimate | None] = {
-        "mutual_information": information("upper", above),
-        "marginal_kl": _marginal(account, kl, mean_kl, scored, "upper", below),
-    }
+    out: dict[str, Estimate | None] = {"mutual_information": information("upper", above)}
+    out["marginal_kl"] = _marginal(account, kl, mean_kl, scored, "upper", below)
     if bool(torch.stack(scored.leave_one_out).isfinite().all()):
         out["leave_one_out"] = information("leave_one_out", "upper_bound")
     if not scored.whole:
@@ -108,9 +106,8 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
     of_codes: dict[str, Any] = {name: getattr(use, name, None) for name in shown}
     information, marginal_kl = group["mutual_information"], group["marginal_kl"] if prior_first else None
     columns = tuple(torch.stack(level.kl_per_dimension).mean(0).tolist()) if level.kl_per_dimension else None
-    dimensions = _dimensions(account, name, information)
     figures = group["kl"], kl_exact, information, marginal_kl, columns
-    return LatentSurgery(*figures, active_units(latent), dimensions, **of_codes)
+    return LatentSurgery(*figures, active_units(latent), _dimensions(account, name, information), **of_codes)
 
 
 def _dimensions(account: Account, name: str, information: Estimate | None) -> Dimensions | None:

@@ -180,17 +180,15 @@ def _log_ratio(q: Any, p: Any) -> float:
     return float(log_density(q["fn"], q["value"]).sum() - (log_density(p["fn"], p["value"]).sum() if p else 0.0))
 
 
-def _summed(
-    guide: Sites, model_trace: Trace, layout: Layout, n: int, size: int
-) -> tuple[Tensor, dict[str, LatentDraw]]:
+def _summed(guide: Sites, trace: Trace, layout: Layout, n: int, size: int) -> tuple[Tensor, dict[str, LatentDraw]]:
     """Return log p(x | z) per row, and the latents, of a model that sums out discrete sites.
 
     The latents are the joint code of these sites or, if the guide has a latent, that latent, with the sites summed out
     of its prior and of the likelihood.
     """
-    model = samples(model_trace)
+    model = samples(trace)
     if layout.eliminated or len(layout.latents) > 1:
-        return _eliminated(guide, model_trace, layout, n, size)
+        return _eliminated(guide, trace, layout, n, size)
     table = read_joint_states(model, layout, 0)
     outside = _observed(model, layout, size, table.logs)
     if not layout.latents:
@@ -203,18 +201,16 @@ def _summed(
     return table.log_sum(table.joint).double() - latent.log_p + outside, {name: latent}
 
 
-def _eliminated(
-    guide: Sites, model_trace: Trace, layout: Layout, n: int, size: int
-) -> tuple[Tensor, dict[str, LatentDraw]]:
+def _eliminated(guide: Sites, trace: Trace, layout: Layout, n: int, size: int) -> tuple[Tensor, dict[str, LatentDraw]]:
     """Return log p(x | z) per row with all enumerated sites summed out, and the guide's latents.
 
     Raises:
         DataError: the prior of a latent depends on an enumerated site, so that it is no factor of its own.
     """
-    total, names = eliminated(model_trace, layout, 0)
+    total, names = eliminated(trace, layout, 0)
     if read := [name for name in layout.latents if name in names]:
         raise DataError(text("refused.enumerated_prior", names=read, enumerated=layout.enumerated))
-    model = samples(model_trace)
+    model = samples(trace)
     outside = _observed(model, layout, size, names)
     latents = {name: _latent(guide[name], model.get(name), layout, n) for name in layout.latents if name in guide}
     return total.double() + outside, latents

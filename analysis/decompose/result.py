@@ -214,9 +214,8 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
     """Return a table of several surgeries with one row per term and one column per surgery (a split or a run)."""
     counts = ", ".join(f"{name} n = {s.n}" for name, s in found.items())
     remarks = [f"{name}: {' '.join((s.headline(), *s.on_new_data))}" for name, s in found.items()]
-    table = Table(
-        title=Text(f"ELBO surgery, nats per datum ({counts})"), caption=Text("\n".join(remarks)), caption_justify="left"
-    )
+    title = Text(f"ELBO surgery, nats per datum ({counts})")
+    table = Table(title=title, caption=Text("\n".join(remarks)), caption_justify="left")
     table.add_column("term", no_wrap=True)
     for name in found:
         table.add_column(Text(name), justify="right", no_wrap=True)

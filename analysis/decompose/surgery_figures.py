@@ -270,9 +270,7 @@ def _grid(latent: LatentDraw) -> Grid:
     return Grid(positions, states, width)
 
 
-def new_rows(
-    account: Account, x: Tensor, d: Draw, kl: Tensor | None = None, information: Tensor | None = None
-) -> NewRows:
+def new_rows(account: Account, x: Tensor, d: Draw, kl: Tensor | None = None, mutual: Tensor | None = None) -> NewRows:
     """Return one sample of all latents as rows of the interval."""
     whole = _rows(d, account.names)
     alone = account.guide_roots.issuperset(account.names) and whole.q is not None
@@ -280,7 +278,7 @@ def new_rows(
     if alone and len(closed) == len(account.names) and account.model_roots.issuperset(account.names):
         kl = torch.stack(closed).sum(0)
     parts, kl = tuple(_rows(d, names) for names in _kinds(account)), whole.kl if kl is None else kl
-    q, information = (whole.q, None) if alone else (None, information)
+    q, information = (whole.q, None) if alone else (None, mutual)
     return replace(whole, kl=kl, q=q, information=information, group=account.pair.groups(x), parts=parts)
 
 

@@ -26,12 +26,6 @@ from pvae.util.group import add_up, is_mine
 from pvae.util.types import Array
 
 FLOAT64_BYTES = 8
-REDUCED_BY = {
-    "posterior_predictive": "predictive_rows or predictive_draws",
-    "observed_data": "predictive_rows",
-    "prior": "draws",
-}
-"""Arguments of `posterior` that reduce the size of a group; for groups not listed they are `draws` and `rows`."""
 RESOLVED_ROUNDINGS = 8
 """Number of rounding errors of the largest term of a log weight up to which log weights count as equal."""
 DRAW_DIMS = ("chain", "draw")
@@ -80,8 +74,7 @@ class PosteriorExport:
             found[f"observed_data/{site.name}"] = self.predictive_rows * site.like.nbytes
             found[f"posterior_predictive/{site.name}"] = self.predictive_draws * found[f"observed_data/{site.name}"]
         largest = max(found, key=found.__getitem__)
-        by = REDUCED_BY.get(largest.partition("/")[0], "draws or rows")
-        refuse(sum(found.values()) > memory, "refused.memory", memory=memory, sizes=found, largest=largest, by=by)
+        refuse(sum(found.values()) > memory, "refused.memory", memory=memory, sizes=found, largest=largest)
 
     def fill(self, on_progress: Progress) -> None:
         """Sample all latents for all rows; the rows of one draw share one sample of the global latents."""
@@ -170,11 +163,9 @@ class PosteriorExport:
         weights = torch.from_numpy(self.log_weight[0])
         magnitude = sum(np.abs(part[0]).max(0) for part in (self.log_likelihood, self.log_p, self.log_q))
         resolution = torch.from_numpy(magnitude * RESOLVED_ROUNDINGS * torch.finfo(self.x.dtype).eps)
-        return {
-            "log_evidence": (("datum",), numpy_of(log_mean(weights)), NATS),
-            "ess": (("datum",), numpy_of(1 / inverse_ess(weights)), {}),
-            "khat": (("datum",), numpy_of(pareto_k(weights, len(weights), resolution)), {}),
-        }
+        found = {"log_evidence": log_mean(weights), "ess": 1 / inverse_ess(weights)}
+        found["khat"] = pareto_k(weights, len(weights), resolution)
+        return {name: (("datum",), numpy_of(t), NATS if name == "log_evidence" else {}) for name, t in found.items()}
 
     def guide(self) -> xarray.Dataset:
         """Return the group `guide`: the parameters of q(z | x) for all rows of the split."""

@@ -216,8 +216,7 @@ def value_of(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
 def whole(node: Mapping[str, Any]) -> Array:
     """Return the value of a global latent, without plates of size one."""
     fn = node["fn"]
-    plates = [size for size in fn.batch_shape if size > 1]
-    return numpy_of(node["value"].reshape((*plates, *fn.event_shape)))
+    return numpy_of(node["value"].reshape((*(size for size in fn.batch_shape if size > 1), *fn.event_shape)))
 
 
 def _is_normal(node: Mapping[str, Any]) -> bool:

@@ -229,14 +229,12 @@ class CodeMixture(NamedTuple):
             fresh, by_base = fresh + left.sum(1), by_base + found.distinct[:, None] * left
         return fresh, by_base
 
-    def _influence(
-        self, at: Tensor, of: Tensor, found: Counted, same: Tensor, fresh: Tensor, product: Tensor
-    ) -> Tensor:
+    def _influence(self, at: Tensor, of: Tensor, found: Counted, same: Tensor, fresh: Tensor, base: Tensor) -> Tensor:
         """Return the sum over the rows `at` of the derivatives of log r in the weight of every row of `of`, `(n,)`."""
         table, zero = self.table, torch.zeros_like(self.table.log_p)
         by_code = zero.index_add(0, table.group[at], same)[table.group].index_add(0, at, -same)
         alone = (torch.bincount(table.group[of], minlength=len(zero))[table.group] == 1).double()
-        share = product[:, None] / (found.by_position + 0.5)
+        share = base[:, None] / (found.by_position + 0.5)
         by_state = torch.zeros(len(table.position), device=zero.device).double()
         by_state.index_add_(0, table.flat[at].flatten(), share.flatten())
         by_position = by_state[table.flat].sum(1).index_add(0, at, -share.sum(1))

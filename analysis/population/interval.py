@@ -96,8 +96,7 @@ class Population(Figures):
         """Return the interval in words, beside `known`, the marginal KL on these rows alone, nats, if it is given."""
         above, knowing = self.gain_upper, ""
         if known is not None and above is not None:
-            error = math.hypot(above.standard_error, known.standard_error)
-            if not above.value + 2 * error >= known.value:
+            if not above.value + 2 * math.hypot(above.standard_error, known.standard_error) >= known.value:
                 knowing = "most" if self.gain.value + above.value < known.value else "part"
         return text("population.sentence", new=self, known=known, knowing=knowing)
 
@@ -184,8 +183,7 @@ def in_folds(rows: NewRows, seed: int) -> tuple[NewRows, Tensor] | str:
     if not bool(rows.value.isfinite().all() & rows.log_p.isfinite().all()):
         return "on new data: samples of the latents or their log p(z) are not finite"
     work = 2 * rows.value.shape[1] if rows.q is None else rows.q.work
-    n = min(len(rows), math.isqrt(int(WORK / work)))
-    shuffled, fold = folds(len(rows), seed, rows.value.device, n)
+    shuffled, fold = folds(len(rows), seed, rows.value.device, min(len(rows), math.isqrt(int(WORK / work))))
     return replace(rows.rows(shuffled), information=rows.information), fold
 
 
@@ -217,15 +215,13 @@ def _of_pairs(rows: NewRows, apart: Tensor, fold: Tensor | None, out: Population
         bounds.append(mean(bound, "lower_bound", noise))
         above = [mean(kl - bound, "upper_bound", noise) for kl in (rows.kl, rows.own - rows.log_p)]
         ends.append(min(above, key=lambda e: e.standard_error))
+    upper = min(ends, key=lambda e: e.value + 2 * e.standard_error)
+    lower = max(bounds, key=lambda e: e.value - 2 * e.standard_error)
+    seen = sum(size * bound.seen for size, bound in paired) / share if paired else None
+    largest = max((size / share * bound.largest for size, bound in paired), default=None)
     said = text("population.by_covariate", values=len(values), fewest=FEWEST_PAIRED, share=share)
-    return replace(
-        out,
-        gain_upper=min(ends, key=lambda e: e.value + 2 * e.standard_error),
-        information=max(bounds, key=lambda e: e.value - 2 * e.standard_error),
-        seen=sum(size * bound.seen for size, bound in paired) / share if paired else None,
-        largest=max(size / share * bound.largest for size, bound in paired) if paired else None,
-        notes=(said,) if len(values) > 1 else (),
-    )
+    out = replace(out, gain_upper=upper, information=lower, seen=seen, largest=largest)
+    return replace(out, notes=(said,)) if len(values) > 1 else out
 
 
 def _of_draws(rows: NewRows, out: Population) -> Population:

@@ -111,8 +111,7 @@ def recipe(rows: NewRows) -> Recipe:
     fixed = [normal_without(rows.value)[tried], rows.log_p[tried]]
     for width in WIDTHS:
         variance = (width * rows.value.std(0)) ** 2
-        kernel = log_mean(kernels(rows, variance), rows.value[tried], tried)
-        scores = torch.stack([kernel, *fixed], 1).clamp(min=-1e6)
+        scores = torch.stack([log_mean(kernels(rows, variance), rows.value[tried], tried), *fixed], 1).clamp(min=-1e6)
         log_w = mixture_weights(scores, steps=STEPS)
         found.append((float((scores + log_w).logsumexp(1).mean()), Recipe(width, variance, log_w)))
         if found[-1][0] < max(found, key=itemgetter(0))[0] - WORSE:

@@ -144,8 +144,7 @@ def sweep(
         e = apart.clamp_(min=FLOOR).exp_()
         total = in_groups(e, n // 2)
         others[at] = top + total.sum(1).log()
-        whole = torch.logaddexp(others[at], own[at])
-        level = (top - whole).exp()[:, None]
+        level = (top - torch.logaddexp(others[at], own[at])).exp()[:, None]
         reach[at] += level * total
         shares += (torch.cat([level * halves[at], 1 / total.sum(1, keepdim=True)], 1).float().T @ e).double()
     group.add_up(others, shares, reach, sums)
@@ -166,8 +165,7 @@ def _pairs(apart: Tensor, top: Tensor, at: slice, critic: PairCritic, sums: Tens
         if start >= stop:
             continue
         mine, local = slice(start, stop), slice(start - at.start, stop - at.start)
-        level = (top[local] - critic.apart[mine]).float()
-        e = critic(apart[local, columns] + level[:, None]).exp_()
+        e = critic(apart[local, columns] + (top[local] - critic.apart[mine]).float()[:, None]).exp_()
         sums[0, mine] += in_groups(e, (columns.stop - columns.start) // 2)
         cut = min(max((rows.start + rows.stop) // 2 - start, 0), len(e))
         sums[1, columns] += torch.stack([e[:cut].sum(0), e[cut:].sum(0)], 1)

@@ -188,9 +188,8 @@ def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:
             for group in optimizer.param_groups:
                 group["lr"] = RATE * DECAY**epoch
             for one, other in zip(*(torch.randperm(len(fit_q)).split(batch) for _ in range(2)), strict=True):
-                loss = loss_of(network, fit_q[one], fit_p[other])
                 optimizer.zero_grad()
-                loss.backward()
+                loss_of(network, fit_q[one], fit_p[other]).backward()
                 optimizer.step()
             with torch.no_grad():
                 held = float(loss_of(network, held_q, held_p))

@@ -126,9 +126,8 @@ def probe(
     asked, labels = _some(part, min(rows or PROBE_ROWS, PROBE_ROWS), seed)
     there = np.unique(y)
     refuse(not 1 < len(there) <= MAX_CLASSES, "refused.probed_labels", most=MAX_CLASSES, found=there)
-    known = np.isin(labels, there)
+    refuse(not np.isin(labels, there).any(), "probe: expected rows of labels that train has; got none.")
     y, labels = (np.where(np.isin(side, there), np.searchsorted(there, side), len(there)) for side in (y, labels))
-    refuse(not known.any(), "probe: expected rows of labels that train has; got none.")
     refuse(not all(side.isfinite().all() for side in (x, asked)), "refused.no_components")
     codes = [encode(run, side, mean=True, seed=seed).latents for side in (x, asked)]
     read: dict[str, list[Block]] = {name: [(codes[0][name].value, codes[1][name].value)] for name in codes[0]}

@@ -104,8 +104,7 @@ def distribution_mean(fn: Any) -> Tensor:
     """
     base = unwrapped(fn)
     if isinstance(base, Categorical):
-        levels = torch.arange(base.probs.shape[-1], dtype=base.probs.dtype, device=base.probs.device)
-        return base.probs @ levels
+        return base.probs @ torch.arange(base.probs.shape[-1], dtype=base.probs.dtype, device=base.probs.device)
     mean = fn.mean
     if not isinstance(mean, Tensor) or (not torch.compiler.is_exporting() and bool(mean.isnan().any())):
         raise NotImplementedError(f"{type(base).__name__} has no mean")

@@ -114,8 +114,7 @@ class Diluted(KnownDensity):
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         good, noise = self.good.sample(n, generator), self.noise.sample(n, generator)
-        kept = torch.rand(n, 1, generator=generator, dtype=torch.float64) < self.weight
-        return torch.where(kept, good, noise)
+        return torch.where(torch.rand(n, 1, generator=generator, dtype=torch.float64) < self.weight, good, noise)
 
 
 # ---------------------------------------------------------------------- the study

@@ -229,7 +229,6 @@ def widened(w: FloatArray, noise: float, stretch: float, shift: float) -> Linear
     """
     d, q = w.shape
     covariance = np.linalg.inv(np.eye(q) + w.T @ w / noise**2)
-    widest = float(np.linalg.eigvalsh(covariance)[-1])
     g = 0.9 * covariance @ w.T / noise**2
-    wide = np.asarray(stretch * widest * np.eye(q))
+    wide = np.asarray(stretch * float(np.linalg.eigvalsh(covariance)[-1]) * np.eye(q))
     return LinearGaussian(w, np.zeros(d), noise, g, np.full(q, shift), wide, np.eye(q))
