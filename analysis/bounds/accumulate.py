@@ -33,8 +33,7 @@ def group_sizes(samples: int) -> tuple[int, ...]:
     (1, 5, 10, 50, 100, 500, 1000, 5000)
     """
     primes = _prime_factors(samples)
-    order = [primes.pop(-1 if i % 2 == 0 else 0) for i in range(len(primes))]
-    sizes = list(accumulate(order, mul, initial=1))
+    sizes = list(accumulate([primes.pop(-1 if i % 2 == 0 else 0) for i in range(len(primes))], mul, initial=1))
     stride = -(-len(sizes) // CURVE_POINTS)
     return (*sizes[:1], *sizes[:0:-stride][::-1])
 

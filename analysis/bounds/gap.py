@@ -261,6 +261,5 @@ def _with(estimate: Estimate, lacks: float) -> Estimate:
 
 def _difference(values: Tensor, one: Estimate, other: Estimate, kind: Kind) -> Estimate:
     """Return the mean of `values` `(n,)`, the differences by datum of two estimates with independent noise."""
-    error = math.hypot(one.standard_error, other.standard_error)
     note = CONSERVATIVE if CONSERVATIVE in (one.note, other.note) else ""
-    return replace(over_noisy_rows(values, error, kind), note=note)
+    return replace(over_noisy_rows(values, math.hypot(one.standard_error, other.standard_error), kind), note=note)

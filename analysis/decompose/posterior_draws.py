@@ -220,11 +220,9 @@ def _codes(table: JointStates, n: int, nodes: Sequence[Any]) -> LatentDraw:
     """Return the joint state of all enumerated sites as one discrete latent, with its exact posterior."""
     weights, prior = (t.double().reshape(-1, n).T[:, None] for t in (table.joint, table.latent))
     q, p = Codes(weights), Codes(prior)
-    value = q.sample()
-    counted = _tally_of_states(q, p, nodes)
-    return LatentDraw(
-        value, q.log_prob(value), p.log_prob(value), q, None, None, codes_kl(q, p), tally=counted, prior=shared_prior(p)
-    )
+    value, counted, members = q.sample(), _tally_of_states(q, p, nodes), (q, None, None)
+    scores = q.log_prob(value), p.log_prob(value)
+    return LatentDraw(value, *scores, *members, codes_kl(q, p), tally=counted, prior=shared_prior(p))
 
 
 def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:

@@ -238,8 +238,7 @@ class CodeMixture(NamedTuple):
         by_state = torch.zeros(len(table.position), device=zero.device).double()
         by_state.index_add_(0, table.flat[at].flatten(), share.flatten())
         by_position = by_state[table.flat].sum(1).index_add(0, at, -share.sum(1))
-        singles = alone * (fresh.sum() - zero.index_add(0, at, fresh))
-        return (by_code + singles + by_position) * of
+        return (by_code + alone * (fresh.sum() - zero.index_add(0, at, fresh)) + by_position) * of
 
     def words(self) -> str:
         """Return the components in words, with their weights."""

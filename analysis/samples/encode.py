@@ -35,7 +35,6 @@ class LatentCode:
     """True if `value` is a sample of the posterior, False if it is its centre."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Encoding(running.Generated):
     """Latents inferred from rows of data; the result of `encode`.
 
@@ -62,7 +61,6 @@ class Encoding(running.Generated):
         return found
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Reconstructions(running.Generated):
     """Data decoded from their latents; the result of `reconstruct`. `save` has keys `x`, `log_p`, `latents/<name>`."""
 

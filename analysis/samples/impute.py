@@ -1,7 +1,6 @@
 """Missing elements of rows of data: samples, means and intervals of p(x_missing | x_observed), for any pair."""
 
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from math import inf, nan, prod
 from typing import Any
 
@@ -32,7 +31,6 @@ SWEEPS = 20
 """Number of sweeps by default for pairs that take no missing values."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Imputations(running.Generated):
     """Rows of data with their missing elements filled in; the result of `impute`. Observed elements are untouched."""
 

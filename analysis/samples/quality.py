@@ -95,9 +95,8 @@ def two_sample(real: Tensor, fake: Tensor, seed: int = 0) -> TwoSample:
     hits, named = int(called[truth.cpu().bool()].sum()), int(called.sum())
     accuracy = (hits + held - (named - hits)) / (2 * held)
     error = math.hypot(*(proportion(part).standard_error for part in called.split(held))) / 2
-    p_value = exact(by_chance(hits, named, held))
     variation = Estimate(2 * accuracy - 1, 2 * error, "lower_bound", note="in expectation")
-    return TwoSample(Estimate(accuracy, error, "estimate"), p_value, variation, half, held)
+    return TwoSample(Estimate(accuracy, error, "estimate"), exact(by_chance(hits, named, held)), variation, half, held)
 
 
 def by_chance(hits: int, named: int, held: int) -> float:

@@ -7,7 +7,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, dataclass_transform
 
 import torch
 from numpy.typing import NDArray
@@ -48,12 +48,16 @@ def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -
     return name
 
 
+@dataclass_transform(frozen_default=True, eq_default=False)
 @dataclass(frozen=True, eq=False, repr=False)
 class Generated:
-    """Base class of results that consist of named tensors on the CPU and can be saved."""
+    """Base class of results that consist of named tensors on the CPU and can be saved; subclasses are frozen dataclasses."""
 
     origin: Origin = field(default=Origin(), kw_only=True)  # noqa: RUF009
     """Number, id, split and label of every row, where the result is one of rows of data."""
+
+    def __init_subclass__(cls) -> None:
+        dataclass(frozen=True, eq=False, repr=False)(cls)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of the result under the keys that `save` writes: `<field>`, in a dict `<field>/<name>`."""

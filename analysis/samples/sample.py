@@ -1,7 +1,7 @@
 """Samples of a fitted model."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -22,7 +22,6 @@ from pvae.util import Progress, seeds, silent
 Covariates = Mapping[str, int | str | Sequence[int] | Tensor]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Samples(running.Generated):
     """Samples of a model; the result of `sample`. `save` has keys `x`, `latents/<name>` and `covariates/<name>`."""
 

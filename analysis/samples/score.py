@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import field, replace
 from math import prod
 from typing import Any
 
@@ -33,7 +33,6 @@ REFERENCE_FILE = "reference_scores.json"
 """File among the analyses of a run that keeps the scores of its validation rows, so that p-values need no data."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Scores(running.Generated):
     """Scores of n rows of data; the result of `score`. All but `elements` are float64, log densities in nats."""
 

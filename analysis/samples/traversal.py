@@ -33,7 +33,6 @@ SAME_DENSITY = 1e-4
 """Relative difference of two log densities below which they count as equal, as rounding differs between batches."""
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Traversal(running.Generated):
     """Decoded means as one latent coordinate moves at a time; the result of `traverse`.
 
@@ -240,7 +239,6 @@ def _followers(model: PlacedModel, name: str, moved: Tensor, held: Mapping[str, 
 # ---------------------------------------------------------------------- interpolation
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class Interpolation(running.Generated):
     """Data decoded along the line between the codes of two rows; the result of `interpolate`.
 
