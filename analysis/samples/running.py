@@ -51,7 +51,10 @@ def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -
 @dataclass_transform(frozen_default=True, eq_default=False)
 @dataclass(frozen=True, eq=False, repr=False)
 class Generated:
-    """Base class of results that consist of named tensors on the CPU and can be saved; subclasses are frozen dataclasses."""
+    """Base class of results that consist of named tensors on the CPU and can be saved.
+
+    Every subclass is a frozen dataclass.
+    """
 
     origin: Origin = field(default=Origin(), kw_only=True)  # noqa: RUF009
     """Number, id, split and label of every row, where the result is one of rows of data."""
