@@ -10,12 +10,10 @@ from pydantic import BaseModel, Field, model_validator
 from pvae.component import Component, Ints, Names, Section, Table, from_table, table_at
 from pvae.graph.frame import Entry, Vocabulary, split
 from pvae.graph.site import Site, Space
-from pvae.guides.posteriors.base import Posterior
+from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
-from pvae.guides.posteriors.normal import ExactPosterior, NormalPosterior
 from pvae.models.priors.base import BernoulliPrior, CategoricalPrior, Prior, StandardNormal
-from pvae.nn.precision import Precision
-from pvae.nn.schedules import Adam, Constant, Optimizer, Schedule
+from pvae.nn.schedules import Adam, Constant, Optimizer, Precision, Schedule
 from pvae.objectives.base import Objective
 from pvae.objectives.elbo import TraceELBO
 from pvae.util import digest, toml

@@ -19,10 +19,9 @@ from pvae.component import Shape
 from pvae.distributions.codes import conditional_logits
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site, Space, one_hot
-from pvae.models.priors.autoregressive import DRAW_ROWS, Autoregressive, TokenModule
+from pvae.models.priors.autoregressive import DRAW_ROWS, Autoregressive, TokenModule, TransformerPrior
 from pvae.models.priors.base import Prior
 from pvae.models.priors.pixelcnn import PixelCNNPrior, ResizedMap
-from pvae.models.priors.transformer import TransformerPrior
 from tests.laws import require_gradients, shake
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -448,6 +447,6 @@ def test_shapes_that_cannot_be_read_are_refused(kind):
 
 
 def test_the_table_is_complete():
-    modules = ("pvae.models.priors.pixelcnn", "pvae.models.priors.transformer")
+    modules = ("pvae.models.priors.pixelcnn", "pvae.models.priors.autoregressive")
     shipped = {kind for kind, m in Prior.members.items() if m.__module__ in modules}
     assert shipped == set(KINDS)
