@@ -1,16 +1,25 @@
-"""Posteriors over one latent, `q(z | x, ...)`, and their heads: from features to a distribution's parameters."""
+"""Posteriors over one latent, `q(z | x, ...)`, and their heads: from features to a distribution's parameters.
+
+Beside their bases these are normals (diagonal, of full rank, top-down in a hierarchy), points, the prior itself, and
+Bayes' rule.
+"""
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, Literal
 
+import pyro.distributions as dist
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
+from pvae.distributions.base import Determined, Event, PlainNormal
+from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Link, Site, Space, Values
 from pvae.nn.codebook import Codebook
 from pvae.nn.conv import Pointwise
-from pvae.nn.network import MLP, Network, NetworkModule
+from pvae.nn.network import MLP, Head, LogVarianceBounds, Network, NetworkModule, NormalHead, lower_factor
 
 
 class Posterior(Component):
@@ -97,3 +106,237 @@ def head(network: Network | None, inputs: Mapping[str, Shape], output: Shape) ->
 def channels_last(h: Tensor, grid: int) -> Tensor:
     """Return a tensor `(..., C, *grid)` as `(..., *grid, C)`, for a grid of `grid` dimensions."""
     return h.movedim(-1 - grid, -1) if grid else h
+
+
+class NormalPosterior(Posterior):
+    """Amortised mean-field normal posterior N(mu(x), diag sigma^2(x)).
+
+    References:
+        Auto-Encoding Variational Bayes (Kingma, Welling, 2013), https://arxiv.org/abs/1312.6114
+    """
+
+    kind: Literal["normal"] = "normal"
+    log_variance: LogVarianceBounds = (-12.0, 6.0)
+    network: Network | None = None
+    """Network from the encoder's features to the parameters of the normal; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return NormalHead(head(self.network, inputs, (2 * site.event[0],)), self.log_variance)
+
+
+def full_rank_normal(parameters: Tensor, dim: int, bounds: tuple[float, float]) -> dist.TorchDistribution:
+    """Return N(loc, L L^T) of `dim` coordinates, given its mean, log-variances and unit lower triangle `(..., P)`."""
+    loc, log_variance, below = parameters.split([dim, dim, dim * (dim - 1) // 2], -1)
+    scale = log_variance.clamp(*bounds).mul(0.5).exp()
+    return dist.MultivariateNormal(loc, scale_tril=lower_factor(scale, below), validate_args=False)
+
+
+class FullRankNormalPosterior(Posterior):
+    r"""Normal posterior N(mu(x), L(x) L(x)^T) of full covariance, with L = diag(s) (I + strictly lower triangle).
+
+    References:
+        An Introduction to Variational Autoencoders (Kingma, Welling, 2019), https://arxiv.org/abs/1906.02691, 2.5.1
+    """
+
+    kind: Literal["full_rank_normal"] = "full_rank_normal"
+    log_variance: LogVarianceBounds = (-12.0, 6.0)
+    """Bounds of the log-variance of a coordinate given those before it."""
+    network: Network | None = None
+    """Network from the encoder's features to the parameters of the normal; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        d = site.event[0]
+        network = head(self.network, inputs, (2 * d + d * (d - 1) // 2,))
+        return Head(network, partial(full_rank_normal, dim=d, bounds=self.log_variance))
+
+
+class DeltaPosterior(Posterior):
+    """Deterministic posterior z = mu(x) of an autoencoder; it has no density, and its "ELBO" log p(x, z) is no bound.
+
+    With `objective.beta = 0` the loss does not depend on the prior; `refit` then fits a prior to the latents.
+    """
+
+    kind: Literal["delta"] = "delta"
+    network: Network | None = None
+    """Network from the encoder's features to z; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return Head(head(self.network, inputs, site.event), Determined)
+
+
+TOP_DOWN = "top_down"
+"""Name of the features of the prior's network among the inputs of a posterior."""
+
+
+def normal_of(prior: Any) -> Any:
+    """Return the `Normal` inside wrappers such as `Independent`; None if there is none."""
+    while prior is not None and not isinstance(prior, dist.Normal):
+        prior = getattr(prior, "base_dist", None)
+    return prior
+
+
+def require_normal(site: Site, link: Link) -> None:
+    """Check that the prior of a latent is a diagonal normal, whose location and scale the posterior can read.
+
+    Raises:
+        DeclarationError: the prior is no diagonal normal, or is made of this very posterior.
+    """
+    prior = link.model.priors[site.name]
+    if isinstance(prior, NormalHead):
+        return
+    asks_the_guide = hasattr(prior, "link")
+    if site.given or asks_the_guide or normal_of(prior({})) is None:
+        raise DeclarationError.of("guides.posteriors.prior", name=site.name, found=prior)
+
+
+def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Shape]:
+    """Return a posterior's inputs without the latent's parents in the model, which it reads through the prior.
+
+    Raises:
+        DeclarationError: no input is left, or a parent is summed out by the model, so that the guide has no sample.
+    """
+    if summed := [above.name for above in link.model.sites if above.summed and above.name in site.given]:
+        raise DeclarationError.of("guides.posteriors.summed", name=site.name, summed=summed)
+    if not (read := {name: shape for name, shape in inputs.items() if name not in site.given}):
+        raise DeclarationError.of("guides.posteriors.given", name=site.name, inputs=inputs)
+    return read
+
+
+class LadderModule(nn.Module):
+    """Module of the posterior `ladder`: product of a normal given x and the model's normal p(z_l | z_above)."""
+
+    def __init__(self, head: NormalHead, site: Site, link: Link) -> None:
+        super().__init__()
+        self.head, self.site, self.link = head, site, link
+
+    def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the product of the two normals, given named inputs `(..., *shape)`."""
+        upward = self.head(inputs)
+        if not self.site.given:
+            return upward
+        q, prior = normal_of(upward), normal_of(self.link.model.prior(self.site.name, seen))
+        precision, prior_precision = q.scale**-2, prior.scale**-2
+        total = precision + prior_precision
+        merged = (q.loc * precision + prior.loc * prior_precision) / total
+        return Event(PlainNormal(merged, total.rsqrt()), 1)
+
+
+class LadderPosterior(Posterior):
+    r"""Ladder posterior q(z_l | z_above, x) = N(m, s^2), proportional to N(mu(x), sigma^2(x)) p(z_l | z_above).
+
+    With p(z_l | z_above) = N(mu_p, sigma_p^2) precisions add, s^-2 = sigma^-2 + sigma_p^-2, and m is the mean of mu and
+    mu_p weighted by them. The top level, without parents, is N(mu(x), sigma^2(x)). Use the encoder `bottom_up`.
+
+    References:
+        Ladder Variational Autoencoders (Sonderby et al., 2016), https://arxiv.org/abs/1602.02282
+    """
+
+    kind: Literal["ladder"] = "ladder"
+    reads_prior: ClassVar[bool] = True
+    log_variance: LogVarianceBounds = (-12.0, 6.0)
+    network: Network | None = None
+    """Network from the features of x to mu and log sigma^2; default: one linear map."""
+
+    def follows_prior(self, given: tuple[str, ...]) -> bool:
+        """Return True if the latent has parents: at the top level the posterior does not depend on the prior."""
+        return bool(given)
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        read = without(inputs, site, link)
+        if site.given:
+            require_normal(site, link)
+        return LadderModule(NormalHead(head(self.network, read, (2 * site.event[0],)), self.log_variance), site, link)
+
+
+class BidirectionalPosterior(Posterior):
+    r"""Residual posterior q(z_l | z_above, x) = N(mu_p + sigma_p d, sigma_p^2 e^2), for a prior N(mu_p, sigma_p^2).
+
+    The prior is p(z_l | z_above). d and log e are computed from the features of x and those of the prior's network:
+    guide and model share one top-down pass. The KL is 0 for d = 0, e = 1. Use the encoder `bottom_up`.
+
+    References:
+        NVAE: A Deep Hierarchical Variational Autoencoder (Vahdat, Kautz, 2020), https://arxiv.org/abs/2007.03898
+        Improving Variational Inference with Inverse Autoregressive Flow (Kingma et al., 2016),
+        https://arxiv.org/abs/1606.04934
+    """
+
+    kind: Literal["bidirectional"] = "bidirectional"
+    reads_prior: ClassVar[bool] = True
+    bound: float = Field(default=6.0, gt=0)
+    """Largest absolute value of log e (a clamp)."""
+    network: Network | None = None
+    """Network from the features to d and log e; default: one linear map."""
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        read = without(inputs, site, link)
+        require_normal(site, link)
+        prior = link.model.priors[site.name]
+        if isinstance(prior, NormalHead):
+            if not prior.network.width:
+                raise DeclarationError.of("guides.posteriors.network", name=site.name, found=prior.network)
+            read[TOP_DOWN] = (prior.network.width,)
+        return BidirectionalModule(site, link, self, head(self.network, read, (2 * site.event[0],)))
+
+
+class BidirectionalModule(Linked):
+    """Module of the posterior `bidirectional`: shifts and scales the model's normal p(z_l | z_above), given x."""
+
+    declared: BidirectionalPosterior
+
+    def forward(self, inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the shifted and scaled normal, given named inputs `(..., *shape)`."""
+        prior = normal_of(self.link.model.prior(self.site.name, seen))
+        read, module, bound = dict(inputs), self.link.model.priors[self.site.name], self.declared.bound
+        if isinstance(module, NormalHead):
+            read[TOP_DOWN] = module.network.features(seen)
+        shift, log_scale = self.network(read).chunk(2, -1)
+        scale = prior.scale * log_scale.clamp(-bound, bound).exp()
+        return Event(PlainNormal(prior.loc + prior.scale * shift, scale), 1)
+
+
+class UninferredModule(Linked):
+    """Module of the posterior `prior`: the model's own p(z | parents)."""
+
+    def forward(self, _inputs: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return p(z | parents), given the features of the covariates and latents sampled so far, by name."""
+        return self.link.model.prior(self.site.name, seen)
+
+
+class PriorPosterior(Posterior):
+    """Posterior equal to the prior, q(z | x) = p(z | parents): nothing is inferred from x. For objective `gan` only.
+
+    The guide has no parameters of its own. It makes a model that can only be sampled a Pyro model/guide pair.
+    """
+
+    kind: Literal["prior"] = "prior"
+    reads_features: ClassVar[bool] = False
+    reads_prior: ClassVar[bool] = True
+    infers: ClassVar[bool] = False
+    given: Names = ()
+    """Variables that the posterior is conditioned on: none, since the parents reach it through the model's prior."""
+
+    @field_validator("given")
+    @classmethod
+    def _given_nothing(cls, given: Names) -> Names:
+        if given:
+            raise ValueError(f"nothing, because the posterior prior infers nothing; got {list(given)}")
+        return given
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        return UninferredModule(site, link, self)
+
+
+class ExactPosterior(Posterior):
+    """Exact posterior p(c | x) by Bayes' rule: the model sums over all codes, and the ELBO is log p(x) (exact E-step).
+
+    Its gradient is that of Pyro's `TraceEnum_ELBO`; with the objective `em` both steps are in closed form.
+    """
+
+    kind: Literal["exact"] = "exact"
+    values: ClassVar[Values] = "index"
+    reads_features: ClassVar[bool] = False
+    summed: ClassVar[bool] = True
+
+    def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
+        """Return an empty module: the guide does not sample this latent."""
+        return nn.Identity()

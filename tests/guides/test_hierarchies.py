@@ -19,7 +19,7 @@ import pvae
 from pvae.analysis import surgery
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.guides.posteriors.normal import TOP_DOWN
+from pvae.guides.posteriors.base import TOP_DOWN
 from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from tests.laws import (
