@@ -7,7 +7,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from functools import partial
-from math import prod
 from typing import Any, ClassVar, Literal, Self
 
 import pyro.distributions as dist
@@ -298,7 +297,7 @@ class NearestModule(Linked, Begun):
     def begin(self, rows: FirstRows) -> None:
         """Initialise the codebook at k-means centres of the encoder's vectors for training rows, if `start` says so."""
         if self.declared.start == "kmeans":
-            positions = prod(self.site.space.grid)
+            positions = math.prod(self.site.space.grid)
             found = rows.inferred(embedded(self.site.name), max(1, START_VECTORS // positions), stream=1)
             z = torch.cat([self.vectors(infer["point"]) for infer in found])
             self.codebook.start(z, rows.seed, rows.batch * positions)
@@ -340,4 +339,4 @@ class NearestModule(Linked, Begun):
         share = (scores / (self.declared.softness * spread)).softmax(1).mean(0)
         gap = math.log(len(share)) + (share * (share + 1e-12).log()).sum()
         lead = z.shape[: z.dim() - 1 - self.grid]
-        return (self.declared.evenness * prod(z.shape[len(lead) : -1]) * gap).expand(lead)
+        return (self.declared.evenness * math.prod(z.shape[len(lead) : -1]) * gap).expand(lead)

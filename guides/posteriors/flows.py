@@ -10,8 +10,6 @@ import torch
 from pydantic import Field
 from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
-from torch.distributions import constraints
-from torch.nn.functional import logsigmoid
 
 from pvae.component import Ints, Shape
 from pvae.distributions.base import Batched, Determined
@@ -41,7 +39,7 @@ class GatedStep(nn.Module):
     def call(self, u: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return z for u `(..., D)`, and log|det dz/du| `(...)`, nats."""
         shift, gate, logit = self._gates(u, context)
-        return gate * u + (1 - gate) * shift, logsigmoid(logit).sum(-1)
+        return gate * u + (1 - gate) * shift, nn.functional.logsigmoid(logit).sum(-1)
 
     def invert(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return u for z `(..., D)`, exact after D passes, and log|det dz/du| `(...)`, nats."""
@@ -49,13 +47,13 @@ class GatedStep(nn.Module):
         for _ in range(z.shape[-1]):
             shift, gate, _ = self._gates(u, context)
             u = (z - (1 - gate) * shift) / gate
-        return u, logsigmoid(self._gates(u, context)[2]).sum(-1)
+        return u, nn.functional.logsigmoid(self._gates(u, context)[2]).sum(-1)
 
 
 class Pushed(Batched):
     """Base of distributions of transformed samples; the density of the latest sample is computed with it."""
 
-    support = constraints.real_vector
+    support = dist.constraints.real_vector
     has_rsample = True
     _drawn: tuple[Tensor, Tensor, bool] | None = None
 
@@ -223,7 +221,7 @@ class Dequantised(Pushed):
 
     def _log_noise(self, t: Tensor) -> Tensor:
         """Return log q(u | x), nats, from t = logit u, which keeps its precision when u rounds to 0 or 1."""
-        return self.logits.log_prob(t) - (logsigmoid(t) + logsigmoid(-t)).sum(-1)
+        return self.logits.log_prob(t) - (nn.functional.logsigmoid(t) + nn.functional.logsigmoid(-t)).sum(-1)
 
     def score(self, value: Tensor) -> Tensor:
         v = self.decoder({self.decoder.name: value})

@@ -14,8 +14,6 @@ import pyro.distributions as dist
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributions import constraints
-from torch.nn import functional as F
 
 from pvae.component import Shape
 from pvae.distributions.codes import Conditional, Enumerated
@@ -83,7 +81,7 @@ class TokenModule(nn.Module):
             return self.start.new_zeros(*value.shape[:2], self.width)
         if value.is_floating_point():
             return cast(value.exp(), self.table.dtype) @ self.table
-        return F.embedding(value, self.table)
+        return nn.functional.embedding(value, self.table)
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the distribution of the codes, with the parents' leading dimensions as batch shape."""
@@ -125,10 +123,12 @@ class Autoregressive(Enumerated, Conditional):  # type: ignore[override]
         self.network, self.context = network, context
         super().__init__(torch.Size(batch_shape), torch.Size(network.grid), validate_args=False)
 
-    @constraints.dependent_property(is_discrete=True)
-    def support(self) -> constraints.Constraint:
+    @dist.constraints.dependent_property(is_discrete=True)
+    def support(self) -> dist.constraints.Constraint:
         """Support: codes 0 .. K - 1 at every position."""
-        return constraints.independent(constraints.integer_interval(0, self.network.codes - 1), len(self.event_shape))
+        return dist.constraints.independent(
+            dist.constraints.integer_interval(0, self.network.codes - 1), len(self.event_shape)
+        )
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(c | parents) of indices `(..., *grid)`, nats, `(...)`; exact, in single precision or better."""
@@ -250,12 +250,12 @@ class AttentionBlock(nn.Module):
 
     def _mixed(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
         rate = self.dropout if self.training else 0.0
-        read = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=is_causal)
+        read = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=is_causal)
         h = h + self._dropped(self.out(read.transpose(1, 2).flatten(2)))
         return h + self._dropped(self.perceptron(self.second(h)))
 
     def _dropped(self, h: Tensor) -> Tensor:
-        return F.dropout(h, self.dropout, self.training)
+        return nn.functional.dropout(h, self.dropout, self.training)
 
 
 class TransformerPrior(Prior):

@@ -12,7 +12,6 @@ import pyro.distributions as dist
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.distributions import Batched, FullRankNormals, Members, Mixture, Normals, bits, code_grid, lattice, unwrapped
@@ -64,7 +63,7 @@ class VampModule(Begun):
         super().__init__()
         self.pseudo_inputs = nn.Parameter(torch.rand(components, *link.frame.x))
         self.name, self.link = name, link
-        unit = link.support in (constraints.boolean, constraints.unit_interval)
+        unit = link.support in (dist.constraints.boolean, dist.constraints.unit_interval)
         self.bounded = unit or isinstance(link.support, lattice)
 
     @torch.no_grad()
@@ -313,7 +312,7 @@ class VAEDensity(Batched):
         super().__init__(torch.Size(), torch.Size(module.space.event), validate_args=False)
 
     @cached_property
-    def support(self) -> constraints.Constraint | None:
+    def support(self) -> dist.constraints.Constraint | None:
         """Support of p(z | u), the same for every u."""
         return self.module.decode(self.module.zero).support
 

@@ -6,7 +6,6 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pvae.component import Shape
 from pvae.graph.site import Link, Site, Values
@@ -80,14 +79,14 @@ class GatedLayer(nn.Module):
     def above(self, v: Tensor, condition: Tensor | None) -> tuple[Tensor, Tensor]:
         """Return the vertical stack's output `(n, C, ...)`, and its input to the horizontal stack `(n, 2 C, ...)`."""
         assert self.vertical is not None and self.down is not None  # noqa: S101, PT018 - there are rows above
-        h = self.vertical(F.pad(v, (0, 0, self.reach, 0)))
+        h = self.vertical(nn.functional.pad(v, (0, 0, self.reach, 0)))
         if condition is not None:
             h = h + condition.chunk(2, 1)[1]
         return gate(h), self.down(h)
 
     def before(self, h: Tensor, above: Tensor | None, condition: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return the horizontal stack's skip output and its residual for the next layer (or None), `(n, C, ...)`."""
-        pre = self.horizontal(F.pad(h, (self.reach, 0, 0, 0)))
+        pre = self.horizontal(nn.functional.pad(h, (self.reach, 0, 0, 0)))
         if condition is not None:
             pre = pre + condition[:, : pre.shape[1]]
         if above is not None:
@@ -160,7 +159,7 @@ class PixelCNNModule(TokenModule):
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
         """Return the sum of the encoded parents, after SiLU, `(*lead, C, H | 1, W | 1)`; None without parents."""
         maps = [self.maps[name](value) for name, value in given.items()]
-        return F.silu(sum(maps[1:], maps[0])) if maps else None
+        return nn.functional.silu(sum(maps[1:], maps[0])) if maps else None
 
     def conditions(self, context: Tensor | None) -> list[Tensor | None]:
         """Return every layer's projection of the encoded parents, `(n, 2 C or 4 C, H | 1, W | 1)`."""

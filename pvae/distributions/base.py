@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Self
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.errors import DeclarationError
 from pvae.util.types import Size
@@ -191,7 +190,7 @@ class Rounded(Determined):
         super().__init__((value * levels).floor().clamp(0, levels - 1) / (levels - 1), 0.0, event_dim)
 
 
-class lattice(constraints.Constraint):  # noqa: N801 - named as torch names its constraints
+class lattice(dist.constraints.Constraint):  # noqa: N801 - named as torch names its constraints
     """Constraint of grey values: multiples of 1 / (levels - 1) in [0, 1], up to single-precision rounding."""
 
     is_discrete = True
@@ -225,7 +224,7 @@ class DiscretizedLogistic(Batched):
         levels: number of grey values.
     """
 
-    arg_constraints = {"loc": constraints.real, "log_scale": constraints.real}
+    arg_constraints = {"loc": dist.constraints.real, "log_scale": dist.constraints.real}
     widened = ("loc", "log_scale")
 
     def __init__(self, loc: Tensor, log_scale: Tensor, levels: int, validate_args: bool | None = None) -> None:
@@ -233,8 +232,8 @@ class DiscretizedLogistic(Batched):
         self.levels = levels
         super().__init__(self.loc.shape, torch.Size(), validate_args=validate_args)
 
-    @constraints.dependent_property(is_discrete=True, event_dim=0)
-    def support(self) -> constraints.Constraint:
+    @dist.constraints.dependent_property(is_discrete=True, event_dim=0)
+    def support(self) -> dist.constraints.Constraint:
         """Support: the grey values k / (levels - 1)."""
         return lattice(self.levels)
 
@@ -280,7 +279,7 @@ class FactoredNormal(Batched):
         event: shape of an event of D elements.
     """
 
-    arg_constraints = {"loc": constraints.real_vector, "scale_tril": constraints.lower_cholesky}
+    arg_constraints = {"loc": dist.constraints.real_vector, "scale_tril": dist.constraints.lower_cholesky}
     has_rsample = True
 
     def __init__(self, loc: Tensor, scale_tril: Tensor, event: Size) -> None:
@@ -288,9 +287,9 @@ class FactoredNormal(Batched):
         super().__init__(loc.shape[:-1], torch.Size(event))
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Support: real numbers in every element of the event."""
-        return constraints.independent(constraints.real, len(self.event_shape))
+        return dist.constraints.independent(dist.constraints.real, len(self.event_shape))
 
     def _along(self, operation: Callable[[Tensor, Tensor], Tensor], vectors: Tensor) -> Tensor:
         """Return `operation(L, columns)` for vectors `(..., D)`, as one matrix if the last batch dimension shares L."""

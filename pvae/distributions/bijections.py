@@ -6,10 +6,8 @@ from typing import Any
 
 import pyro.distributions.transforms as bijections
 import torch
-from pyro.distributions.transforms.utils import clamp_preserve_gradients
 from pyro.nn import AutoRegressiveNN, DenseNN
 from torch import Tensor, nn
-from torch.nn.functional import linear, logsigmoid, softplus
 
 from pvae.errors import NonFiniteError
 
@@ -66,7 +64,9 @@ def solved(transform: bijections.AffineAutoregressive, y: Tensor) -> Tensor:
     x = torch.zeros_like(y)
     for _ in range(y.shape[-1]):
         mean, log_scale = transform.arn(x)
-        clipped = clamp_preserve_gradients(log_scale, transform.log_scale_min_clip, transform.log_scale_max_clip)
+        clipped = bijections.utils.clamp_preserve_gradients(
+            log_scale, transform.log_scale_min_clip, transform.log_scale_max_clip
+        )
         x = (y - mean) * (-clipped).exp()
     return x
 
@@ -78,10 +78,13 @@ def mixed(transform: bijections.NeuralAutoregressive, x: Tensor) -> tuple[Tensor
     1 beyond a x + b = 16, so that y is constant there; log-sum-exps of both tails stay accurate.
     """
     slope, logits, shift = transform.arn(x)
-    slope, log_weight = softplus(slope) + MIN_SLOPE, logits.log_softmax(-2)
+    slope, log_weight = nn.functional.softplus(slope) + MIN_SLOPE, logits.log_softmax(-2)
     c = slope * x.unsqueeze(-2) + shift
-    low, high = (log_weight + logsigmoid(c)).logsumexp(-2), (log_weight + logsigmoid(-c)).logsumexp(-2)
-    log_density = (slope.log() + log_weight + logsigmoid(c) + logsigmoid(-c)).logsumexp(-2)
+    low, high = (
+        (log_weight + nn.functional.logsigmoid(c)).logsumexp(-2),
+        (log_weight + nn.functional.logsigmoid(-c)).logsumexp(-2),
+    )
+    log_density = (slope.log() + log_weight + nn.functional.logsigmoid(c) + nn.functional.logsigmoid(-c)).logsumexp(-2)
     return low - high, (log_density - low - high).sum(-1)
 
 
@@ -95,15 +98,15 @@ def gated(transform: bijections.BlockAutoregressive, x: Tensor) -> tuple[Tensor,
     dim, layers = x.shape[-1], list[Any](transform.layers)
     for index, layer in enumerate(layers):
         if index > 0:
-            log_slope = log_slope + 2 * (math.log(2) - h - softplus(-2 * h)).unflatten(-1, (dim, -1))
+            log_slope = log_slope + 2 * (math.log(2) - h - nn.functional.softplus(-2 * h)).unflatten(-1, (dim, -1))
             h = h.tanh()
         weight = layer._weight.exp() * layer.mask_d + layer._weight * layer.mask_o
         norm = weight.norm(dim=-1, keepdim=True)
-        h = linear(h, layer._diag_weight.exp() * weight / norm, layer.bias)
+        h = nn.functional.linear(h, layer._diag_weight.exp() * weight / norm, layer.bias)
         log_weight = layer._diag_weight + layer._weight - norm.log()
         blocks = log_weight.view(dim, len(weight) // dim, dim, -1).diagonal(dim1=0, dim2=2).movedim(-1, 0)
         log_slope = (blocks + log_slope.unsqueeze(-2)).logsumexp(-1)
-    kept, changed = logsigmoid(transform.gate), logsigmoid(-transform.gate)
+    kept, changed = nn.functional.logsigmoid(transform.gate), nn.functional.logsigmoid(-transform.gate)
     log_det = torch.logaddexp(kept, changed + log_slope.squeeze(-1)).sum(-1)
     return kept.exp() * x + changed.exp() * h, log_det
 

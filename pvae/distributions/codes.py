@@ -11,7 +11,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints, register_kl
+from torch.distributions import register_kl
 
 from pvae.distributions.base import Batched, Event, unwrapped
 from pvae.distributions.exponential_codes import IMPOSSIBLE
@@ -101,10 +101,12 @@ class Certain(Batched):
         at = index.dim() - grid
         super().__init__(index.shape[:at], index.shape[at:], validate_args=False)
 
-    @constraints.dependent_property(is_discrete=True)
-    def support(self) -> constraints.Constraint:
+    @dist.constraints.dependent_property(is_discrete=True)
+    def support(self) -> dist.constraints.Constraint:
         """Support: indices 0 .. K - 1 at every position of the grid."""
-        return constraints.independent(constraints.integer_interval(0, self.states - 1), len(self.event_shape))
+        return dist.constraints.independent(
+            dist.constraints.integer_interval(0, self.states - 1), len(self.event_shape)
+        )
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return the codes themselves, expanded to `sample_shape + (..., *grid)`."""

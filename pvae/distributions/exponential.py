@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Self
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from pvae.distributions.base import Batched
 from pvae.util.types import Size
@@ -213,7 +212,7 @@ class Mixture(Batched):
             exclusion.
     """
 
-    support = constraints.real_vector
+    support = dist.constraints.real_vector
 
     def __init__(self, members: Members, log_weights: Tensor | None = None, left_out: Tensor | None = None) -> None:
         self.members, self.log_weights, self.left_out = members, log_weights, left_out

@@ -1,7 +1,5 @@
 """Exponential-family members over grids of discrete codes, categorical and deterministic, and products of members."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -118,7 +116,7 @@ class Codes(Grids):
         value = (index if self.form == "index" else one_hots(index, self.states)).to(self.logits)
         return torch.where(value > 0, 0.0, IMPOSSIBLE).to(value) if self.form == "log_one_hot" else value
 
-    def map(self, change: Any) -> Codes:
+    def map(self, change: Any) -> "Codes":
         changed = change(self.logits)
         return self if changed is self.logits else Codes(changed, self.form)
 
@@ -170,7 +168,7 @@ class CertainCodes(Grids):
         """Return code indices `(m, P)` in the encoding of flat values, `(m, D)`."""
         return index.double()
 
-    def map(self, change: Any) -> CertainCodes:
+    def map(self, change: Any) -> "CertainCodes":
         return CertainCodes(change(self.index).long(), self.states)
 
 
@@ -194,7 +192,7 @@ class Product(Members):
 
     dim, features, numbers, work = map(total, ("dim", "features", "numbers", "work"))
 
-    def rows(self, index: slice | Tensor) -> Product:
+    def rows(self, index: slice | Tensor) -> "Product":
         return Product(tuple(part.rows(index) for part in self.parts))
 
     @property
@@ -233,13 +231,13 @@ class Product(Members):
     def sample(self) -> Tensor:
         return torch.cat([part.sample() for part in self.parts], 1)
 
-    def joined(self, others: Sequence[Product]) -> Product:
+    def joined(self, others: Sequence["Product"]) -> "Product":
         if not others:
             return self
         columns = zip(*(p.parts for p in others), strict=True)
         return Product(tuple(part.joined(rest) for part, rest in zip(self.parts, columns, strict=True)))
 
-    def map(self, change: Any) -> Product:
+    def map(self, change: Any) -> "Product":
         return Product(tuple(part.map(change) for part in self.parts))
 
 

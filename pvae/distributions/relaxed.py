@@ -7,10 +7,8 @@ from typing import Any, Literal
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints
-from torch.distributions.relaxed_categorical import ExpRelaxedCategorical
-from torch.nn.functional import logsigmoid, pad
+from torch import Tensor, nn
+from torch.distributions import Transform, biject_to
 
 from pvae.component import Shape
 from pvae.distributions.base import Batched
@@ -19,7 +17,7 @@ from pvae.distributions.exponential_codes import IMPOSSIBLE
 from pvae.util.types import Size
 
 
-class LogSimplex(constraints.Constraint):
+class LogSimplex(dist.constraints.Constraint):
     """Constraint of logarithms of simplex points: exponentials sum to 1 within 1e-3."""
 
     event_dim = 1
@@ -47,14 +45,14 @@ def from_coordinates(u: Tensor) -> Tensor:
     """Return log c `(..., K)` of stick-breaking coordinates u `(..., K - 1)`: the inverse of `to_coordinates`."""
     k = u.shape[-1] + 1
     shifted = u - torch.arange(k - 1, 0, -1, device=u.device).to(u).log()
-    left = pad(logsigmoid(-shifted).cumsum(-1), (1, 0))  # of the stick, before each piece
-    return left + pad(logsigmoid(shifted), (0, 1))  # the last piece is all that is left
+    left = nn.functional.pad(nn.functional.logsigmoid(-shifted).cumsum(-1), (1, 0))  # of the stick, before each piece
+    return left + nn.functional.pad(nn.functional.logsigmoid(shifted), (0, 1))  # the last piece is all that is left
 
 
 class Coordinates(Transform):
     """Transform from stick-breaking coordinates u to log c; its Jacobian is 1 in the measure of `RelaxedCodes`."""
 
-    domain = constraints.real_vector
+    domain = dist.constraints.real_vector
     codomain = log_simplex
     bijective = True
 
@@ -83,10 +81,10 @@ biject_to.register(type(log_simplex), lambda _constraint: Coordinates())
 class Simplices(Batched):
     """Base of distributions of the logarithms of points of the simplex, one for each position of a grid."""
 
-    @constraints.dependent_property(is_discrete=False)
-    def support(self) -> constraints.Constraint:
+    @dist.constraints.dependent_property(is_discrete=False)
+    def support(self) -> dist.constraints.Constraint:
         """Support: logarithms of points of the simplex at every position of the grid."""
-        return constraints.independent(log_simplex, len(self.event_shape) - 1)
+        return dist.constraints.independent(log_simplex, len(self.event_shape) - 1)
 
 
 KL = Literal["relaxed", "categorical"]
@@ -233,8 +231,8 @@ class LogOneHot(Batched):
         """Log probabilities of the codes, `(..., K)`."""
         return self.codes.logits
 
-    @constraints.dependent_property(is_discrete=True, event_dim=1)
-    def support(self) -> constraints.Constraint:
+    @dist.constraints.dependent_property(is_discrete=True, event_dim=1)
+    def support(self) -> dist.constraints.Constraint:
         """Support: logarithms of one-hot vectors."""
         return log_simplex
 
@@ -265,7 +263,7 @@ def twin(fn: Any) -> Any:
         return dist.OneHotCategorical(logits=base.logits).expand(fn.batch_shape)
     if isinstance(base, torch.distributions.RelaxedBernoulli):
         return dist.Bernoulli(logits=base.logits).expand(fn.batch_shape)
-    if isinstance(base, ExpRelaxedCategorical):
+    if isinstance(base, torch.distributions.relaxed_categorical.ExpRelaxedCategorical):
         return LogOneHot(dist.OneHotCategorical(logits=base.logits).expand(fn.batch_shape))
     return fn
 

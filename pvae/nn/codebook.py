@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
 
 from pvae.graph.lifecycle import Moving
 
@@ -65,11 +64,11 @@ class NearestCodebook(Moving):
     @property
     def table(self) -> Tensor:
         """Embedding vectors of all codes, `(K, E)`; normalised if the codebook is on the unit sphere."""
-        return normalize(self.weight, dim=-1) if self.unit else self.weight
+        return nn.functional.normalize(self.weight, dim=-1) if self.unit else self.weight
 
     def place(self, z: Tensor) -> Tensor:
         """Return vectors `(..., E)` as they are compared with the codebook: normalised if `unit`."""
-        return normalize(z, dim=-1) if self.unit else z
+        return nn.functional.normalize(z, dim=-1) if self.unit else z
 
     def scores(self, z: Tensor) -> Tensor:
         """Return 2 z.e_k - |e_k|^2 for vectors `(m, E)`, `(m, K)`; the largest score is at the nearest code."""

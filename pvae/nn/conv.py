@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, pairwise
-from math import prod
 from typing import Literal
 
 from pydantic import Field
@@ -42,7 +41,7 @@ class Up(nn.Module):
         self.image = image
         heights, widths = (halvings(side, len(channels))[::-1] for side in image[1:])
         self.start = (channels[-1], heights[0], widths[0])
-        self.first = nn.Sequential(nn.Linear(features, prod(self.start)), act())
+        self.first = nn.Sequential(nn.Linear(features, math.prod(self.start)), act())
         layers: list[nn.Module] = []
         outputs = (*reversed(channels[:-1]), image[0])
         for level, (a, b) in enumerate(zip(reversed(channels), outputs, strict=True)):
@@ -92,13 +91,13 @@ class ConvModule(NetworkModule):
         channels, dense, act = declared.channels, declared.dense, ACTIVATIONS[declared.activation]
         super().__init__(inputs, (dense,) if output is None else output)
         encoders = {name: Down(shape, channels, act) for name, shape in inputs.items() if len(shape) == 3}
-        widths = [encoders[name].features if name in encoders else prod(shape) for name, shape in inputs.items()]
+        widths = [encoders[name].features if name in encoders else math.prod(shape) for name, shape in inputs.items()]
         self.encoders = nn.ModuleDict(encoders)
         self.width = dense
         self.dense = nn.Sequential(nn.Linear(sum(widths), dense), act())
         self.head: nn.Module = nn.Identity()
         if output is not None:
-            self.head = Up(dense, output, channels, act) if len(output) == 3 else nn.Linear(dense, prod(output))
+            self.head = Up(dense, output, channels, act) if len(output) == 3 else nn.Linear(dense, math.prod(output))
 
     def features(self, inputs: Mapping[str, Tensor]) -> Tensor:
         flat = [
@@ -121,7 +120,7 @@ class Pointwise(NetworkModule):
         self.maps = nn.ModuleDict()
         for name, shape in inputs.items():
             on_grid = shape[1:] == output[1:]
-            self.maps[name] = nn.Conv2d(shape[0], output[0], 1) if on_grid else nn.Linear(prod(shape), output[0])
+            self.maps[name] = nn.Conv2d(shape[0], output[0], 1) if on_grid else nn.Linear(math.prod(shape), output[0])
 
     def forward(self, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the output `(..., *output)` for named inputs `(..., *shape)`; leading dimensions broadcast."""
@@ -296,19 +295,21 @@ class ResnetModule(NetworkModule):
             work = tuple(min(a, b) for a, b in zip(least, output[1:], strict=True))
         else:
             work = tuple(-(-side // 2**declared.halvings) for side in highest)
-        size = channels * prod(work)
+        size = channels * math.prod(work)
         super().__init__(inputs, (size,) if output is None else output)
         self.start, self.width = (channels, *work), size
         self.lead = nn.ModuleDict()
         for name, shape in inputs.items():
-            self.lead[name] = Resize(shape, channels, work, act) if name in images else nn.Linear(prod(shape), size)
+            self.lead[name] = (
+                Resize(shape, channels, work, act) if name in images else nn.Linear(math.prod(shape), size)
+            )
         inner = declared.inner or channels // 2
         self.blocks = nn.Sequential(*(Residual(channels, inner, act) for _ in range(declared.blocks)), act())
         self.head: nn.Module
         if output is None:
             self.head = nn.Identity()
         elif not self.spatial:
-            self.head = nn.Linear(size, prod(output))
+            self.head = nn.Linear(size, math.prod(output))
         else:
             there = output[1:] == work
             self.head = nn.Conv2d(channels, output[0], 1) if there else Upscale(channels, work, output, act)

@@ -10,7 +10,6 @@ import pyro.distributions as dist
 import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Component, Ints, Shape
 from pvae.distributions.base import Event, PlainNormal
@@ -46,7 +45,7 @@ class Network(Component):
     """Declaration of a neural network from several named inputs to one output."""
 
     @property
-    def support(self) -> constraints.Constraint | None:
+    def support(self) -> dist.constraints.Constraint | None:
         """Constraint that every element of the output satisfies; None if it can be any real number."""
         return None
 

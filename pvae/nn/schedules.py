@@ -15,9 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim.adam import adam
-from torch.overrides import TorchFunctionMode
 
 from pvae.component import Component
 
@@ -208,13 +206,13 @@ Precision = Literal["auto", "float32", "bfloat16"]
 ROUNDED = "bfloat16 by rounded factors"
 """Precision of a fit in bfloat16 on a processor without bfloat16 products; see `BFloat16Products`."""
 CONVOLUTIONS = [f"conv{transposed}{dims}d" for transposed in ("", "_transpose") for dims in (1, 2, 3)]
-PRODUCTS = (functional.linear, *(getattr(functional, name) for name in CONVOLUTIONS))
+PRODUCTS = (nn.functional.linear, *(getattr(nn.functional, name) for name in CONVOLUTIONS))
 """Functions of (input, weight, bias, ...) whose products can be computed in bfloat16."""
 SPLIT = 2.0**16 + 1
 """Veltkamp's factor: it divides the 24 significant bits of a float32 into 8, those of a bfloat16, and 16."""
 
 
-class BFloat16Products(TorchFunctionMode):
+class BFloat16Products(torch.overrides.TorchFunctionMode):
     """Context manager in which dense layers and convolutions of float32 tensors multiply in bfloat16.
 
     In the forward and backward pass, factors and results are rounded to bfloat16, a relative error of at most 2^-8
@@ -274,7 +272,7 @@ def _product(
     out = func(input.bfloat16(), weight.bfloat16(), None, *rest, **options).float()
     if bias is None:
         return out
-    return out + (bias if func is functional.linear else bias.reshape(-1, *[1] * (weight.dim() - 2)))
+    return out + (bias if func is nn.functional.linear else bias.reshape(-1, *[1] * (weight.dim() - 2)))
 
 
 def products_in(precision: str) -> AbstractContextManager[Any]:

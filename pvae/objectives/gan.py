@@ -8,7 +8,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
@@ -36,7 +35,7 @@ def critic_loss(real: Tensor, fake: Tensor) -> Tensor:
     For densities p of data and r of samples the best critic is s = log p - log r, D = p / (p + r), and then
     E_p log p/(p + r) + E_r log r/(p + r) = 2 JS(p || r) - log 4: the loss is at least log 4 - 2 JS(p || r).
     """
-    return softplus(-real).mean() + softplus(fake).mean()
+    return nn.functional.softplus(-real).mean() + nn.functional.softplus(fake).mean()
 
 
 def generator_loss(fake: Tensor, form: Literal["non_saturating", "minimax"]) -> Tensor:
@@ -46,7 +45,7 @@ def generator_loss(fake: Tensor, form: Literal["non_saturating", "minimax"]) -> 
     where the critic is certain. `non_saturating`: -E log D = E softplus(-s), of slope -(1 - D): the same fixed point,
     and a gradient that is largest there.
     """
-    return softplus(-fake).mean() if form == "non_saturating" else -softplus(fake).mean()
+    return nn.functional.softplus(-fake).mean() if form == "non_saturating" else -nn.functional.softplus(fake).mean()
 
 
 def slope_penalty(critic: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
