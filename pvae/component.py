@@ -6,20 +6,16 @@ it. A field annotated with the family accepts any member, as an instance, as a t
 name of a kind; the family may be extended after the fields that use it were defined (plugins).
 """
 
-from __future__ import annotations
-
-import importlib
+import importlib.metadata
 import inspect
 import json
 import pkgutil
 import re
 import types
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, Field, SerializationInfo, model_validator
-from pydantic.annotated_handlers import GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import BaseModel, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializationInfo, model_validator
 from pydantic_core import CoreSchema, ErrorDetails, InitErrorDetails, PydanticCustomError, ValidationError, core_schema
 
 from pvae.errors import DeclarationError, near
@@ -116,7 +112,7 @@ class Component(Section):
         return core_schema.no_info_plain_validator_function(cls.parse, serialization=written)
 
     @staticmethod
-    def _table(part: Component, info: SerializationInfo) -> dict[str, Any]:
+    def _table(part: "Component", info: SerializationInfo) -> dict[str, Any]:
         """Return a component as a dictionary, its kind first."""
         without: Any = {"exclude_none": bool(info.exclude_none), "exclude_unset": bool(info.exclude_unset)}
         return {part.tag: getattr(part, part.tag), **part.model_dump(**without)}
@@ -184,7 +180,7 @@ def load_plugins(modules: tuple[str, ...] = (), *, report: Callable[[str], None]
     Raises:
         DeclarationError: a module named on the command line cannot be imported.
     """
-    for point in entry_points(group=ENTRY_POINT_GROUP):
+    for point in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP):
         try:
             point.load()
         except Exception as error:  # a broken plugin must not take pvae down

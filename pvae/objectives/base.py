@@ -1,7 +1,5 @@
 """Objectives: the losses that SVI minimises, as functions of the ELBO terms of a model/guide pair; nats per datum."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -73,7 +71,7 @@ class Stepper(ABC):
 class Fitting:
     """Data, optimiser and settings of a fit, from which an objective makes a stepper of its own."""
 
-    loss: Loss
+    loss: "Loss"
     """Module that computes the objective for the pair."""
     data: Split
     """Training data of the fit."""

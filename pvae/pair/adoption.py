@@ -1,7 +1,5 @@
 """Adoption: the first run of the two programs of a pair on data, which finds their parameters and their structure."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections.abc import Mapping
@@ -32,7 +30,7 @@ ROWS_AT_FIRST = 100
 """Largest number of rows of the first run, unless the programs run on all rows only."""
 
 
-def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
+def adopted(pair: "Pair", x: Tensor, own: Store) -> Structure:
     """Run both programs on rows of `x`, register their param-store parameters, return their structure.
 
     A data plate is one whose size follows the number of rows: the model also runs on two rows more. Programs with
@@ -72,7 +70,7 @@ def adopted(pair: Pair, x: Tensor, own: Store) -> Structure:
     return replace(found, rows=count if fixed else None, guide_only=alone, dtype=dtype)
 
 
-def _layout(pair: Pair, traces: Traces, rows: Tensor) -> tuple[Layout, bool, Unpacked]:
+def _layout(pair: "Pair", traces: Traces, rows: Tensor) -> tuple[Layout, bool, Unpacked]:
     """Return the layout, True if the programs run on this number of rows only, and the guide's unpacked latents."""
     count = len(rows)
     more = rows[torch.arange(count + 2, device=rows.device) % count]
@@ -91,7 +89,7 @@ def _layout(pair: Pair, traces: Traces, rows: Tensor) -> tuple[Layout, bool, Unp
     return layout, fixed, unpacked
 
 
-def whole_or_floats(pair: Pair, x: Tensor, like: Tensor | None) -> Tensor:
+def whole_or_floats(pair: "Pair", x: Tensor, like: Tensor | None) -> Tensor:
     """Return whole numbers as they are if the programs of a pair run on them, else as floating-point numbers."""
     floats = x.to(torch.get_default_dtype() if like is None else like.dtype)
     if pair.arguments is not None:
@@ -109,7 +107,7 @@ def other_rows(structure: Structure | None, x: Tensor) -> Problem | None:
     return Problem("x", text("pair.adoption.rows", rows=structure.rows, found=len(x)))
 
 
-def _spread(pair: Pair, traces: Traces, rows: Tensor) -> frozenset[str]:
+def _spread(pair: "Pair", traces: Traces, rows: Tensor) -> frozenset[str]:
     """Return the Delta latents of a guide whose values differ in a second draw: they are no points.
 
     `AutoDiagonalNormal` samples all latents as one vector, `AutoStructured` shifts one latent by another, a group of an
@@ -137,7 +135,7 @@ def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Stru
     return read_structure((guide, model), layout, known.event, count, known.unpacked, spread)
 
 
-def copied(pair: Pair) -> tuple[Pair, Store]:
+def copied(pair: "Pair") -> tuple["Pair", Store]:
     """Return a pair of copies of the programs, of what they are bound to, and of Pyro's global param store.
 
     Closures and globals of functions are shared. Programs that cannot be copied are used as they are.
@@ -163,7 +161,7 @@ def deep_copied(thing: Any) -> Any:
     return made
 
 
-def _take_parameters(pair: Pair, traces: Traces, store: Mapping[str, Any], own: Store) -> None:
+def _take_parameters(pair: "Pair", traces: Traces, store: Mapping[str, Any], own: Store) -> None:
     """Register on the pair the params that its programs use, and the Modules that its programs are methods of."""
     names = [n for t in traces for n, node in t.nodes.items() if node["type"] == "param"]
     kept = {id(store["params"][name]) for name in names}

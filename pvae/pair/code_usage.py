@@ -1,7 +1,5 @@
 """Limits of collapse, and codebook usage of discrete latents: sums over the posteriors of a grid of codes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -123,7 +121,7 @@ class Tally:
         mostly = int(self.silent.sum()) >= SILENT.positions * self.positions
         return (whole or mostly) and min(self.n, self.states) > 1
 
-    def __add__(self, other: Tally) -> Tally:
+    def __add__(self, other: "Tally") -> "Tally":
         same = self.prior is not None and other.prior is not None and torch.equal(self.prior, other.prior)
         kl = None if self.kl is None or other.kl is None else self.kl + other.kl
         return Tally(

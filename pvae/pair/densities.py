@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 import torch.distributions as td
-from pyro.distributions import ExpandedDistribution, MaskedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
@@ -125,8 +125,8 @@ def masks_of(node: Mapping[str, Any]) -> list[Tensor]:
         mask = torch.as_tensor(node["mask"])
         found.append(mask.reshape(mask.shape + (1,) * event))
     fn, inner = node["fn"], 0
-    while isinstance(fn, MaskedDistribution | td.Independent | ExpandedDistribution):
-        if isinstance(fn, MaskedDistribution):
+    while isinstance(fn, dist.MaskedDistribution | td.Independent | dist.ExpandedDistribution):
+        if isinstance(fn, dist.MaskedDistribution):
             mask = torch.as_tensor(fn._mask)
             found.append(mask.reshape(mask.shape + (1,) * (event - inner)))
         inner += fn.reinterpreted_batch_ndims if isinstance(fn, td.Independent) else 0
@@ -225,11 +225,10 @@ def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | Non
         return product([FullRankNormals(loc[:, i], scale_tril[:, i]) for i in range(loc.shape[1])])
     if isinstance(fn, Certain):
         return CertainCodes(flat(fn.index).long(), fn.states)
-    if isinstance(fn, td.OneHotCategorical | LogOneHot):
-        form: Form = "log_one_hot" if isinstance(fn, LogOneHot) else "one_hot"
-        return Codes(flat(fn.logits).reshape(rows, -1, fn.logits.shape[-1]), form)
-    if isinstance(fn, td.Categorical):
-        return Codes(flat(fn.logits, 1).reshape(rows, -1, fn.logits.shape[-1]))
+    if isinstance(fn, td.Categorical | td.OneHotCategorical | LogOneHot):
+        whole = isinstance(fn, td.Categorical)
+        form: Form = "index" if whole else "log_one_hot" if isinstance(fn, LogOneHot) else "one_hot"
+        return Codes(flat(fn.logits, int(whole)).reshape(rows, -1, fn.logits.shape[-1]), form)
     if isinstance(fn, td.Bernoulli):
         return Codes(torch.stack([flat(-fn.logits), flat(fn.logits)], -1).clamp(-1e4, 1e4) / 2)
     return None

@@ -1,7 +1,5 @@
 """Dependencies of a pair: the latents that each conditional distribution reads, found by perturbing their values."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -89,7 +87,7 @@ def dependencies_without_asking(structure: Structure) -> Dependencies | None:
     return Dependencies(alone, {name: read for name, read in alone.items() if name in structure.model_sites})
 
 
-def _probed(pair: Pair, x: Tensor) -> Tensor:
+def _probed(pair: "Pair", x: Tensor) -> Tensor:
     """Return the rows to probe: a few of a declared pair; of any other one many, from all over the data.
 
     Rows of a hand-written program may differ in what is masked, and a masked density shows no dependency.
@@ -102,7 +100,7 @@ def _probed(pair: Pair, x: Tensor) -> Tensor:
     return x[torch.arange(count, device=x.device) * max(1, len(x) // count) % len(x)]
 
 
-def read_dependencies(pair: Pair, x: Tensor) -> Dependencies:
+def read_dependencies(pair: "Pair", x: Tensor) -> Dependencies:
     """Find the latents that each distribution depends on: those whose perturbation changes its log density.
 
     One batch holds one copy of the rows for each latent, which is perturbed in that copy, so that each program runs
@@ -146,7 +144,7 @@ Drawn = Mapping[str, Tensor]
 """Values of latents, by name."""
 
 
-def _copied(pair: Pair, rows: Tensor, x: Tensor, latents: Sequence[str]) -> tuple[_Copies, tuple[Trace, Trace]]:
+def _copied(pair: "Pair", rows: Tensor, x: Tensor, latents: Sequence[str]) -> tuple["_Copies", tuple[Trace, Trace]]:
     """Run both programs on copies of the rows with perturbed latents; on a few rows alone where they reject that."""
     if pair.structure.rows is None:
         with suppress(Exception):  # whatever a program raises on so large a batch
@@ -154,7 +152,7 @@ def _copied(pair: Pair, rows: Tensor, x: Tensor, latents: Sequence[str]) -> tupl
     return _run_copies(pair, pair.structure.few(x, PROBED_ROWS), ())
 
 
-def _run_copies(pair: Pair, rows: Tensor, latents: Sequence[str]) -> tuple[_Copies, tuple[Trace, Trace]]:
+def _run_copies(pair: "Pair", rows: Tensor, latents: Sequence[str]) -> tuple["_Copies", tuple[Trace, Trace]]:
     """Run both programs on a batch of the rows, an unchanged copy, and one copy per latent with it perturbed."""
     copies = _Copies(latents, pair.layout, len(rows))
     with pair.own_store(), copies:
@@ -238,7 +236,7 @@ def _differ(first: Tensor, other: Tensor, relative: float) -> bool:
     return not bool(((other == first) | (change <= relative * (1 + first.double().abs()))).all())
 
 
-def _conditioned(pair: Pair, x: Tensor, given: Drawn, values: Drawn) -> tuple[dict[str, Any], Scores]:
+def _conditioned(pair: "Pair", x: Tensor, given: Drawn, values: Drawn) -> tuple[dict[str, Any], Scores]:
     """Run both programs conditioned on the values `given`; return their sites, and the scores of `values`."""
     seeds.set_noise(0, x.device)  # all other samples stay the same
     with poutine.condition(data=dict(given)):
@@ -247,7 +245,7 @@ def _conditioned(pair: Pair, x: Tensor, given: Drawn, values: Drawn) -> tuple[di
     return {**model, **guide}, _scores(guide, model, values, pair.layout)
 
 
-def weights_of(pair: Pair) -> list[tuple[str, str, float]]:
+def weights_of(pair: "Pair") -> list[tuple[str, str, float]]:
     """Return type, device and sum of every parameter and buffer of a pair, as a key that detects changed weights."""
     tensors = (t.detach() for t in (*pair.parameters(), *pair.buffers()))
     return [(str(t.dtype), str(t.device), float(t.double().sum())) for t in tensors]

@@ -1,7 +1,5 @@
 """Problems of a pair in words: errors of a program with site, shapes and line, and what a run on a few rows shows."""
 
-from __future__ import annotations
-
 import re
 import sysconfig
 import traceback
@@ -13,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import pyro
 import torch
-from pyro.poutine.runtime import NonlocalExit
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
@@ -28,7 +25,7 @@ if TYPE_CHECKING:
     from pvae.pair.pair import Pair
 
 
-PASSED_ON = (PvaeError, NonlocalExit, MemoryError, torch.OutOfMemoryError, OSError)
+PASSED_ON = (PvaeError, pyro.poutine.NonlocalExit, MemoryError, torch.OutOfMemoryError, OSError)
 """Exceptions that say nothing about the program that raised them."""
 HOUSES = (*torch.__path__, *pyro.__path__, str(Path(__file__).parents[1]), sysconfig.get_paths()["stdlib"])
 """Folders of the libraries, whose lines are not the user's."""
@@ -129,7 +126,7 @@ def _line(error: Exception) -> str:
 # ---------------------------------------------------------------------- found by a run
 
 
-def problems_of(pair: Pair, x: Tensor) -> list[Problem]:
+def problems_of(pair: "Pair", x: Tensor) -> list[Problem]:
     """Return the problems of a copy of a pair, found by running it on data; the body of `Pair.check`."""
     try:
         with nullcontext() if pair.declared else evaluating(pair):
@@ -169,7 +166,7 @@ def plate_problems(trace: Trace, count: int) -> list[Problem]:
     return problems
 
 
-def gradient_problems(pair: Pair, x: Tensor, guide_trace: Trace) -> list[Problem]:
+def gradient_problems(pair: "Pair", x: Tensor, guide_trace: Trace) -> list[Problem]:
     """Return a problem for each global latent without a pathwise gradient, and each parameter without a gradient."""
     scored = {n: guide_trace.nodes[n]["fn"] for n in pair.layout.shared if n in pair.layout.scored}
     problems = [Problem(name, text("pair.problems.score", fn=fn)) for name, fn in scored.items()]

@@ -3,8 +3,6 @@
 Modules within reach of a program rest meanwhile: those in arguments of partial, closures, globals, attributes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -15,13 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
 import torch
-from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.subsample_messenger import SubsampleMessenger
-from pyro.poutine.trace_messenger import TraceMessenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pvae.pair.densities import sum_over
 from pvae.pair.layout import Layout
@@ -41,7 +34,7 @@ RELATIVE, ABSOLUTE = 1e-3, 1e-3
 
 
 @contextmanager
-def quiet(pair: Pair, x: Tensor) -> Iterator[None]:
+def quiet(pair: "Pair", x: Tensor) -> Iterator[None]:
     """Context manager: evaluation mode, no gradients, no Pyro validation, forked random state; all restored on exit.
 
     Plates that draw a subsample of the rows of x by themselves are opened to all rows.
@@ -52,7 +45,7 @@ def quiet(pair: Pair, x: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(pair: Pair) -> Iterator[None]:
+def evaluating(pair: "Pair") -> Iterator[None]:
     """Context manager that sets the Modules of a pair to evaluation mode and restores the mode of each on exit.
 
     Hand-written programs may call Modules that are no part of the pair: those within reach are set as well, and any
@@ -79,7 +72,7 @@ def evaluating(pair: Pair) -> Iterator[None]:
         if not pair.declared:
             for module in modules_within([pair.model, pair.guide]):
                 rest(module)
-            stack.callback(register_module_forward_pre_hook(before_call).remove)
+            stack.callback(nn.modules.module.register_module_forward_pre_hook(before_call).remove)
         yield
 
 
@@ -103,7 +96,7 @@ def whole_plates() -> Iterator[None]:
 @contextmanager
 def _opened(rows: int) -> Iterator[None]:
     """Context manager that replaces Pyro's choice of a subsample by all rows, for plates not declared as the batch."""
-    plates: Any = SubsampleMessenger
+    plates: Any = pyro.poutine.subsample_messenger.SubsampleMessenger
     draw = plates._subsample
 
     def all_rows(name: str, size: Any = None, subsample_size: Any = None, subsample: Any = None, *rest: Any) -> Any:
@@ -117,7 +110,7 @@ def _opened(rows: int) -> Iterator[None]:
 
 
 def run(
-    pair: Pair, x: Tensor, layout: Layout | None = None, particles: int = 1, *, expected: bool = False
+    pair: "Pair", x: Tensor, layout: Layout | None = None, particles: int = 1, *, expected: bool = False
 ) -> tuple[Trace, Trace]:
     """Return the guide's trace of a batch and the model's trace replayed against it.
 
@@ -130,21 +123,21 @@ def run(
     """
     sums: AbstractContextManager[Any] = nullcontext()
     if layout and (expected or layout.enumerated):  # left of all plates and particles
-        sums = EnumMessenger(-1 - layout.nesting - (particles > 1))
+        sums = pyro.poutine.enum_messenger.EnumMessenger(-1 - layout.nesting - (particles > 1))
     plate = pyro.plate(PARTICLES, particles, dim=-1 - layout.nesting) if layout and particles > 1 else nullcontext()
     with plate, sums if expected else nullcontext():
         guide = trace_of(pair, pair.guide, x)
-        with ReplayMessenger(trace=guide), nullcontext() if expected else sums:
+        with pyro.poutine.replay_messenger.ReplayMessenger(trace=guide), nullcontext() if expected else sums:
             return guide, trace_of(pair, pair.model, x)
 
 
-def trace_of(pair: Pair, program: Callable[..., Any], x: Tensor) -> Trace:
+def trace_of(pair: "Pair", program: Callable[..., Any], x: Tensor) -> Trace:
     """Return the trace of one program of a pair on a batch.
 
     Raises:
         ProgramError: the program failed; the message names its line.
     """
-    with TraceMessenger() as tracer:
+    with pyro.poutine.trace_messenger.TraceMessenger() as tracer:
         if pair.declared:
             program(x)
         elif not _WHOLE.get():
@@ -158,7 +151,7 @@ def trace_of(pair: Pair, program: Callable[..., Any], x: Tensor) -> Trace:
 # ---------------------------------------------------------------------- several samples per row
 
 
-def way_of_particles(pair: Pair, x: Tensor) -> Way:
+def way_of_particles(pair: "Pair", x: Tensor) -> Way:
     """Return the way to run several samples per row of a batch; found once per pair and shape, by values.
 
     Programs written for one sample may index or reshape their latents from the left (`z[:, 0]`), which is right for one
@@ -171,7 +164,7 @@ def way_of_particles(pair: Pair, x: Tensor) -> Way:
     return pair.remember(f"particles of {key}", key, lambda: _find_way(pair, x))
 
 
-def _find_way(pair: Pair, x: Tensor) -> Way:
+def _find_way(pair: "Pair", x: Tensor) -> Way:
     if torch.compiler.is_compiling():
         return "one by one"  # safe; asked before compilation
     with quiet(pair, x):
@@ -188,14 +181,14 @@ def _find_way(pair: Pair, x: Tensor) -> Way:
         return next((way for way in ways if _agrees(pair, x, way, guides, want)), "one by one")
 
 
-def _agrees(pair: Pair, x: Tensor, way: Way, guides: Sequence[Trace], want: Tensor) -> bool:
+def _agrees(pair: "Pair", x: Tensor, way: Way, guides: Sequence[Trace], want: Tensor) -> bool:
     """Return whether a way gives the log weights `want` `(particles, rows)` of single samples at their latents."""
     count, layout, fixed = len(guides), pair.layout, Trace()
     for name, node in guides[0].nodes.items():
         if node["type"] == "sample" and not node["is_observed"] and name in (*layout.latents, *layout.shared):
             fixed.nodes[name] = {**node, "value": _stacked(way, [g.nodes[name] for g in guides], layout)}
     try:
-        with pair.own_store(), ReplayMessenger(trace=fixed):
+        with pair.own_store(), pyro.poutine.replay_messenger.ReplayMessenger(trace=fixed):
             found = run(pair, x, layout, count) if way == "plate" else run(pair, tiled(x, count), layout)
         got = _weights(pair, *pair.known(x, *found), count if way == "plate" else 0).reshape(count, -1)
     except Exception:  # whatever a program raises under a further plate
@@ -212,7 +205,7 @@ def _stacked(way: Way, nodes: Sequence[Any], layout: Layout) -> Tensor:
     return torch.stack([value.reshape((1,) * (layout.nesting - batch) + value.shape) for value in values])
 
 
-def _weights(pair: Pair, guide: Trace, model: Trace, particles: int) -> Tensor:
+def _weights(pair: "Pair", guide: Trace, model: Trace, particles: int) -> Tensor:
     """Return log p(x, z) - log q(z | x) of every row, `([particles,] rows)`."""
     terms = terms_of((guide, model), pair.layout, particles, False, None)
     return sum_over([terms.reconstruction, *(-kl for kl in terms.kl.values())])
@@ -223,7 +216,7 @@ def tiled(x: Tensor, count: int) -> Tensor:
     return x.repeat(count, *(1,) * (x.dim() - 1))
 
 
-def with_particles(pair: Pair, x: Tensor, particles: int, way: Way, **options: Any) -> Terms:
+def with_particles(pair: "Pair", x: Tensor, particles: int, way: Way, **options: Any) -> Terms:
     """Return the ELBO terms of a batch with `particles` samples per row, for programs that take no plate of them."""
     if way == "rows":
         found = [pair.terms(tiled(x, particles), **options)]

@@ -1,19 +1,15 @@
 """Structure of a pair (arguments, sites, shapes), read once by running it and checked against every batch."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import prod
 from typing import Any, Self
 
 import pyro.distributions as dist
 import torch
+import torch.distributions as td
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
-from torch.distributions import Categorical, OneHotCategorical, biject_to
-from torch.distributions.transforms import ComposeTransform, IndependentTransform, Transform, identity_transform
 
 from pvae.component import Shape
 from pvae.distributions import Certain, LogOneHot, Rounded, twin
@@ -24,6 +20,23 @@ ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""
 PROBABILITIES_AT_ONCE = 2**20
 """Largest number of code probabilities in one batch of an analysis (8 MiB in float64, held in a dozen copies)."""
+
+
+@dataclass(frozen=True)
+class Unpacking:
+    """Auxiliary site of one latent, and the transform from its values to those of the latent.
+
+    `AutoNormal`, `AutoLowRankMultivariateNormal`, `EasyGuide` and others sample an unconstrained auxiliary site a and
+    set z = T(a) by `Delta(z, log_density)`, whose density is minus the log Jacobian of T: log q(z) = log q(a) +
+    log_density.
+    """
+
+    auxiliary: str
+    transform: td.Transform
+
+
+Unpacked = Mapping[str, Unpacking]
+"""Unpacked latents of a guide that have an auxiliary site of their own, by name."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +112,7 @@ class Structure:
         pairs = ((guide_trace, self.nodes[0], self.guide_sites), (model_trace, self.nodes[1], self.model_sites))
         return all(t is None or t.nodes.keys() == nodes or sites.issuperset(samples(t)) for t, nodes, sites in pairs)
 
-    def joined(self, other: Structure) -> Structure:
+    def joined(self, other: Self) -> Self:
         """Return the structure with the sites of both, which two batches of one pair have."""
         sets = ("guide_sites", "model_sites", "points", "codes", "bounds")
         both = {name: getattr(self, name) | getattr(other, name) for name in sets}
@@ -143,13 +156,13 @@ def read_structure(
 
 def is_code(fn: Any) -> bool:
     """Return whether a distribution is over discrete codes: categorical, one-hot, or deterministic (nearest code)."""
-    return isinstance(unwrapped(fn), Categorical | OneHotCategorical | LogOneHot | Certain)
+    return isinstance(unwrapped(fn), td.Categorical | td.OneHotCategorical | LogOneHot | Certain)
 
 
 def numbers_of(fn: Any) -> int:
     """Return the size of a site's parameters in one row: D of a vector, grid positions times K of codes."""
-    base = unwrapped(fn)
-    wide = base.logits.shape[-1] if isinstance(base, Categorical) else base.states if isinstance(base, Certain) else 1
+    one = unwrapped(fn)
+    wide = one.logits.shape[-1] if isinstance(one, td.Categorical) else one.states if isinstance(one, Certain) else 1
     return int(fn.event_shape.numel()) * wide
 
 
@@ -163,23 +176,6 @@ def _discrete_elements(observed: Sequence[Mapping[str, Any]], rows: int) -> int 
 
 TOLERANCE = 1e-3
 """Largest difference, nats relative to 1 + size, of the two ways to score an unpacked latent."""
-
-
-@dataclass(frozen=True)
-class Unpacking:
-    """Auxiliary site of one latent, and the transform from its values to those of the latent.
-
-    `AutoNormal`, `AutoLowRankMultivariateNormal`, `EasyGuide` and others sample an unconstrained auxiliary site a and
-    set z = T(a) by `Delta(z, log_density)`, whose density is minus the log Jacobian of T: log q(z) = log q(a) +
-    log_density.
-    """
-
-    auxiliary: str
-    transform: Transform
-
-
-Unpacked = Mapping[str, Unpacking]
-"""Unpacked latents of a guide that have an auxiliary site of their own, by name."""
 
 
 def read_unpacked(guide_trace: Trace, model_trace: Trace) -> dict[str, Unpacking]:
@@ -200,7 +196,7 @@ def read_unpacked(guide_trace: Trace, model_trace: Trace) -> dict[str, Unpacking
 def _explained(name: str, source: Any, node: Any, prior: Any) -> Unpacking | None:
     """Return the unpacking of an auxiliary site `name` into a Delta site; None unless value and density agree."""
     try:
-        made = Unpacking(name, biject_to(prior.support))
+        made = Unpacking(name, td.biject_to(prior.support))
         if not torch.equal(made.transform(source["value"]), node["value"]):
             return None
         one = _pushed(source["fn"], made).log_prob(node["value"])
@@ -214,9 +210,9 @@ def _explained(name: str, source: Any, node: Any, prior: Any) -> Unpacking | Non
 def _pushed(fn: Any, made: Unpacking) -> Any:
     """Return the distribution of a latent from that of its auxiliary site, itself where both have the same values."""
     inner = made.transform
-    while isinstance(inner, IndependentTransform):
+    while isinstance(inner, td.IndependentTransform):
         inner = inner.base_transform
-    same = inner == identity_transform or (isinstance(inner, ComposeTransform) and not inner.parts)
+    same = inner == td.identity_transform or (isinstance(inner, td.ComposeTransform) and not inner.parts)
     return fn if same else dist.TransformedDistribution(fn, [made.transform])
 
 
@@ -287,7 +283,7 @@ class Arguments:
 
     def unpack(self, rows: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
         """Return the positional and the named arguments of rows of bytes, whatever numbers these are held as."""
-        pieces = rows.to(torch.uint8).split([prod(part.shape) * part.dtype.itemsize for part in self.parts], -1)
+        pieces = rows.to(torch.uint8).split([math.prod(part.shape) * part.dtype.itemsize for part in self.parts], -1)
         pairs = zip(self.parts, pieces, strict=True)
         values = [(p.name, t.contiguous().view(p.dtype).reshape(len(rows), *p.shape)) for p, t in pairs]
         return tuple(v for name, v in values if name is None), {name: v for name, v in values if name is not None}
