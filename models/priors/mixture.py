@@ -154,8 +154,7 @@ class DataMixtureModule(MadeOfData):
         self.name, self.link, self.declared = name, link, declared
         self.rows: Tensor = nn.Buffer(torch.zeros(2, *link.frame.x), persistent=False)
         self.index: Tensor = nn.Buffer(torch.zeros(0, dtype=torch.int64), persistent=False)
-        self.count = 0
-        self.attended = False
+        self.count, self.attended = 0, False
         self._kept: tuple[list[int], Members] | None = None
 
     def attend(self, x: Tensor) -> None:

@@ -149,10 +149,9 @@ class PixelCNNModule(TokenModule):
         super().__init__(site, parents, declared.kind, channels)
         self.plane = (*[1] * (2 - len(self.grid)), *self.grid)
         self.maps = nn.ModuleDict({name: Map(shape, channels, self.plane) for name, shape in self.parents.items()})
-        self.layers: Any = nn.ModuleList(
-            GatedLayer(declared, rows=self.plane[0] > 1, conditioned=bool(parents), last=layer == last)
-            for layer in range(declared.layers)
-        )
+        told = {"rows": self.plane[0] > 1, "conditioned": bool(parents)}
+        layers = (GatedLayer(declared, **told, last=layer == last) for layer in range(declared.layers))
+        self.layers: Any = nn.ModuleList(layers)
         hidden, head = nn.Conv2d(channels, channels, 1), nn.Conv2d(channels, self.codes, 1)
         self.head = nn.Sequential(nn.ReLU(), hidden, nn.ReLU(), head)
 
@@ -214,11 +213,9 @@ class PixelCNNModule(TokenModule):
         for i in range(height):
             told = self.above(x[:, : i + 1], [c if c is None else c[:, :, : i + 1] for c in conditions])
             for j in range(width):
-                h = self.before(
-                    x[:, i : i + 1, : j + 1],
-                    [t if t is None else t[:, :, i:, : j + 1] for t in told],
-                    [c if c is None else c[:, :, i : i + 1, : j + 1] for c in conditions],
-                )
+                above = [t if t is None else t[:, :, i:, : j + 1] for t in told]
+                here = [c if c is None else c[:, :, i : i + 1, : j + 1] for c in conditions]
+                h = self.before(x[:, i : i + 1, : j + 1], above, here)
                 drawn.append(choose(self.head(h[..., -1:]).flatten(1)))
                 x[:, i, j] = self.embed(drawn[-1][:, None])[:, 0]
         return torch.stack(drawn, 1)

@@ -243,13 +243,11 @@ class DiscretizedLogistic(Batched):
             self._validate_sample(value)
         half = 0.5 / (self.levels - 1)
         inverse = torch.exp(-self.log_scale)
-        upper = (value - self.loc + half) * inverse
-        lower = (value - self.loc - half) * inverse
+        upper, lower = (value - self.loc + half) * inverse, (value - self.loc - half) * inverse
         # log(F(upper) - F(lower)) = log F(upper) + log(1 - F(lower)) + log(1 - exp(lower - upper))
         width = 2 * half * inverse
         log_mass = torch.log(-torch.expm1(-width))
-        log_below = nn.functional.logsigmoid(upper)
-        log_above = nn.functional.logsigmoid(-lower)
+        log_below, log_above = nn.functional.logsigmoid(upper), nn.functional.logsigmoid(-lower)
         first, last = value < half, value > 1 - half
         inner = log_mass.masked_fill(first | last, 0.0)
         return log_below.masked_fill(last, 0.0) + log_above.masked_fill(first, 0.0) + inner

@@ -55,9 +55,8 @@ class Enumerable(Enumerated, Event):  # type: ignore[override]
     def values(self) -> Tensor:  # type: ignore[override]
         """Values of one element, `(K,)`: the codes 0 .. K - 1, or 0 and 1 of a bit."""
         like = self.base_dist.logits
-        if isinstance(self.base_dist, dist.Categorical):
-            return torch.arange(like.shape[-1], device=like.device)
-        return torch.arange(2, dtype=like.dtype, device=like.device)
+        count, dtype = (like.shape[-1], None) if isinstance(self.base_dist, dist.Categorical) else (2, like.dtype)
+        return torch.arange(count, dtype=dtype, device=like.device)
 
 
 def code_grid(logits: Tensor, grid: int) -> dist.TorchDistribution:

@@ -52,15 +52,13 @@ def from_coordinates(u: Tensor) -> Tensor:
 class Coordinates(Transform):
     """Transform from stick-breaking coordinates u to log c; its Jacobian is 1 in the measure of `RelaxedCodes`."""
 
-    domain = dist.constraints.real_vector
-    codomain = log_simplex
+    domain, codomain = dist.constraints.real_vector, log_simplex
     bijective = True
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Coordinates)
 
-    _call = staticmethod(from_coordinates)
-    _inverse = staticmethod(to_coordinates)
+    _call, _inverse = staticmethod(from_coordinates), staticmethod(to_coordinates)
 
     def log_abs_det_jacobian(self, x: Tensor, _y: Tensor) -> Tensor:
         """Return 0, `(...)`: the Jacobian is 1 in the measure of `RelaxedCodes`."""

@@ -26,8 +26,7 @@ class NetworkModule(nn.Module):
 
     def __init__(self, inputs: Mapping[str, Shape], output: Shape) -> None:
         super().__init__()
-        self.inputs = {name: tuple(shape) for name, shape in inputs.items()}
-        self.output = tuple(output)
+        self.inputs, self.output = {name: tuple(shape) for name, shape in inputs.items()}, tuple(output)
 
     width: int = 0
     """Width of the feature vector that `features` returns; 0 if the network has no features."""

@@ -126,8 +126,7 @@ class Scheduled(nn.Module):
 
     def __init__(self, schedule: Schedule) -> None:
         super().__init__()
-        self.schedule = schedule
-        self.value = nn.Buffer(torch.tensor(schedule.at(0, 1)))
+        self.schedule, self.value = schedule, nn.Buffer(torch.tensor(schedule.at(0, 1)))
 
     def follow(self, epoch: float, epochs: float) -> None:
         """Set the buffer to the value of the schedule after `epoch` of `epochs` epochs."""

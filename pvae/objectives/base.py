@@ -227,8 +227,7 @@ class Loss(nn.Module):
 
     def __init__(self, objective: Objective, pair: Pair, rows: int | None = None, precision: str = "float32") -> None:
         super().__init__()
-        self.rows, self.precision = rows, precision
-        self.objective, self.pair = objective, pair
+        self.objective, self.pair, self.rows, self.precision = objective, pair, rows, precision
         self.names: tuple[str, ...] = ("loss", *objective.metrics(pair))
         self.closed = known_apart(pair)
         self.register_buffer("beta", torch.ones(()), persistent=False)

@@ -7,7 +7,6 @@ from typing import Any, ClassVar, Literal, Self, get_args
 import pyro.infer
 import torch
 from pydantic import Field, model_validator
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from pvae.errors import DeclarationError
@@ -204,10 +203,9 @@ class PyroELBO(Objective):
 
     def made(self, pair: Pair) -> Any:
         """Return the ELBO object of `pyro.infer` for a pair that has seen data."""
-        options: dict[str, Any] = {"num_particles": self.particles, "max_plate_nesting": pair.layout.nesting}
-        options |= {"alpha": self.alpha} if self.elbo == "RenyiELBO" else {}
-        options |= {"strict_enumeration_warning": False} if self.elbo == "TraceEnum_ELBO" else {}
-        return getattr(pyro.infer, self.elbo)(**options)
+        own: Any = {"RenyiELBO": {"alpha": self.alpha}, "TraceEnum_ELBO": {"strict_enumeration_warning": False}}
+        options = {"num_particles": self.particles, "max_plate_nesting": pair.layout.nesting}
+        return getattr(pyro.infer, self.elbo)(**options, **own.get(self.elbo, {}))
 
     def figure(self, epochs: int) -> str:
         return self.elbo
@@ -255,7 +253,7 @@ class PyroELBO(Objective):
         raise NotImplementedError("the loss is Pyro's own: see evaluate")
 
 
-class DataScale(Messenger):
+class DataScale(pyro.poutine.messenger.Messenger):
     """Pyro handler that scales a data plate of a batch to `total` rows, unless the plate declares a size of its own.
 
     `size` is the number of rows that the loss is then of: `total`, or the declared size.
@@ -263,8 +261,7 @@ class DataScale(Messenger):
 
     def __init__(self, layout: Layout, rows: int, total: int) -> None:
         super().__init__()
-        self.layout, self.rows, self.size = layout, rows, total
-        self.factor = total / rows
+        self.layout, self.rows, self.size, self.factor = layout, rows, total, total / rows
 
     def _pyro_sample(self, msg: Any) -> None:
         for frame in msg["cond_indep_stack"]:

@@ -10,7 +10,6 @@ import pyro
 import torch
 from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pvae.errors import DeclarationError
@@ -123,7 +122,7 @@ def _spread(pair: "Pair", traces: Traces, rows: Tensor) -> frozenset[str]:
     return frozenset(n for n in points if n not in other or not guide[n]["value"].equal(other[n]["value"]))
 
 
-def read_again(known: Structure, guide: Trace, model: Trace, count: int) -> Structure:
+def read_again(known: Structure, guide: pyro.poutine.Trace, model: pyro.poutine.Trace, count: int) -> Structure:
     """Return the structure of a batch whose traces have sites that no batch had before.
 
     Raises:

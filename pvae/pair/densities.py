@@ -220,8 +220,7 @@ def members(node: Mapping[str, Any], layout: Layout, rows: int) -> Members | Non
         return Normals(flat(fn.loc), flat(fn.scale))
     if isinstance(fn, td.MultivariateNormal | td.LowRankMultivariateNormal):
         d = fn.event_shape[0]
-        loc = flat(fn.loc).reshape(rows, -1, d)
-        scale_tril = flat(fn.scale_tril, 1).reshape(rows, -1, d, d)
+        loc, scale_tril = flat(fn.loc).reshape(rows, -1, d), flat(fn.scale_tril, 1).reshape(rows, -1, d, d)
         return product([FullRankNormals(loc[:, i], scale_tril[:, i]) for i in range(loc.shape[1])])
     if isinstance(fn, Certain):
         return CertainCodes(flat(fn.index).long(), fn.states)

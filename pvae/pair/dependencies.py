@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.distributions import Certain, Discretised
 from pvae.pair.densities import Unweighed, moved, rows_first
-from pvae.pair.layout import Layout, is_point, samples, unwrapped
+from pvae.pair.layout import Layout, Traces, is_point, samples, unwrapped
 from pvae.pair.running import quiet, run
 from pvae.pair.structure import ROWS_OF_A_BATCH, Structure, unpack
 from pvae.util import seeds
@@ -144,7 +142,7 @@ Drawn = Mapping[str, Tensor]
 """Values of latents, by name."""
 
 
-def _copied(pair: "Pair", rows: Tensor, x: Tensor, latents: Sequence[str]) -> tuple["_Copies", tuple[Trace, Trace]]:
+def _copied(pair: "Pair", rows: Tensor, x: Tensor, latents: Sequence[str]) -> tuple["_Copies", Traces]:
     """Run both programs on copies of the rows with perturbed latents; on a few rows alone where they reject that."""
     if pair.structure.rows is None:
         with suppress(Exception):  # whatever a program raises on so large a batch
@@ -152,7 +150,7 @@ def _copied(pair: "Pair", rows: Tensor, x: Tensor, latents: Sequence[str]) -> tu
     return _run_copies(pair, pair.structure.few(x, PROBED_ROWS), ())
 
 
-def _run_copies(pair: "Pair", rows: Tensor, latents: Sequence[str]) -> tuple["_Copies", tuple[Trace, Trace]]:
+def _run_copies(pair: "Pair", rows: Tensor, latents: Sequence[str]) -> tuple["_Copies", Traces]:
     """Run both programs on a batch of the rows, an unchanged copy, and one copy per latent with it perturbed."""
     copies = _Copies(latents, pair.layout, len(rows))
     with pair.own_store(), copies:
@@ -170,7 +168,7 @@ def _of_latents(side: str, reads: Reads, layout: Layout) -> dict[str, frozenset[
     return out
 
 
-class _Copies(Messenger):
+class _Copies(poutine.messenger.Messenger):
     """Pyro handler that gives all copies of the rows the same latent values, with one latent perturbed in each copy."""
 
     def __init__(self, names: Sequence[str], layout: Layout, rows: int) -> None:

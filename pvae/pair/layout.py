@@ -5,10 +5,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
+from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution
-from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.trace_struct import Trace
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pvae.component import Shape
@@ -20,7 +18,7 @@ RECORDS = frozenset({"_deterministic", "_embedded"})
 """Marks of sites that only record a value: `pyro.deterministic`, and the codebook vector of a nearest code (VQ)."""
 
 
-Traces = tuple[Trace, Trace]
+Traces = tuple[poutine.Trace, poutine.Trace]
 """Trace of the guide on a batch, and that of the model replayed against it."""
 
 
@@ -59,34 +57,34 @@ class Layout:
         """Return whether a site of a trace is inside the data plate."""
         return any(self.is_data(frame) for frame in node["cond_indep_stack"])
 
-    def is_data(self, frame: CondIndepStackFrame) -> bool:
+    def is_data(self, frame: poutine.indep_messenger.CondIndepStackFrame) -> bool:
         """Return whether a plate is the data plate, over the rows of a batch."""
         return frame.vectorized and frame.name in self.plates
 
 
-def samples(trace: Trace) -> dict[str, Any]:
+def samples(trace: poutine.Trace) -> dict[str, Any]:
     """Return the sample sites of a trace by name.
 
     Subsample sites of plates, records (`pyro.deterministic`) and codebook vectors (VQ) are no sites of the joint.
     """
     nodes = [(name, node) for name, node in trace.nodes.items() if node["type"] == "sample"]
     records = {name for name, node in nodes if RECORDS.intersection(node["infer"] or ())}
-    return {name: node for name, node in nodes if name not in records and not site_is_subsample(node)}
+    return {name: node for name, node in nodes if name not in records and not poutine.util.site_is_subsample(node)}
 
 
-def plates_around(node: Mapping[str, Any]) -> list[tuple[CondIndepStackFrame, int]]:
+def plates_around(node: Mapping[str, Any]) -> list[tuple[poutine.indep_messenger.CondIndepStackFrame, int]]:
     """Return the vectorised plates around a site, and their sizes; that of a plate without a size is read off."""
     frames = [f for f in node["cond_indep_stack"] if f.vectorized]
     shape = node["fn"].batch_shape
     return [(f, f.size if f.size >= 0 else int(shape[f.dim]) if len(shape) >= -f.dim else 1) for f in frames]
 
 
-def plates_of(trace: Trace, count: int) -> set[str]:
+def plates_of(trace: poutine.Trace, count: int) -> set[str]:
     """Return the names of the vectorised plates of size `count` in a trace."""
     return {f.name for node in samples(trace).values() for f, size in plates_around(node) if size == count}
 
 
-def read_layout(guide_trace: Trace, model_trace: Trace, count: int, follows: Collection[str]) -> Layout:
+def read_layout(guide_trace: poutine.Trace, model_trace: poutine.Trace, count: int, follows: Collection[str]) -> Layout:
     """Return the layout of a pair from traces on `count` rows; `follows` names the plates as large as the batch.
 
     Raises:

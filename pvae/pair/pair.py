@@ -7,7 +7,6 @@ from typing import Any, Self, TypeVar
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
 from pvae.errors import DataError, DeclarationError
@@ -16,7 +15,7 @@ from pvae.graph.lifecycle import MadeOfData
 from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
 from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
-from pvae.pair.layout import Layout
+from pvae.pair.layout import Layout, Traces
 from pvae.pair.problems import Problem, problems_of, require_bound, told
 from pvae.pair.running import Way, run, trace_of, way_of_particles, with_particles
 from pvae.pair.structure import Arguments, Structure, is_several, unpack
@@ -57,8 +56,7 @@ class Pair(nn.Module):
 
     def __init__(self, model: Callable[..., Any], guide: Callable[..., Any]) -> None:
         super().__init__()
-        self.model = model
-        self.guide = guide
+        self.model, self.guide = model, guide
         self.declared = isinstance(getattr(model, "frame", None), Frame)
         """True for a pair built from a declaration, False for one of hand-written programs."""
         self._structure: Structure | None = None
@@ -221,7 +219,7 @@ class Pair(nn.Module):
 
     # ------------------------------------------------------------------ running
 
-    def traces(self, x: Tensor, particles: int = 1) -> tuple[Trace, Trace]:
+    def traces(self, x: Tensor, particles: int = 1) -> Traces:
         """Return traces of the guide and of the model replayed on it, with `particles` samples in a leading plate."""
         self.adopt(x)
         layout = self.layout
@@ -231,7 +229,7 @@ class Pair(nn.Module):
                 found = self.known(x, *run(self, x, self.layout, particles))
         return found
 
-    def guide_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Trace:
+    def guide_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
         """Return a trace of the guide on a batch, with some sites set to `values`, without running the model."""
         self.adopt(x)
         with self.own_store(), poutine.condition(data=dict(values)) if values else nullcontext():
@@ -240,15 +238,15 @@ class Pair(nn.Module):
             self.traces(x)
         return found
 
-    def model_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> Trace:
+    def model_trace(self, x: Tensor, values: Mapping[str, Tensor] | None = None) -> poutine.Trace:
         """Return a trace of the model with some sites set to `values`; other latents are sampled, x is observed."""
         return self._model_trace(poutine.condition(self.model, data=dict(values or {})), x)
 
-    def simulate(self, x: Tensor) -> Trace:
+    def simulate(self, x: Tensor) -> poutine.Trace:
         """Return a trace of the model that samples latents and x from the prior, one sample for each row of `x`."""
         return self._model_trace(poutine.uncondition(self.model), x)
 
-    def _model_trace(self, model: Callable[..., Any], x: Tensor) -> Trace:
+    def _model_trace(self, model: Callable[..., Any], x: Tensor) -> poutine.Trace:
         self.adopt(x)
         with self.own_store():
             found = trace_of(self, model, x)
@@ -256,7 +254,7 @@ class Pair(nn.Module):
             self.traces(x)
         return found
 
-    def known(self, x: Tensor, guide: Trace, model: Trace) -> tuple[Trace, Trace]:
+    def known(self, x: Tensor, guide: poutine.Trace, model: poutine.Trace) -> Traces:
         """Return the traces of a batch with unpacked latents as one site; take in sites that no batch had before."""
         guide = unpack(guide, self.structure.unpacked)
         if not self.structure.knows(guide, model):

@@ -157,8 +157,7 @@ def plate_problems(trace: Trace, count: int) -> list[Problem]:
     problems = []
     enumerated = {node["infer"].get("_enumerate_dim") for node in samples(trace).values()}
     for name, node in samples(trace).items():
-        shape = tuple(node["fn"].batch_shape)
-        dims = {f.dim for f, _ in plates_around(node)}
+        shape, dims = tuple(node["fn"].batch_shape), {f.dim for f, _ in plates_around(node)}
         stray = [d for d in range(-len(shape), 0) if shape[d] > 1 and d not in dims | enumerated]
         if stray:
             rows = count if not dims and shape[0] == count else None

@@ -3,7 +3,7 @@
 Modules within reach of a program rest meanwhile: those in arguments of partial, closures, globals, attributes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
@@ -66,12 +66,11 @@ def evaluating(pair: "Pair") -> Iterator[None]:
         for part, mode in modes.items():
             part.training = mode
 
-    rest(pair)
     with ExitStack() as stack:
         stack.callback(wake)
+        for module in [pair] if pair.declared else [pair, *modules_within([pair.model, pair.guide])]:
+            rest(module)
         if not pair.declared:
-            for module in modules_within([pair.model, pair.guide]):
-                rest(module)
             stack.callback(nn.modules.module.register_module_forward_pre_hook(before_call).remove)
         yield
 
@@ -226,10 +225,6 @@ def with_particles(pair: "Pair", x: Tensor, particles: int, way: Way, **options:
 
 def _combined(parts: Sequence[Terms], join: Callable[[list[Tensor]], Tensor]) -> Terms:
     """Return the terms of several runs, each tensor of which is joined from those of the runs."""
-
-    def named(tables: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        return {name: join([table[name] for table in tables]) for name in tables[0]}
-
     scores = {}
     for name, first in parts[0].scores.items():
         same = [part.scores[name] for part in parts]
@@ -237,7 +232,8 @@ def _combined(parts: Sequence[Terms], join: Callable[[list[Tensor]], Tensor]) ->
         baseline = first.baseline if first.baseline is None or not first.baseline.dim() else join(base)
         log_q, weighed = join([score.log_q for score in same]), join([score.weighed for score in same])
         scores[name] = replace(first, log_q=log_q, weighed=weighed, baseline=baseline)
-    kl, penalties = named([part.kl for part in parts]), named([part.penalties for part in parts])
+    sides = [part.kl for part in parts], [part.penalties for part in parts]
+    kl, penalties = ({name: join([table[name] for table in side]) for name in side[0]} for side in sides)
     return Terms(join([part.reconstruction for part in parts]), kl, penalties, scores)
 
 
