@@ -46,8 +46,7 @@ class Section(BaseModel, strict=True, extra="forbid", frozen=True, allow_inf_nan
     @model_validator(mode="after")
     def _holdable(self) -> Self:
         """Refuse numbers that torch cannot hold: too large an integer, or a float beyond single precision."""
-        fields = type(self).model_fields
-        if wrong := [found for name in fields for found in _too_large((name,), getattr(self, name))]:
+        if wrong := [found for name in type(self).model_fields for found in _too_large((name,), getattr(self, name))]:
             raise ValidationError.from_exception_data(type(self).__name__, wrong)
         return self
 

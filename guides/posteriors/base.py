@@ -184,8 +184,7 @@ def require_normal(site: Site, link: Link) -> None:
     prior = link.model.priors[site.name]
     if isinstance(prior, NormalHead):
         return
-    asks_the_guide = hasattr(prior, "link")
-    if site.given or asks_the_guide or normal_of(prior({})) is None:
+    if site.given or hasattr(prior, "link") or normal_of(prior({})) is None:
         raise DeclarationError.of("guides.posteriors.prior", name=site.name, found=prior)
 
 
@@ -217,8 +216,7 @@ class LadderModule(nn.Module):
         q, prior = normal_of(upward), normal_of(self.link.model.prior(self.site.name, seen))
         precision, prior_precision = q.scale**-2, prior.scale**-2
         total = precision + prior_precision
-        merged = (q.loc * precision + prior.loc * prior_precision) / total
-        return Event(PlainNormal(merged, total.rsqrt()), 1)
+        return Event(PlainNormal((q.loc * precision + prior.loc * prior_precision) / total, total.rsqrt()), 1)
 
 
 class LadderPosterior(Posterior):

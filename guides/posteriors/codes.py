@@ -168,8 +168,7 @@ class RelaxedPosterior(Posterior):
         """Return the relaxation of the space of codes."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        network = head(self.network, inputs, (site.space.states, *site.space.grid))
-        return RelaxedModule(site, link, self, network)
+        return RelaxedModule(site, link, self, head(self.network, inputs, (site.space.states, *site.space.grid)))
 
 
 class RelaxedModule(Linked):

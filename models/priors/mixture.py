@@ -155,7 +155,7 @@ class DataMixtureModule(MadeOfData):
         self.rows: Tensor = nn.Buffer(torch.zeros(2, *link.frame.x), persistent=False)
         self.index: Tensor = nn.Buffer(torch.zeros(0, dtype=torch.int64), persistent=False)
         self.count, self.attended = 0, False
-        self._kept: tuple[list[int], Members] | None = None
+        self._kept: tuple[list[int], Normals | FullRankNormals] | None = None
 
     def attend(self, x: Tensor) -> None:
         """Set the training data `(n, *event)`, at which the posteriors are taken."""
@@ -179,7 +179,7 @@ class DataMixtureModule(MadeOfData):
         self._kept = None
         return super()._apply(*arguments, **options)
 
-    def components_of(self, q: Members) -> Members:
+    def components_of(self, q: Normals | FullRankNormals) -> Members:
         """Return the mixture components for the posteriors `q` at training rows, one for each; here `q` itself."""
         return q
 
@@ -195,11 +195,10 @@ class DataMixtureModule(MadeOfData):
         else:
             chosen = torch.randperm(len(x), device=x.device)[:components]
             x = x[chosen]
-        leaves_out = self.declared.leave_one_out and self.count
-        left_out = self.index[: self.count, None] == chosen if leaves_out else None
+        left_out = self.index[: self.count, None] == chosen if self.declared.leave_one_out and self.count else None
         return Mixture(self.components_of(posteriors_at(x, self.name, self.link)), left_out=left_out)
 
-    def _kept_encodings(self) -> Members:
+    def _kept_encodings(self) -> Normals | FullRankNormals:
         """Return the posteriors at all training rows, without gradient, cached until a weight of the guide changes."""
         versions = [p._version for p in self.link.guide.parameters()]
         if self._kept is None or self._kept[0] != versions:
@@ -220,12 +219,11 @@ class ExemplarModule(DataMixtureModule):
         super().__init__(name, link, declared)
         self.log_scale = nn.Parameter(torch.zeros(()))
 
-    def components_of(self, q: Members) -> Members:
-        assert isinstance(q, Normals | FullRankNormals)  # noqa: S101 - `posteriors_at` makes no others
+    def components_of(self, q: Normals | FullRankNormals) -> Members:
         return Normals(q.loc, self.log_scale.exp().expand_as(q.loc))
 
 
-def posteriors_at(x: Tensor, name: str, link: Link) -> Members:
+def posteriors_at(x: Tensor, name: str, link: Link) -> Normals | FullRankNormals:
     """Return the guide's normal posteriors of a latent at data `(K, *event)` as components of a mixture."""
     fn = unwrapped(link.guide.posterior(name, x))
     if isinstance(fn, torch.distributions.MultivariateNormal):

@@ -245,8 +245,7 @@ class DiscretizedLogistic(Batched):
         inverse = torch.exp(-self.log_scale)
         upper, lower = (value - self.loc + half) * inverse, (value - self.loc - half) * inverse
         # log(F(upper) - F(lower)) = log F(upper) + log(1 - F(lower)) + log(1 - exp(lower - upper))
-        width = 2 * half * inverse
-        log_mass = torch.log(-torch.expm1(-width))
+        log_mass = torch.log(-torch.expm1(-2 * half * inverse))
         log_below, log_above = nn.functional.logsigmoid(upper), nn.functional.logsigmoid(-lower)
         first, last = value < half, value > 1 - half
         inner = log_mass.masked_fill(first | last, 0.0)

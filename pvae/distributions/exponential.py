@@ -191,8 +191,7 @@ class FullRankNormals(Located):
         return torch.cat([z[:, a] * z[:, b], z], 1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        q = dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False)
-        return q.log_prob(value)
+        return dist.MultivariateNormal(self.loc, scale_tril=self.scale_tril, validate_args=False).log_prob(value)
 
     def sample(self) -> Tensor:
         return self.loc + (self.scale_tril @ torch.randn_like(self.loc)[..., None])[..., 0]

@@ -225,8 +225,7 @@ class Product(Members):
         return score
 
     def log_prob(self, value: Tensor) -> Tensor:
-        pieces = zip(self.parts, self.split(value), strict=True)
-        return torch.stack([part.log_prob(z) for part, z in pieces]).sum(0)
+        return torch.stack([part.log_prob(z) for part, z in zip(self.parts, self.split(value), strict=True)]).sum(0)
 
     def sample(self) -> Tensor:
         return torch.cat([part.sample() for part in self.parts], 1)

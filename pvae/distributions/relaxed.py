@@ -43,8 +43,7 @@ def to_coordinates(log_c: Tensor) -> Tensor:
 
 def from_coordinates(u: Tensor) -> Tensor:
     """Return log c `(..., K)` of stick-breaking coordinates u `(..., K - 1)`: the inverse of `to_coordinates`."""
-    k = u.shape[-1] + 1
-    shifted = u - torch.arange(k - 1, 0, -1, device=u.device).to(u).log()
+    shifted = u - torch.arange(u.shape[-1], 0, -1, device=u.device).to(u).log()
     left = nn.functional.pad(nn.functional.logsigmoid(-shifted).cumsum(-1), (1, 0))  # of the stick, before each piece
     return left + nn.functional.pad(nn.functional.logsigmoid(shifted), (0, 1))  # the last piece is all that is left
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pvae.component import Ints, Shape
 from pvae.errors import DeclarationError
-from pvae.nn.network import ACTIVATIONS, Activation, Network, NetworkModule, flatten, join
+from pvae.nn.network import ACTIVATIONS, Act, Activation, Network, NetworkModule, flatten, join
 
 
 def halvings(size: int, times: int) -> list[int]:
@@ -21,7 +21,7 @@ def halvings(size: int, times: int) -> list[int]:
 class Down(nn.Module):
     """Stride-2 convolutions from an image `(..., C, H, W)` to a vector."""
 
-    def __init__(self, image: Shape, channels: Sequence[int], act: Callable[[], nn.Module]) -> None:
+    def __init__(self, image: Shape, channels: Sequence[int], act: Act) -> None:
         super().__init__()
         pairs = ((nn.Conv2d(a, b, 3, stride=2, padding=1), act()) for a, b in pairwise((image[0], *channels)))
         self.layers = nn.Sequential(*chain.from_iterable(pairs))
@@ -36,7 +36,7 @@ class Down(nn.Module):
 class Up(nn.Module):
     """Transposed convolutions from a vector to an image `(..., C, H, W)` of any size: the mirror of `Down`."""
 
-    def __init__(self, features: int, image: Shape, channels: Sequence[int], act: Callable[[], nn.Module]) -> None:
+    def __init__(self, features: int, image: Shape, channels: Sequence[int], act: Act) -> None:
         super().__init__()
         self.image = image
         heights, widths = (halvings(side, len(channels))[::-1] for side in image[1:])
@@ -51,8 +51,7 @@ class Up(nn.Module):
 
     def forward(self, h: Tensor) -> Tensor:
         """Return images `(..., C, H, W)` from vectors `(..., features)`."""
-        lead = h.shape[:-1]
-        return self.layers(self.first(h).reshape(-1, *self.start)).reshape(*lead, *self.image)
+        return self.layers(self.first(h).reshape(-1, *self.start)).reshape(*h.shape[:-1], *self.image)
 
 
 def require_image(wanted: str, inputs: Mapping[str, Shape], output: Shape | None) -> None:
@@ -149,7 +148,7 @@ def mapped(layers: nn.ModuleDict, network: NetworkModule, inputs: Mapping[str, T
 class Residual(nn.Module):
     """Residual block h + W2 act(W1 act(h)), with a 3 x 3 convolution W1 and a 1 x 1 convolution W2."""
 
-    def __init__(self, channels: int, inner: int, act: Callable[[], nn.Module]) -> None:
+    def __init__(self, channels: int, inner: int, act: Act) -> None:
         super().__init__()
         spread, back = nn.Conv2d(channels, inner, 3, padding=1), nn.Conv2d(inner, channels, 1)
         self.layers = nn.Sequential(act(), spread, act(), back)
@@ -159,9 +158,7 @@ class Residual(nn.Module):
         return h + self.layers(h)
 
 
-def strides(
-    kind: type[nn.Module], widths: Sequence[int], times: Sequence[int], act: Callable[[], nn.Module]
-) -> list[nn.Module]:
+def strides(kind: type[nn.Module], widths: Sequence[int], times: Sequence[int], act: Act) -> list[nn.Module]:
     """Return convolutions of class `kind` between successive `widths`, an activation after each.
 
     Their stride is 2 along the axes that are still resized at that step, those with more `times`, else 1.
@@ -181,7 +178,7 @@ class Resize(nn.Module):
     before, or interpolated after.
     """
 
-    def __init__(self, image: Shape, channels: int, size: Shape, act: Callable[[], nn.Module]) -> None:
+    def __init__(self, image: Shape, channels: int, size: Shape, act: Act) -> None:
         super().__init__()
         self.size = size
         down = [doublings(b, a) for a, b in zip(image[1:], size, strict=True)]
@@ -233,7 +230,7 @@ def cropped(x: Tensor, size: Shape) -> Tensor:
 class Upscale(nn.Module):
     """Transposed convolutions from the working size up to an image, centre-cropped to its size."""
 
-    def __init__(self, channels: int, work: Shape, output: Shape, act: Callable[[], nn.Module]) -> None:
+    def __init__(self, channels: int, work: Shape, output: Shape, act: Act) -> None:
         super().__init__()
         self.size = output[1:]
         ups = [doublings(a, b) for a, b in zip(work, output[1:], strict=True)]
@@ -305,14 +302,12 @@ class ResnetModule(NetworkModule):
             )
         inner = declared.inner or channels // 2
         self.blocks = nn.Sequential(*(Residual(channels, inner, act) for _ in range(declared.blocks)), act())
-        self.head: nn.Module
-        if output is None:
-            self.head = nn.Identity()
-        elif not self.spatial:
-            self.head = nn.Linear(size, math.prod(output))
-        else:
+        self.head: nn.Module = nn.Identity()
+        if output is not None and self.spatial:
             there = output[1:] == work
             self.head = nn.Conv2d(channels, output[0], 1) if there else Upscale(channels, work, output, act)
+        elif output is not None:
+            self.head = nn.Linear(size, math.prod(output))
 
     def _worked(self, inputs: Mapping[str, Tensor]) -> Tensor:
         return batched(self.blocks, mapped(self.lead, self, inputs, self.start))

@@ -15,9 +15,9 @@ from pvae.component import Component, Ints, Shape
 from pvae.distributions.base import Event, PlainNormal
 from pvae.errors import DeclarationError
 
-ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    kind.__name__.lower(): kind for kind in (nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Softplus)
-}
+Act = Callable[[], nn.Module]
+"""Function that makes an activation."""
+ACTIVATIONS: dict[str, Act] = {k.__name__.lower(): k for k in (nn.ReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Softplus)}
 Activation = Literal["relu", "elu", "gelu", "silu", "tanh", "softplus"]
 
 

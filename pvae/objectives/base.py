@@ -138,8 +138,7 @@ class Objective(Component):
     def metrics(self, pair: Pair) -> tuple[str, ...]:
         """Return the names of the metrics of a batch beside the loss: reconstruction, then the KL of every latent."""
         summed = () if pair.layout.eliminated else pair.layout.enumerated
-        sites = (*pair.layout.latents, *pair.layout.shared, *summed)
-        return ("reconstruction", *(f"kl/{name}" for name in sites))
+        return ("reconstruction", *(f"kl/{name}" for name in (*pair.layout.latents, *pair.layout.shared, *summed)))
 
     def evaluate(
         self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()

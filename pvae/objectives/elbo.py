@@ -55,8 +55,7 @@ class ELBO(Objective):
     """Base of negative-ELBO losses, with score-function gradients and penalties; subclasses estimate the ELBO terms."""
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        loss = with_penalties(minus_elbo(terms, beta, self.free_bits), terms)
-        return with_score_functions(loss, terms, beta)
+        return with_score_functions(with_penalties(minus_elbo(terms, beta, self.free_bits), terms), terms, beta)
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         if not self.free_bits or not pair.layout.scored:

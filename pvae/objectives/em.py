@@ -183,8 +183,7 @@ class EMStepper(Stepper):
         best, code = table.joint.max(0)
         hard = self.objective.hard
         weights = one_hot(code, self.mixture.codes, log_p).T if hard else table.weights
-        loss = -best if hard else -log_p
-        figures = torch.stack([loss, table.expected(OBSERVED), *table.kl().values()]).mean(1)
+        figures = torch.stack([-best if hard else -log_p, table.expected(OBSERVED), *table.kl().values()]).mean(1)
         return figures, self.mixture.model.frame.split(x)[0].flatten(1), weights, log_p
 
     @torch.no_grad()

@@ -58,8 +58,7 @@ def slope_penalty(critic: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 def generate(pair: Pair, rows: Tensor) -> Tensor:
     """Return a sample of the model for each of the rows `(n, *row)`, with its covariates; differentiable."""
-    nodes = samples(pair.simulate(rows))
-    return pair.frame.join(nodes[OBSERVED]["value"], rows)
+    return pair.frame.join(samples(pair.simulate(rows))[OBSERVED]["value"], rows)
 
 
 def nearest_accuracy(real: Tensor, fake: Tensor) -> float:
@@ -178,8 +177,7 @@ class GAN(Objective):
                 totals["generator_loss"] += float(generator_loss(shown, self.form)) * len(real)
         means = {name: total / len(x) for name, total in totals.items()}
         sides = [torch.cat(parts)[:TWO_SAMPLE_ROWS] for parts in zip(*pieces, strict=True)]
-        bound = (math.log(4) - means["critic_loss"]) / 2
-        return {**means, "js_bound": bound, "two_sample": nearest_accuracy(*sides)}
+        return {**means, "js_bound": (math.log(4) - means["critic_loss"]) / 2, "two_sample": nearest_accuracy(*sides)}
 
 
 class GANStepper(Stepper):

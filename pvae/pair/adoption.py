@@ -44,8 +44,7 @@ def adopted(pair: "Pair", x: Tensor, own: Store) -> Structure:
         DeclarationError: nothing is observed inside a data plate, or a program fails.
     """
     lazy = any(isinstance(part, AutoGuide | EasyGuide) for part in modules_within([pair.guide]))
-    few = min(len(x), ROWS_AT_FIRST)
-    counts = [3] if pair.declared else [len(x)] if lazy else [*dict.fromkeys((few, len(x)))]
+    counts = [3] if pair.declared else [len(x)] if lazy else sorted({min(len(x), ROWS_AT_FIRST), len(x)})
     for count in counts:
         rows = x[torch.arange(count, device=x.device) % len(x)]
         devices = [x.device] if x.is_cuda else []
@@ -130,8 +129,7 @@ def read_again(known: Structure, guide: pyro.poutine.Trace, model: pyro.poutine.
     """
     require_bound(guide_only(guide, model, known.unpacked))
     layout = read_layout(guide, model, count, known.layout.plates)
-    spread = known.guide_sites - known.points
-    return read_structure((guide, model), layout, known.event, count, known.unpacked, spread)
+    return read_structure((guide, model), layout, known.event, count, known.unpacked, known.guide_sites - known.points)
 
 
 def copied(pair: "Pair") -> tuple["Pair", Store]:

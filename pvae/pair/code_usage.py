@@ -118,8 +118,7 @@ class Tally:
     def collapsed(self) -> bool:
         """True if the latent as a whole carries no information: in sum, or as 95 % of its positions are silent."""
         whole = float(self.information.sum()) <= SILENT.of_codes(self.positions, self.states)
-        mostly = int(self.silent.sum()) >= SILENT.positions * self.positions
-        return (whole or mostly) and min(self.n, self.states) > 1
+        return (whole or int(self.silent.sum()) >= SILENT.positions * self.positions) and min(self.n, self.states) > 1
 
     def __add__(self, other: "Tally") -> "Tally":
         same = self.prior is not None and other.prior is not None and torch.equal(self.prior, other.prior)

@@ -190,8 +190,7 @@ class Pair(nn.Module):
         """Return `ask()`, cached on the pair under the name `question` until `key` changes."""
         if question not in self._answers or self._answers[question][0] != key:
             self._answers[question] = (key, ask())
-        answer: T = self._answers[question][1]
-        return answer
+        return self._answers[question][1]
 
     def own_store(self) -> AbstractContextManager[Any]:
         """Return a context manager in which Pyro's param store holds the parameters that the pair has adopted."""

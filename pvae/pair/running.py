@@ -218,8 +218,7 @@ def tiled(x: Tensor, count: int) -> Tensor:
 def with_particles(pair: "Pair", x: Tensor, particles: int, way: Way, **options: Any) -> Terms:
     """Return the ELBO terms of a batch with `particles` samples per row, for programs that take no plate of them."""
     if way == "rows":
-        found = [pair.terms(tiled(x, particles), **options)]
-        return _combined(found, lambda values: values[0].reshape(particles, -1))
+        return _combined([pair.terms(tiled(x, particles), **options)], lambda values: values[0].reshape(particles, -1))
     return _combined([pair.terms(x, **options) for _ in range(particles)], torch.stack)
 
 
