@@ -157,8 +157,7 @@ class FlowHead(nn.Module):
 
     def forward(self, inputs: Mapping[str, Tensor], _seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the posterior, with batch shape `(...)`, given named inputs `(..., *shape)`."""
-        parameters = self.network(inputs)
-        normal, context = parameters[..., : 2 * self.dim], parameters[..., 2 * self.dim :]
+        normal, context = self.network(inputs).tensor_split((2 * self.dim,), -1)
         return PushedNormal(diagonal_normal(normal, self.bounds), self.steps, context)
 
 
@@ -274,7 +273,6 @@ class DequantisedPosterior(Posterior):
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         likelihood: Any = link.model.decoder.likelihood
-        noise = None
-        if self.noise == "variational":
-            noise = NormalHead(self.network.build(inputs, (2 * site.event[0],)), self.log_variance)
+        learned = self.noise == "variational"
+        noise = NormalHead(self.network.build(inputs, (2 * site.event[0],)), self.log_variance) if learned else None
         return DequantisedModule(link, likelihood.declared.levels, noise)

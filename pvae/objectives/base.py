@@ -167,9 +167,7 @@ class Objective(Component):
         `reconstruction` at 0, else `beta_elbo`, in which every KL is at least `free_bits`.
         """
         beta = self.beta.at(epochs, epochs)
-        if beta == 0:
-            return "reconstruction"
-        return "elbo" if beta == 1 and not self.free_bits else "beta_elbo"
+        return "reconstruction" if beta == 0 else "elbo" if beta == 1 and not self.free_bits else "beta_elbo"
 
     def bound(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> Tensor | None:
         """Return the batch mean of the maximised bound, nats per datum; None if the ELBO's terms make it up.

@@ -61,8 +61,7 @@ def per_datum(value: Tensor, layout: Layout, particles: int) -> Tensor:
     if value.dim() == width == 1 + (particles > 0):
         return value
     value = value.reshape((1,) * (width - value.dim()) + value.shape)
-    keep = {layout.dim} | ({-width} if particles else set())
-    drop = [d for d in range(-width, 0) if d not in keep]
+    drop = [d for d in range(-width, 0) if d != layout.dim and not (particles and d == -width)]
     return value.sum(drop) if drop else value
 
 
@@ -102,9 +101,8 @@ def share(node: Mapping[str, Any], value: Tensor, layout: Layout, particles: int
     """
     for frame in node["cond_indep_stack"]:
         if layout.is_data(frame):
-            scale = node["scale"]
-            if frame.full_size is not None and frame.full_size != frame.size:
-                scale = scale * frame.size / frame.full_size
+            drawn = frame.full_size not in (None, frame.size)
+            scale = node["scale"] * frame.size / frame.full_size if drawn else node["scale"]
             return per_datum(_weighed(value, scale, node["mask"]), layout, particles)
     value = _weighed(value, node["scale"], node["mask"]) / size
     if particles:
@@ -119,19 +117,15 @@ def is_masked(node: Mapping[str, Any]) -> bool:
 
 def masks_of(node: Mapping[str, Any]) -> list[Tensor]:
     """Return the masks of a site, each of a shape that broadcasts to its batch and event dimensions."""
-    event = len(node["fn"].event_shape)
-    found = []
-    if node["mask"] is not None:
-        mask = torch.as_tensor(node["mask"])
-        found.append(mask.reshape(mask.shape + (1,) * event))
-    fn, inner = node["fn"], 0
+    fn, inner, event = node["fn"], 0, len(node["fn"].event_shape)
+    found = [(node["mask"], event)]
     while isinstance(fn, dist.MaskedDistribution | td.Independent | dist.ExpandedDistribution):
         if isinstance(fn, dist.MaskedDistribution):
-            mask = torch.as_tensor(fn._mask)
-            found.append(mask.reshape(mask.shape + (1,) * (event - inner)))
+            found.append((fn._mask, event - inner))
         inner += fn.reinterpreted_batch_ndims if isinstance(fn, td.Independent) else 0
         fn = fn.base_dist
-    return found
+    masks = [(torch.as_tensor(mask), beyond) for mask, beyond in found if mask is not None]
+    return [mask.reshape(mask.shape + (1,) * beyond) for mask, beyond in masks]
 
 
 def presence(q: Any, p: Any, layout: Layout, n: int) -> Tensor | None:

@@ -90,12 +90,11 @@ def _probed(pair: "Pair", x: Tensor) -> Tensor:
 
     Rows of a hand-written program may differ in what is masked, and a masked density shows no dependency.
     """
-    if pair.declared:
-        return x[torch.arange(PROBED_ROWS, device=x.device) % len(x)]
     if pair.structure.rows is not None:
         return x
-    count = max(PROBED_ROWS, min(len(x), ROWS_OF_A_BATCH // 2))
-    return x[torch.arange(count, device=x.device) * max(1, len(x) // count) % len(x)]
+    count = PROBED_ROWS if pair.declared else max(PROBED_ROWS, min(len(x), ROWS_OF_A_BATCH // 2))
+    apart = 1 if pair.declared else max(1, len(x) // count)
+    return x[torch.arange(count, device=x.device) * apart % len(x)]
 
 
 def read_dependencies(pair: "Pair", x: Tensor) -> Dependencies:
@@ -127,10 +126,8 @@ def read_dependencies(pair: "Pair", x: Tensor) -> Dependencies:
                 for key in (key for key in first if key[1] != name):
                     (reads[key].discard if torch.equal(first[key], other[key]) else reads[key].add)(name)
     certain = frozenset(name for name in latents if name in guide and isinstance(unwrapped(guide[name]["fn"]), Certain))
-    for name in layout.latents:
-        if name not in nodes:  # in no row that was looked at: nothing is known
-            others = {*layout.latents, *random} - {name}
-            reads["guide", name], reads["model", name] = set(others), set(others)
+    for name in (name for name in layout.latents if name not in nodes):  # not in these rows: nothing is known
+        reads["guide", name], reads["model", name] = ({*layout.latents, *random} - {name} for _ in range(2))
     return Dependencies(_of_latents("guide", reads, layout), _of_latents("model", reads, layout), certain)
 
 

@@ -120,8 +120,7 @@ class Pair(nn.Module):
             DataError: there are no rows, their shape differs from that of the pair's data, or the programs have
                 parameters for every row and these are other rows.
         """
-        parameters = (p for module in (self, *self.owners()) for p in module.parameters())
-        parameter = next((p for p in parameters if p.is_floating_point()), None)
+        parameter = next((p for m in (self, *self.owners()) for p in m.parameters() if p.is_floating_point()), None)
         x = self.pack(x)
         try:
             x = torch.as_tensor(x)

@@ -54,9 +54,8 @@ def guide_only(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked | None
     alone = [n for n, node in guide.items() if not node["is_observed"] and n not in known and n not in used]
     packed = sum(node["value"].numel() for n, node in guide.items() if n in known and is_point(node["fn"]))
     joint = [n for n in alone if guide[n]["infer"].get("is_auxiliary")]
-    if sum(guide[n]["value"].numel() for n in joint) > packed:  # nothing unpacks them
-        return alone
-    return [n for n in alone if n not in joint]
+    # Where they are larger nothing unpacks them.
+    return alone if sum(guide[n]["value"].numel() for n in joint) > packed else [n for n in alone if n not in joint]
 
 
 def require_bound(alone: Collection[str]) -> None:

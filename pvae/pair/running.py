@@ -283,9 +283,8 @@ def _inside(thing: Any) -> list[Any]:
         return [*thing.values()]
     if isinstance(thing, list | tuple | set | frozenset):
         return [*thing]
-    if isinstance(thing, type | ModuleType | Tensor | str | bytes | int | float | complex | CodeType) or thing is None:
-        return []
-    if isinstance(thing, nn.Module) and _is_library(type(thing), ("torch", "pvae")):
+    known = isinstance(thing, nn.Module) and _is_library(type(thing), ("torch", "pvae"))
+    if known or isinstance(thing, type | ModuleType | Tensor | str | bytes | int | float | complex | CodeType | None):
         return []
     named = [thing.func, thing.args, thing.keywords] if isinstance(thing, partial) else []
     classes = type(thing).__mro__

@@ -222,11 +222,10 @@ def unpack(guide_trace: Trace, unpacked: Unpacked) -> Trace:
         return guide_trace
     trace = guide_trace.copy()
     for name, made in unpacked.items():
-        if name in trace.nodes and made.auxiliary in trace.nodes:
-            fn = _pushed(trace.nodes[made.auxiliary]["fn"], made)
-            trace.nodes[name] = {**trace.nodes[name], "fn": fn, "infer": {}}
-    for made in unpacked.values():
         if made.auxiliary in trace.nodes:
+            if name in trace.nodes:
+                fn = _pushed(trace.nodes[made.auxiliary]["fn"], made)
+                trace.nodes[name] = {**trace.nodes[name], "fn": fn, "infer": {}}
             trace.remove_node(made.auxiliary)
     return trace
 
@@ -291,9 +290,8 @@ class Arguments:
 
 def is_several(data: Any) -> bool:
     """Return whether data are several arguments: a dictionary, or a tuple or list that holds a tensor or an array."""
-    if isinstance(data, tuple | list):
-        return any(hasattr(part, "shape") and len(part.shape) > 0 for part in data)
-    return isinstance(data, dict)
+    rows = isinstance(data, tuple | list) and any(len(getattr(part, "shape", ())) > 0 for part in data)
+    return rows or isinstance(data, dict)
 
 
 def _named(data: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
