@@ -44,8 +44,7 @@ class Catalogue:
         from jinja2 import Environment, StrictUndefined
 
         engine = Environment(undefined=StrictUndefined, finalize=format)  # as an f-string has it
-        own: dict[str, Callable[..., Any]] = {"repr": repr, "html": html.escape, "class": lambda v: type(v).__name__}
-        engine.filters |= own | self.filters
+        engine.filters |= {"repr": repr, "html": html.escape, "class": lambda v: type(v).__name__, **self.filters}
         return engine
 
     @cached_property

@@ -208,8 +208,7 @@ class Dequantised(Pushed):
 
     def draw(self, sample_shape: torch.Size) -> tuple[Tensor, Tensor]:
         if self.logits is None:
-            shape = sample_shape + self.batch_shape
-            u = torch.rand(shape + self.event_shape, dtype=self.x.dtype, device=self.x.device)
+            u = torch.rand(sample_shape + self.batch_shape + self.event_shape, dtype=self.x.dtype, device=self.x.device)
             noise = torch.zeros_like(u[..., 0])
         else:
             t = self.logits.expand(self.batch_shape).rsample(sample_shape)

@@ -138,8 +138,7 @@ class Normals(Located):
     def natural(self) -> tuple[Tensor, Tensor]:
         precision, loc = self.scale**-2, self.loc - self.origin
         normaliser = 0.5 * (loc**2 * precision).sum(1) + self.scale.log().sum(1)
-        eta = torch.cat([-0.5 * precision, loc * precision], 1).T
-        return eta, -normaliser - 0.5 * self.dim * math.log(2 * math.pi)
+        return torch.cat([-0.5 * precision, loc * precision], 1).T, -normaliser - 0.5 * self.dim * math.log(2 * math.pi)
 
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
         z = value - origin
@@ -182,8 +181,7 @@ class FullRankNormals(Located):
         a, b = self._upper()
         log_det = self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         normaliser = 0.5 * (slope * loc).sum(1) + log_det
-        eta = torch.cat([-halved[:, a, b], slope], 1).T
-        return eta, -normaliser - 0.5 * self.dim * math.log(2 * math.pi)
+        return torch.cat([-halved[:, a, b], slope], 1).T, -normaliser - 0.5 * self.dim * math.log(2 * math.pi)
 
     def statistics(self, value: Tensor, origin: Tensor) -> Tensor:
         z = value - origin

@@ -36,9 +36,8 @@ def to_coordinates(log_c: Tensor) -> Tensor:
     u_k = log(c_k / sum_{j>k} c_j) + log(K - k). The volume changes by |dc/du| = prod_{k<=K} c_k, so that a density of u
     equals the density of log c in the measure of `RelaxedCodes`, without a Jacobian factor.
     """
-    k = log_c.shape[-1]
     rest = log_c.flip(-1).logcumsumexp(-1).flip(-1)[..., 1:]
-    return log_c[..., :-1] - rest + torch.arange(k - 1, 0, -1, device=log_c.device).to(log_c).log()
+    return log_c[..., :-1] - rest + torch.arange(log_c.shape[-1] - 1, 0, -1, device=log_c.device).to(log_c).log()
 
 
 def from_coordinates(u: Tensor) -> Tensor:

@@ -143,9 +143,8 @@ class NearestCodebook(Moving):
         if distinct < codes:  # fewer vectors than codes: the rest wait to be restarted
             return
         found = KMeans(codes, n_init=1, max_iter=20, random_state=seed).fit(z.double().cpu().numpy())
-        centres = torch.from_numpy(found.cluster_centers_).to(self.weight)
         share = torch.from_numpy(found.labels_).bincount(minlength=codes).to(self.counts) / len(z)
-        self.weight.copy_(self.place(centres))
+        self.weight.copy_(self.place(torch.from_numpy(found.cluster_centers_).to(self.weight)))
         self.counts.copy_(share * batch)
         if self.decay is not None:
             self.sums.copy_(self.weight * self.counts[:, None])

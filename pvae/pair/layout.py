@@ -155,8 +155,7 @@ def _has_twin(prior: Mapping[str, Any] | None) -> bool:
 
 def is_enumerable(node: Mapping[str, Any]) -> bool:
     """Return whether a latent site is marked for parallel enumeration and its distribution has finite support."""
-    wants = node["infer"].get("enumerate") == "parallel"
-    return wants and not node["is_observed"] and node["fn"].has_enumerate_support
+    return node["infer"].get("enumerate") == "parallel" and not node["is_observed"] and node["fn"].has_enumerate_support
 
 
 def needs_score(fn: Any) -> bool:
@@ -194,9 +193,8 @@ class SiteShape:
         """Return flat values `([particles,] rows, numel)` in the site's shape; particles go left of all plates."""
         lead = flat.shape[:-2]
         ones = (1,) * (nesting - self.batch) if lead else ()
-        value = flat.reshape(*lead, *ones, flat.shape[-2], *self.left, *self.right)
         at = len(lead) + len(ones)
-        return value.movedim(at, at + len(self.left))
+        return flat.reshape(*lead, *ones, flat.shape[-2], *self.left, *self.right).movedim(at, at + len(self.left))
 
     @classmethod
     def of(cls, shape: Shape, fn: Any, layout: Layout) -> Self:

@@ -236,10 +236,7 @@ def _combined(parts: Sequence[Terms], join: Callable[[list[Tensor]], Tensor]) ->
     return Terms(join([part.reconstruction for part in parts]), kl, penalties, scores)
 
 
-LIBRARIES = (
-    "torch", "pyro", "numpy", "scipy", "pandas",
-    "builtins", "functools", "collections", "math", "pvae", "pytest", "_pytest",
-)  # fmt: skip
+LIBRARIES = tuple("torch pyro numpy scipy pandas builtins functools collections math pvae pytest _pytest".split())
 """Packages whose globals and classes are not searched: no Module of the user is kept there."""
 OBJECTS_AT_MOST = 20_000
 """Largest number of objects that are looked at in one search."""
