@@ -104,34 +104,34 @@ class WeightsModule(nn.Module):
         return code_grid(self.logits, len(self.space.grid)) if self.space.is_code else bits(self.logits)
 
 
-class WeightsPrior(Prior):
-    """Base of priors of independent codes or bits, which ignore the parents of the latent."""
+class WeightsPrior:
+    """Mixin of priors of independent codes or bits, which ignore the parents of the latent."""
 
     reads_parents: ClassVar[bool] = True
     ignores_parents: ClassVar[bool] = True
+    learned: ClassVar[bool] = True
+    """True if the probabilities are learned, False if they are equal."""
+
+    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
+        """Return the module of independent codes or bits."""
+        return WeightsModule(site, self.learned, link)
 
 
-class CategoricalPrior(WeightsPrior):
+class CategoricalPrior(WeightsPrior, Prior):
     """Categorical prior with learned probabilities, separate for each position of a grid; it ignores the parents."""
 
     kind: Literal["categorical"] = "categorical"
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed")
 
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return WeightsModule(site, learned=True, link=link)
 
-
-class BernoulliPrior(WeightsPrior):
+class BernoulliPrior(WeightsPrior, Prior):
     """Bernoulli prior with one learned probability for each bit; it ignores the parents of the latent."""
 
     kind: Literal["bernoulli"] = "bernoulli"
     values: ClassVar[tuple[Values, ...]] = ("binary",)
 
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return WeightsModule(site, learned=True, link=link)
 
-
-class UniformPrior(WeightsPrior):
+class UniformPrior(WeightsPrior, Prior):
     """Uniform prior: 1 / K for each of K codes, 1 / 2 for each bit; it ignores the parents of the latent.
 
     The KL of a point-mass posterior is then log K nats for each code. k-means assumes this prior and equal scales of
@@ -140,9 +140,7 @@ class UniformPrior(WeightsPrior):
 
     kind: Literal["uniform"] = "uniform"
     values: ClassVar[tuple[Values, ...]] = ("index", "relaxed", "binary")
-
-    def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return WeightsModule(site, learned=False, link=link)
+    learned: ClassVar[bool] = False
 
 
 class RelaxingModule(nn.Module):

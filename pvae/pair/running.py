@@ -4,7 +4,7 @@ Modules within reach of a program rest meanwhile: those in arguments of partial,
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -51,23 +51,17 @@ def evaluating(pair: "Pair") -> Iterator[None]:
     Hand-written programs may call Modules that are no part of the pair: those within reach are set as well, and any
     other one just before its first call.
     """
-    modes: dict[nn.Module, bool] = {}
-
-    def rest(module: nn.Module) -> None:
-        for part in module.modules():
-            modes.setdefault(part, part.training)
-        module.eval()
-
-    def before_call(module: nn.Module, _inputs: Any) -> None:
-        if module.training:
-            rest(module)
-
-    def wake() -> None:
-        for part, mode in modes.items():
-            part.training = mode
-
     with ExitStack() as stack:
-        stack.callback(wake)
+
+        def rest(module: nn.Module) -> None:
+            for part in module.modules():
+                stack.callback(setattr, part, "training", part.training)  # the first mode is restored last
+            module.eval()
+
+        def before_call(module: nn.Module, _inputs: Any) -> None:
+            if module.training:
+                rest(module)
+
         for module in [pair] if pair.declared else [pair, *modules_within([pair.model, pair.guide])]:
             rest(module)
         if not pair.declared:
@@ -293,10 +287,9 @@ def _inside(thing: Any) -> list[Any]:
 
 def _attribute(thing: Any, name: str) -> Any:
     """Return an attribute of an object, None where it has none; proxies and unset slots may raise anything."""
-    try:
+    with suppress(Exception):
         return object.__getattribute__(thing, name)
-    except Exception:
-        return None
+    return None
 
 
 def _names(slots: Any) -> Iterable[str]:

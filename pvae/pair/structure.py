@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -167,11 +168,10 @@ def numbers_of(fn: Any) -> int:
 
 
 def _discrete_elements(observed: Sequence[Mapping[str, Any]], rows: int) -> int | None:
-    try:
-        discrete = [isinstance(n["fn"], Rounded) or unwrapped(n["fn"]).support.is_discrete for n in observed]
-    except NotImplementedError:  # a distribution that does not say
-        return None
-    return sum(n["value"].numel() // rows for n in observed) if all(discrete) else None
+    with suppress(NotImplementedError):  # a distribution that does not say
+        if all(isinstance(n["fn"], Rounded) or unwrapped(n["fn"]).support.is_discrete for n in observed):
+            return sum(n["value"].numel() // rows for n in observed)
+    return None
 
 
 TOLERANCE = 1e-3
@@ -195,16 +195,14 @@ def read_unpacked(guide_trace: Trace, model_trace: Trace) -> dict[str, Unpacking
 
 def _explained(name: str, source: Any, node: Any, prior: Any) -> Unpacking | None:
     """Return the unpacking of an auxiliary site `name` into a Delta site; None unless value and density agree."""
-    try:
+    with suppress(Exception):  # a discrete support, or a transform of another shape
         made = Unpacking(name, td.biject_to(prior.support))
-        if not torch.equal(made.transform(source["value"]), node["value"]):
-            return None
-        one = _pushed(source["fn"], made).log_prob(node["value"])
-        other = source["fn"].log_prob(source["value"]) + node["fn"].log_prob(node["value"])
-        same = one.shape == other.shape and bool(((one - other).abs() <= TOLERANCE * (1 + other.abs())).all())
-    except Exception:  # a discrete support, or a transform of another shape
-        return None
-    return made if same else None
+        if torch.equal(made.transform(source["value"]), node["value"]):
+            one = _pushed(source["fn"], made).log_prob(node["value"])
+            other = source["fn"].log_prob(source["value"]) + node["fn"].log_prob(node["value"])
+            if one.shape == other.shape and bool(((one - other).abs() <= TOLERANCE * (1 + other.abs())).all()):
+                return made
+    return None
 
 
 def _pushed(fn: Any, made: Unpacking) -> Any:
