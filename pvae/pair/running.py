@@ -249,7 +249,6 @@ def modules_within(programs: Iterable[Any]) -> list[nn.Module]:
         >>> modules_within([partial(lambda net, x: net(x), layer)]) == [layer]
         True
     """
-    found: dict[int, nn.Module] = {}
     seen: dict[int, Any] = {}
     left = list(programs)
     while left and len(seen) < OBJECTS_AT_MOST:
@@ -257,9 +256,8 @@ def modules_within(programs: Iterable[Any]) -> list[nn.Module]:
         if id(thing) in seen:
             continue
         seen[id(thing)] = thing
-        if isinstance(thing, nn.Module):
-            found[id(thing)] = thing
         left += _inside(thing)
+    found = {key: thing for key, thing in seen.items() if isinstance(thing, nn.Module)}
     inner = {id(part) for module in found.values() for part in module.modules() if part is not module}
     return [module for key, module in found.items() if key not in inner]
 

@@ -182,13 +182,9 @@ def read_unpacked(guide_trace: Trace, model_trace: Trace) -> dict[str, Unpacking
     """Return the unpacked latents of a guide, each with one auxiliary site of its own, checked by their densities."""
     guide, model = samples(guide_trace), samples(model_trace)
     auxiliary = {n: node for n, node in guide.items() if node["infer"].get("is_auxiliary") and not node["is_observed"]}
-    found: dict[str, Unpacking] = {}
-    for name, node in guide.items():
-        if name in auxiliary or name not in model or not is_point(node["fn"]):
-            continue
-        for other, source in auxiliary.items():
-            if (made := _explained(other, source, node, model[name]["fn"])) is not None:
-                found[name] = made
+    points = [n for n, node in guide.items() if n in model and n not in auxiliary and is_point(node["fn"])]
+    tried = ((n, _explained(z, auxiliary[z], guide[n], model[n]["fn"])) for n in points for z in auxiliary)
+    found = {name: made for name, made in tried if made is not None}
     used = [made.auxiliary for made in found.values()]
     return {name: made for name, made in found.items() if used.count(made.auxiliary) == 1}
 
