@@ -16,16 +16,9 @@ from pvae.util.threads import threads
 
 
 def report(
-    run: Run,
-    *,
-    split: str = "test",
-    samples: int = 8,
-    evidence_samples: int = 500,
-    gap_steps: int = 200,
-    seed: int = 0,
-    figures: bool = False,
-    on_progress: StageProgress = silent,
-) -> Path:
+    run: Run, *, split: str = "test", samples: int = 8, evidence_samples: int = 500, gap_steps: int = 200,
+    seed: int = 0, figures: bool = False, on_progress: StageProgress = silent,
+) -> Path:  # fmt: skip
     """Write the report of a run into its folder `report/`: `index.html`, `report.json` and `tables/*.csv`.
 
     A second call with the same arguments writes the same bytes.
@@ -77,21 +70,11 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
 
 
 def compare(
-    runs: Sequence[Run],
-    out: Path,
-    *,
-    names: Sequence[str] | None = None,
-    groups: Sequence[str] | None = None,
-    title: str = "Comparison",
-    description: str = "",
-    split: str = "test",
-    samples: int = 2,
-    evidence_samples: int = 500,
-    seed: int = 0,
-    figures: bool = False,
-    data: Any = None,
+    runs: Sequence[Run], out: Path, *, names: Sequence[str] | None = None, groups: Sequence[str] | None = None,
+    title: str = "Comparison", description: str = "", split: str = "test", samples: int = 2,
+    evidence_samples: int = 500, seed: int = 0, figures: bool = False, data: Any = None,
     on_progress: StageProgress = silent,
-) -> Path:
+) -> Path:  # fmt: skip
     """Compare runs on the same rows of data; write `index.html`, `report.json` and `tables/*.csv` into a folder.
 
     Arguments:

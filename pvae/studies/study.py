@@ -174,19 +174,10 @@ def _names(key: Key) -> dict[str, Any]:
 
 
 def study(
-    file: str | Path,
-    *,
-    run_dir: str | Path = "runs",
-    data: Any = None,
-    data_dir: str | Path | None = None,
-    device: str = "auto",
-    jobs: int | None = None,
-    threads: int = 1,
-    allow_changes: bool = False,
-    on: str | None = None,
-    slurm: Sequence[str] = (),
-    progress: bool = True,
-) -> Study:
+    file: str | Path, *, run_dir: str | Path = "runs", data: Any = None, data_dir: str | Path | None = None,
+    device: str = "auto", jobs: int | None = None, threads: int = 1, allow_changes: bool = False, on: str | None = None,
+    slurm: Sequence[str] = (), progress: bool = True,
+) -> Study:  # fmt: skip
     """Run every case and trial of a study in a process of its own, and compute the metrics of each finished run.
 
     A run in `run_dir` whose declaration equals that of a case (but for name and description) is the case's run: if it

@@ -33,20 +33,11 @@ BATCHES_LOOKED_AT = 100
 
 
 def fit(
-    what: str | Path | Experiment | Pair,
-    *overrides: str,
-    data: Any = None,
-    objective: Objective | None = None,
-    loss: Any = None,
-    train: Train | None = None,
-    seed: int | None = None,
-    name: str | None = None,
-    run_dir: str | Path = "runs",
-    data_dir: str | Path | None = None,
-    device: str = "auto",
-    export: Sequence[str] = (),
+    what: str | Path | Experiment | Pair, *overrides: str, data: Any = None, objective: Objective | None = None,
+    loss: Any = None, train: Train | None = None, seed: int | None = None, name: str | None = None,
+    run_dir: str | Path = "runs", data_dir: str | Path | None = None, device: str = "auto", export: Sequence[str] = (),
     progress: bool = True,
-) -> Run:
+) -> Run:  # fmt: skip
     """Fit an experiment by stochastic variational inference and write weights, metrics and events to a run directory.
 
     Arguments:

@@ -30,18 +30,10 @@ from pvae.words import text
 
 
 def launch(
-    plan: Plan,
-    pair: Pair,
-    dataset: Dataset,
-    run_dir: Path,
-    where: torch.device,
-    *,
-    given_pair: Pair | None = None,
-    parent: dict[str, Any] | None = None,
-    trainable: tuple[str, ...] | None = None,
-    export: Sequence[str] = (),
+    plan: Plan, pair: Pair, dataset: Dataset, run_dir: Path, where: torch.device, *, given_pair: Pair | None = None,
+    parent: dict[str, Any] | None = None, trainable: tuple[str, ...] | None = None, export: Sequence[str] = (),
     progress: bool,
-) -> Run:
+) -> Run:  # fmt: skip
     """Make a run directory, train a pair, and return the run.
 
     Arguments:

@@ -31,17 +31,10 @@ NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis
 
 
 def resume(
-    run: Run | str | Path,
-    *overrides: str,
-    allow_changes: bool = False,
-    device: str = "auto",
-    export: Sequence[str] = (),
-    root: str | Path = "runs",
-    data_dir: str | Path | None = None,
-    data: Dataset | None = None,
-    pair: Pair | None = None,
-    progress: bool = True,
-) -> Run:
+    run: Run | str | Path, *overrides: str, allow_changes: bool = False, device: str = "auto",
+    export: Sequence[str] = (), root: str | Path = "runs", data_dir: str | Path | None = None,
+    data: Dataset | None = None, pair: Pair | None = None, progress: bool = True,
+) -> Run:  # fmt: skip
     """Continue a run from its newest checkpoint; on a CPU the result is bit for bit that of an uninterrupted run.
 
     That is so because noise and order of the data are functions of seed and step.

@@ -27,11 +27,7 @@ BARS, HISTOGRAMS = 10, 5
 
 
 def _bars(
-    axes: Axes,
-    heights: Array,
-    active: Array,
-    bottom: float = 0.0,
-    among: tuple[str, str] = ("active", "inactive"),
+    axes: Axes, heights: Array, active: Array, bottom: float = 0.0, among: tuple[str, str] = ("active", "inactive")
 ) -> None:
     """Draw bars of heights `(n,)`: filled if active, hatched otherwise; `among` names the two kinds in the legend."""
     place = np.arange(1, len(heights) + 1)

@@ -13,20 +13,8 @@ from pvae.distributions.base import Determined
 from pvae.distributions.relaxed import categorical_kl
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.experiment.pyro_script import parts
-from pvae.experiment.pyro_script.page import (
-    ELBOS,
-    PAGE,
-    RULES,
-    SUMMED,
-    TIME,
-    WRITTEN,
-    Script,
-    literal,
-    named,
-    quoted,
-    sampled,
-)
+from pvae.experiment.pyro_script import page, parts
+from pvae.experiment.pyro_script.page import Script, literal, named, quoted, sampled
 from pvae.graph.lifecycle import Begun, MadeOfData, Moving
 from pvae.graph.site import OBSERVED, Link, Site, embedded
 from pvae.guides.posteriors.codes import Estimated
@@ -43,8 +31,8 @@ def pyro_script(experiment: Experiment, x: Shape) -> str:
     """
     objective: Any = experiment.objective
     observed = sorted(experiment.observed_latents())
-    if objective.kind not in ELBOS or objective.free_bits or observed:
-        found = {"elbos": ELBOS, "objective": objective, "observed": observed}
+    if objective.kind not in page.ELBOS or objective.free_bits or observed:
+        found = {"elbos": page.ELBOS, "objective": objective, "observed": observed}
         raise DeclarationError.of("experiment.pyro_script.objective", **found)
     pair = experiment.build(x)
     try:
@@ -76,12 +64,12 @@ class PlainScript(Script):
         model: list[str] = []
         for site in self.experiment.sites():
             before, distribution = self.prior(site)
-            model += [*before, sampled(site.name, distribution, SUMMED if site.summed else "")]
+            model += [*before, sampled(site.name, distribution, page.SUMMED if site.summed else "")]
         observed = f'pyro.sample("x", {self.likelihood()}, obs=x)'
         guide: list[str] = []
         for site in self.experiment.guide_sites():
             before, distribution = self.posterior(site, OBSERVED)
-            infer = SUMMED if site.name in self.pair.layout.expected else ""
+            infer = page.SUMMED if site.name in self.pair.layout.expected else ""
             guide += [*(line for line in before if line not in guide), sampled(site.name, distribution, infer)]
         return {"model": [*self.weighed(model), observed], "guide": [*self.weighed(guide)], "before": [], "after": []}
 
@@ -93,7 +81,7 @@ class PlainScript(Script):
         given = {above: self.seen(above) for above in site.given}
         part = parts.Part(self, f"prior_{site.name}", site, declared, self.modeller.priors[site.name], given)
         shapes = {**self.pair.frame.shapes, **{latent.name: latent.features for latent in self.experiment.sites()}}
-        return self.written(part, RULES.priors, {above: shapes[above] for above in site.given}, part.name + "({})")
+        return self.written(part, page.RULES.priors, {above: shapes[above] for above in site.given}, part.name + "({})")
 
     def posterior(self, site: Site, x: str) -> parts.Expression:
         """Return statements and expression of the posterior q(site | x, ...), where `x` is an expression."""
@@ -103,7 +91,7 @@ class PlainScript(Script):
         if declared.reads_features:
             shapes = self.guider.encoder.shapes[site.name]
         part = parts.Part(self, f"posterior_{site.name}", site, declared, self.guider.posteriors[site.name], inputs)
-        before, distribution = self.written(part, RULES.posteriors, shapes, part.name + "({}, {{}})")
+        before, distribution = self.written(part, page.RULES.posteriors, shapes, part.name + "({}, {{}})")
         return [*lines, *before], distribution
 
     def written(
@@ -142,7 +130,7 @@ class PlainScript(Script):
         module, x = self.modeller.decoder, self.pair.frame.x
         given = {name: self.seen(name) for name in self.experiment.decoder_given()}
         h = self.network("decoder", self.experiment.decoder.network, module.network, given, module.network.output)
-        if rule := RULES.likelihoods.get((declared.kind, getattr(declared, "scale", ""))):
+        if rule := page.RULES.likelihoods.get((declared.kind, getattr(declared, "scale", ""))):
             return f"{rule(h, declared, self)}.to_event({len(x)})"
         self.build("likelihood", f"{self.construct(declared)}.build({literal(x)})", module.likelihood)
         return f"likelihood({h})"
@@ -231,10 +219,10 @@ class PairScript(Script):
 
     def statements(self) -> dict[str, list[str]]:
         read: tuple[Any, ...] = (Determined, MadeOfData, Moving, Scheduled, categorical_kl, embedded, named, sampled)
-        given = {"script": self, "imported": self.imported, "SUMMED": SUMMED, "TIME": TIME}
+        given = {"script": self, "imported": self.imported, "SUMMED": page.SUMMED, "TIME": page.TIME}
         given |= {part.__name__: part for part in read}
-        made: Any = PAGE.get_template("pair.py.j2").make_module(given)
-        return {part: list(filter(None, getattr(made, part)().splitlines())) for part in WRITTEN}
+        made: Any = page.PAGE.get_template("pair.py.j2").make_module(given)
+        return {part: list(filter(None, getattr(made, part)().splitlines())) for part in page.WRITTEN}
 
     def given(self, site: Site) -> dict[str, str]:
         """Return the expressions of the variables that the posterior of a latent is conditioned on, by name."""
