@@ -3,11 +3,11 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import binom
 
@@ -32,15 +32,12 @@ def _bars(
     """Draw bars of heights `(n,)`: filled if active, hatched otherwise; `among` names the two kinds in the legend."""
     place = np.arange(1, len(heights) + 1)
     width = 0.82 if len(heights) <= 100 else 1.0
-    if active.any():
-        axes.bar(place[active], heights[active] - bottom, width, bottom=bottom, color=BLUE, label=among[0])
-    if not active.all():
-        axes.bar(
-            place[~active], heights[~active] - bottom, width, bottom=bottom, color="white", edgecolor=GREY,
-            hatch="////" if len(heights) <= 100 else None, label=among[1],
-        )  # fmt: skip
-        if not bottom:
-            axes.legend(loc="upper right", ncols=2)
+    empty = {"color": "white", "edgecolor": GREY, "hatch": "////" if len(heights) <= 100 else None}
+    for chosen, label, look in zip((active, ~active), among, ({"color": BLUE}, empty), strict=True):
+        if chosen.any():
+            axes.bar(place[chosen], heights[chosen] - bottom, width, bottom=bottom, label=label, **look)
+    if not active.all() and not bottom:
+        axes.legend(loc="upper right", ncols=2)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
 
@@ -146,10 +143,8 @@ def _ranks(axes: Axes, test: RankTest) -> None:
     edges = np.unique(np.linspace(0, ranks, min(ranks, BARS) + 1).round().astype(int))
     share = np.diff(edges) / ranks
     tail = LEVEL / 2 / len(share)
-    axes.stairs(
-        binom.ppf(1 - tail, n, share) / (n * share), edges / ranks, baseline=binom.ppf(tail, n, share) / (n * share),
-        fill=True, color=base.PALE,
-    )  # fmt: skip
+    low, high = (binom.ppf(p, n, share) / (n * share) for p in (tail, 1 - tail))
+    axes.stairs(high, edges / ranks, baseline=low, fill=True, color=base.PALE)
     axes.stairs(np.add.reduceat(test.counts, edges[:-1]) / (n * share), edges / ranks, color=BLUE, linewidth=1.5)
     axes.axhline(1.0, color=GREY, linewidth=0.8)
     axes.set(xlim=(0, 1), xticks=[0, 0.5, 1], ylim=(0, None), xlabel="rank")
@@ -159,9 +154,8 @@ def _ranks(axes: Axes, test: RankTest) -> None:
 def _coverage(axes: Axes, found: Calibration) -> None:
     """Draw the proportion of true latents in the regions of q over their probability, with its 95 % band."""
     levels = np.linspace(0, 1, 101)
-    axes.fill_between(
-        levels, *(binom.ppf(p, found.n, levels) / found.n for p in (LEVEL / 2, 1 - LEVEL / 2)), color=base.PALE
-    )
+    band = (binom.ppf(p, found.n, levels) / found.n for p in (LEVEL / 2, 1 - LEVEL / 2))
+    axes.fill_between(levels, *band, color=base.PALE)
     axes.plot(levels, levels, color=GREY, linewidth=0.8)
     for tests, colour, line, label in ((found.guide, BLUE, "-", "q"), (found.weighted, base.GREEN, "--", "weighted")):
         if tests:
@@ -215,10 +209,8 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
     start = WaterfallStep("reconstruction", surgery.reconstruction.value, True)
     end = WaterfallStep(surgery.total_name, surgery.total.value, True)
     by_term = _by_term(surgery)
-    by_latent = [
-        WaterfallStep(f"− KL of {name}", z.kl.value, colour=base.SERIES[i % len(base.SERIES)])
-        for i, (name, z) in enumerate(surgery.latents.items())
-    ]
+    costs = {f"− KL of {name}": z.kl.value for name, z in surgery.latents.items()}
+    by_latent = [WaterfallStep(*cost, colour=c) for cost, c in zip(costs.items(), cycle(base.SERIES), strict=False)]
     if not by_term:
         by_term, by_latent = by_latent, []
     new = []
@@ -292,7 +284,5 @@ def _fall(axes: Axes, steps: Sequence[WaterfallStep]) -> list[float]:
 
 
 def _note(axes: Axes, x: float, y: float, text: str, toward: int) -> None:
-    axes.annotate(
-        text, (x, y), xytext=(6 * toward, 0), textcoords="offset points", va="center", fontsize=10, fontweight="bold",
-        ha="left" if toward > 0 else "right", path_effects=[withStroke(linewidth=3, foreground="white")],
-    )  # fmt: skip
+    look = {"va": "center", "ha": "left" if toward > 0 else "right", "fontsize": 10, "fontweight": "bold"}
+    base.note(axes, text, (x, y), (6 * toward, 0), 3, **look)

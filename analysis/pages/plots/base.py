@@ -16,12 +16,15 @@ from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
+from matplotlib.patheffects import withStroke
+from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
 from pvae.util.types import Array
 
+Names = Sequence[str]
 FIGURE_WIDTH = 6.0
 """Width of a plot in inches: 720 pixels, so that text is legible on a phone."""
 BLACK, ORANGE, SKY, GREEN, YELLOW, BLUE, RED, PURPLE = (
@@ -69,10 +72,8 @@ def png(made: Figure) -> bytes:
 def plain(text: object) -> str:
     """Return a name for display, at most `TEXT` characters, with U+FFFD for controls and characters the font lacks."""
     known = get_font(findfont("DejaVu Sans")).get_charmap()
-    shown = "".join(
-        "\N{REPLACEMENT CHARACTER}" if unicodedata.category(c) in ("Cc", "Cf", "Cs") or ord(c) not in known else c
-        for c in str(text)
-    )
+    hidden = {c for c in str(text) if unicodedata.category(c) in ("Cc", "Cf", "Cs") or ord(c) not in known}
+    shown = "".join("\N{REPLACEMENT CHARACTER}" if c in hidden else c for c in str(text))
     return shown if len(shown) <= TEXT else shown[: TEXT - 1] + "…"
 
 
@@ -88,6 +89,12 @@ def nats(value: SupportsFloat, digits: int = 2) -> str:
 def set_caption(made: Figure, text: str) -> None:
     """Add a caption, wrapped to lines, below a figure that is saved without a page."""
     made.supxlabel("\n".join(textwrap.wrap(text, CAPTION_LINE)), x=0.02, ha="left", fontsize=8.5, color="#444444")
+
+
+def note(axes: Axes, text: str, at: Sequence[float], offset: Sequence[float], halo: float, **look: Any) -> Annotation:
+    """Write a text, with a white halo of a width, at a point and an offset from it; both in 1/72 inch."""
+    look["path_effects"] = [withStroke(linewidth=halo, foreground="white")]
+    return axes.annotate(text, (at[0], at[1]), xytext=(offset[0], offset[1]), textcoords="offset points", **look)
 
 
 def whole_numbers(axis: Axis) -> None:

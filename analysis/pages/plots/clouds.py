@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Ellipse
-from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from scipy.ndimage import gaussian_filter
 
+from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLACK, BLUE, CLASS_COLOURS, SHORT, SKY, YELLOW, nats, panels, plain, style
 from pvae.util.types import Array
 
@@ -105,11 +105,8 @@ def _scatter(axes: Axes, points: Array, labels: Array | None, names: Sequence[st
     for value, colour in zip(found, CLASS_COLOURS, strict=False):
         name, inside = class_name(value, names), points[labels == value]
         axes.scatter(*inside.T, color=colour, alpha=0.65, label=name, **look)
-        axes.annotate(
-            name, np.median(inside, 0), ha="center", va="center", fontsize=12,
-            fontweight="bold", color="#8A7D00" if colour == YELLOW else colour,
-            path_effects=[withStroke(linewidth=3.5, foreground="white")],
-        )  # fmt: skip
+        font = {"fontsize": 12, "fontweight": "bold", "color": "#8A7D00" if colour == YELLOW else colour}
+        base.note(axes, name, np.median(inside, 0), (0, 0), 3.5, ha="center", va="center", **font)
 
 
 def _ellipses(axes: Axes, normal: tuple[Array, Array], centre: Array, directions: Array) -> None:

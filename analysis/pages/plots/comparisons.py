@@ -7,16 +7,17 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patheffects import withStroke
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.analysis.pages.plots.base import BLACK, GREY, PALE, SERIES, nats, panels, plain, set_caption, style
+from pvae.analysis.pages.plots import base
+from pvae.analysis.pages.plots.base import BLACK, GREY, PALE, SERIES, Names, nats, note, panels, plain, style
 from pvae.analysis.pages.plots.curves import MetricsRow, curve, over_epochs, robust_limits
 from pvae.util.types import Array
 
+Values = Sequence[float]
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABEL = 36
@@ -58,9 +59,7 @@ def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str,
 
 
 @style()
-def together(
-    names: Sequence[str], x: Sequence[float], metrics: Sequence[tuple[str, Sequence[float]]], of: str
-) -> Figure:
+def together(names: Names, x: Values, metrics: Sequence[tuple[str, Values]], of: str) -> Figure:
     """Plot several metrics of the runs, a panel each, against one metric `x`, to show correlations over runs."""
     made, grid = panels(2.6 * len(metrics) + 0.3, [1] * len(metrics), sharex=True)
     clouds = [np.column_stack([x, y]).astype(np.float64) for _, y in metrics]
@@ -113,7 +112,7 @@ def rate_distortion(rows: Sequence[Mapping[str, Any]]) -> Figure:
         )  # fmt: skip
     _frame(axes, (points - spread).min(0), (points + spread).max(0), pad=0.18, least=1.0)
     axes.set(xlabel="rate: KL(q(z | x) || p(z)), nats per datum", ylabel="distortion: −E log p(x | z), nats per datum")
-    set_caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
+    base.set_caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
     _fix_layout(made)
     taken = _equal_elbo(made, axes)
     ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
@@ -133,11 +132,8 @@ def _equal_elbo(made: Figure, axes: Axes) -> list[Bbox]:
         at = (left, level - left) if level - left <= top else (level - top, top)
         if at[0] > right - 0.12 * (right - left) or at[1] < bottom + 0.04 * (top - bottom):
             continue
-        note = axes.annotate(
-            nats(-level, digits), at, xytext=(3, -2), textcoords="offset points", ha="left",
-            va="top", fontsize=8, color=GREY, path_effects=[withStroke(linewidth=2, foreground="white")],
-        )  # fmt: skip
-        boxes.append(note.get_window_extent(made.canvas.get_renderer()))  # type: ignore[attr-defined]
+        label = note(axes, nats(-level, digits), at, (3, -2), 2, ha="left", va="top", fontsize=8, color=GREY)
+        boxes.append(label.get_window_extent(made.canvas.get_renderer()))  # type: ignore[attr-defined]
     axes.set(xlim=(left, right), ylim=(bottom, top))
     return boxes
 
@@ -158,22 +154,17 @@ def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, 
     obstacles = [*taken, *(Bbox.from_extents(*(place - 5 * scale), *(place + 5 * scale)) for place in places)]
     labels: list[Bbox] = []
     for name, place, point in zip(names, places, points, strict=True):
-        note = axes.annotate(
-            shortened(name), (float(point[0]), float(point[1])), xytext=(0, 0), textcoords="offset points",
-            fontsize=9, zorder=4, path_effects=[withStroke(linewidth=2.5, foreground="white")],
-            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3},
-        )  # fmt: skip
-        size = Text.get_window_extent(note, made.canvas.get_renderer())  # type: ignore[attr-defined]  # not the line's
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
+        label = note(axes, shortened(name), point, (0, 0), 2.5, fontsize=9, zorder=4, arrowprops=line)
+        size = Text.get_window_extent(label, made.canvas.get_renderer())  # type: ignore[attr-defined]  # not the line's
         spots = [(r, _beside(place, size.width, size.height, turn, r * scale)) for r in REACHES for turn in TURNS]
-        inside = [
-            (r, box) for r, box in spots if frame.fully_contains(*box.min) and frame.fully_contains(*box.max)
-        ] or spots
+        inside = [spot for spot in spots if all(frame.fully_contains(*c) for c in (spot[1].min, spot[1].max))] or spots
         clear = [(reach, box) for reach, box in inside if not box.count_overlaps(labels)] or inside
         reach, box = next((spot for spot in clear if not spot[1].count_overlaps(obstacles)), clear[0])
         labels.append(box)
-        note.set_position(((box.x0 - place[0]) / scale, (box.y0 - place[1]) / scale))
-        if reach <= REACHES[1] and note.arrow_patch is not None:
-            note.arrow_patch.set_visible(False)
+        label.set_position(((box.x0 - place[0]) / scale, (box.y0 - place[1]) / scale))
+        if reach <= REACHES[1] and label.arrow_patch is not None:
+            label.arrow_patch.set_visible(False)
 
 
 def _beside(place: Array, width: float, height: float, turn: float, reach: float) -> Bbox:

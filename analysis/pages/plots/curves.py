@@ -190,9 +190,8 @@ def khats(khat: Array, limit: float) -> Figure:
     """Plot a histogram of k-hat over the data `(n,)`, with `limit`, above which importance sampling is not reliable."""
     known = khat[np.isfinite(khat)]
     edges = np.linspace(min(float(known.min()), 0.0), max(float(known.max()), 1.0), 41)
-    made, (axes,) = panels(
-        2.8, ylabel="data", axisbelow=True, xlabel="k-hat, Pareto shape of a datum's largest weights"
-    )
+    what = "k-hat, Pareto shape of a datum's largest weights"
+    made, (axes,) = panels(2.8, ylabel="data", axisbelow=True, xlabel=what)
     for part, colour, label in ((known <= limit, BLUE, "reliable"), (known > limit, RED, "not reliable")):
         counts, _ = np.histogram(known[part], edges)
         axes.stairs(counts, edges, fill=True, color=colour, label=f"{label}: {part.sum()} of {len(known)}")

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from pvae.analysis.export.sites import numpy_of
 from pvae.analysis.figures.estimate import texts
 from pvae.analysis.pages.plots import base
-from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, array, nats, panels, plain, style
+from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, Names, array, nats, panels, plain, style
 from pvae.analysis.pages.plots.clouds import Cloud, plane
 from pvae.analysis.samples.encode import Encoding, Reconstructions
 from pvae.analysis.samples.features import is_image
@@ -20,6 +20,7 @@ from pvae.analysis.samples.sample import Samples
 from pvae.analysis.samples.traversal import Interpolation, Traversal
 from pvae.util.types import Array
 
+Planes, Groups = dict[str, Figure], Sequence[tuple[Array, str]]
 SHEET = 100
 """Largest number of samples that a plot shows as images."""
 
@@ -145,9 +146,7 @@ def samples(means: Array, data: Array, low: float, high: float) -> Figure:
 
 
 @style()
-def gallery(
-    images: Array, low: float, high: float, row_names: Sequence[str] = (), column_names: Sequence[str] = ()
-) -> Figure:
+def gallery(images: Array, low: float, high: float, row_names: Names = (), column_names: Names = ()) -> Figure:
     """Draw images `(rows, columns, *shape)` in a grid; names of rows are at the left, names of columns below."""
     rows, columns = images.shape[:2]
     h, w = images.shape[-2:]
@@ -227,22 +226,28 @@ def interpolated(found: Interpolation, data: Array) -> Figure | None:
     return _drawn(words, x, len(x), data, [(x, "the way")], (), below, lines="path")
 
 
+@style()
 def _drawn(
-    words: Sequence[str], x: Array, columns: int, data: Array, groups: Sequence[tuple[Array, str]],
-    *names: Sequence[str], lines: str = "",
-) -> Figure | None:  # fmt: skip
-    """Draw images x on a sheet, or else groups of 2D points, under title and caption; None for data of other shapes."""
+    words: Names, x: Array, columns: int, data: Array, groups: Groups, *names: Names, lines: str = ""
+) -> Figure | None:
+    """Draw images x on a sheet, or else groups of 2D points, under title and caption; None for data of other shapes.
+
+    Images are in a grid, scaled by the range of `data`; `names` of rows are at the left, then of columns below.
+    """
     if not is_shown(x.shape[1:]):
         return None
     title, caption = words
     if x.ndim == 2:
         return _points(groups, data, title, caption, lines)
-    return _sheet(x, columns, data, title, caption, *names)
+    h, w = x.shape[-2:]
+    rows = math.ceil(len(x) / columns)
+    made, (axes,) = panels(rows * image_width(columns) * h / w * 1.08 + 0.75, title=title)
+    show_tiles(axes, x, columns, float(data.min()), float(data.max()), *names)
+    base.set_caption(made, caption)
+    return made
 
 
-def encoded(
-    found: Encoding, prior: Samples, labels: Array | None = None, names: Sequence[str] | None = None
-) -> dict[str, Figure]:
+def encoded(found: Encoding, prior: Samples, labels: Array | None = None, names: Names | None = None) -> Planes:
     """Return plots of q_agg against the prior, from samples of both, by real latent with at least two rows."""
     planes = {}
     for name, code in found.latents.items():
@@ -254,18 +259,7 @@ def encoded(
 
 
 @style()
-def _sheet(images: Array, columns: int, data: Array, title: str, caption: str, *names: Sequence[str]) -> Figure:
-    """Draw images in a grid, scaled by the range of `data`; `names` of rows are at the left, then of columns below."""
-    h, w = images.shape[-2:]
-    rows = math.ceil(len(images) / columns)
-    made, (axes,) = panels(rows * image_width(columns) * h / w * 1.08 + 0.75, title=title)
-    show_tiles(axes, images, columns, float(data.min()), float(data.max()), *names)
-    base.set_caption(made, caption)
-    return made
-
-
-@style()
-def _points(groups_of: Sequence[tuple[Array, str]], data: Array, title: str, caption: str, lines: str = "") -> Figure:
+def _points(groups_of: Groups, data: Array, title: str, caption: str, lines: str = "") -> Figure:
     """Draw groups of 2D points over the data; `lines` join them to their "data", or each group to a "path"."""
     made, (axes,) = panels(5.4, title=title, xlabel="x[0]", ylabel="x[1]")
     size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))
