@@ -16,10 +16,8 @@ from pvae.analysis.samples.features import is_image
 
 def page_of(found: Audit, name: str) -> Document:
     """Return the page of an audit; `name` names encoder and decoder."""
-    return Document(
-        kicker="pvae audit", title=found.title, description="", identity=name, numbers=found.to_dict(),
-        sections=tuple(filter(None, [_audited(found)])), footer=text("page.nats"),
-    )  # fmt: skip
+    sections = tuple(filter(None, [_audited(found)]))
+    return Document("pvae audit", found.title, "", name, found.to_dict(), sections, text("page.nats"))
 
 
 @section("audited")

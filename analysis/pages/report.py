@@ -58,15 +58,9 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
     named = {"name": run.name, "id": run.path.name, "started": run.files.manifest.get("started")}
     with threads(1 if exam.is_small else None):
         sections = exam.stages.sections(SECTIONS, exam)
-    return Document(
-        kicker="pvae report",
-        title=run.name,
-        description=run.plan.description,
-        identity=text("page.identity", run=named, split=exam.split),
-        numbers={"run": named, "split": exam.split, "seed": exam.seed},
-        sections=sections,
-        footer=f"{text('page.footer', seed=exam.seed)} {text('page.nats')}",
-    )
+    identity, said = text("page.identity", run=named, split=exam.split), text("page.footer", seed=exam.seed)
+    numbers, footer = {"run": named, "split": exam.split, "seed": exam.seed}, f"{said} {text('page.nats')}"
+    return Document("pvae report", run.name, run.plan.description, identity, numbers, sections, footer)
 
 
 def compare(
@@ -120,9 +114,7 @@ def examine_runs(found: Comparison, title: str, description: str, on_progress: S
         _ = found.figures  # computes the metrics of every run, one run after the other
         sections = found.stages.sections(COMPARISON_SECTIONS, found)
     runs = {name: {"name": exam.run.name, "id": exam.run.path.name} for name, exam in found.exams.items()}
-    return Document(
-        kicker="pvae comparison", title=title, description=description,
-        identity=text("compared.identity", count=len(runs), source=found.first.data.source, split=found.split),
-        numbers={"title": title, "runs": runs, "split": found.split, "seed": found.first.seed}, sections=sections,
-        footer=text("page.footer", seed=found.first.seed),
-    )  # fmt: skip
+    identity = text("compared.identity", count=len(runs), source=found.first.data.source, split=found.split)
+    numbers = {"title": title, "runs": runs, "split": found.split, "seed": found.first.seed}
+    footer = text("page.footer", seed=found.first.seed)
+    return Document("pvae comparison", title, description, identity, numbers, sections, footer)

@@ -17,11 +17,10 @@ def page_of(found: Searching) -> Document:
     """Return the page of a search: every trial, those of the best figures first, beside the values it was run with."""
     trials, search = found.history(), found.search
     numbers = {"search": search.model_dump(exclude={"storage"}), "trials": trials, "importance": found.importance()}
-    return Document(
-        kicker="pvae study", title=found.name, description=str(found.base.get("description", "")),
-        identity=text("searched.identity", begun=len(trials), trials=search.trials, figure=search.figure),
-        numbers=numbers, sections=tuple(filter(None, [_trials(found)])), footer=text("page.footer", seed=search.seed),
-    )  # fmt: skip
+    identity = text("searched.identity", begun=len(trials), trials=search.trials, figure=search.figure)
+    sections, footer = tuple(filter(None, [_trials(found)])), text("page.footer", seed=search.seed)
+    about = str(found.base.get("description", ""))
+    return Document("pvae study", found.name, about, identity, numbers, sections, footer)
 
 
 @section("trials", "searched")

@@ -177,13 +177,9 @@ class Comparison:
                 row |= {"new data, at least": new.gain, "new data, at most": new.gain_upper}
         if (quality := self._quality(exam)) is not None:
             self.quality[name] = quality
-            row |= {
-                "two-sample accuracy": quality.test.accuracy,
-                "Fréchet": quality.distances.frechet,
-                "precision": quality.fidelity.precision,
-                "coverage": quality.fidelity.coverage,
-                "sharpness of means": quality.sharpness_of_means,
-            }
+            f, sharpness = quality.fidelity, quality.sharpness_of_means
+            row |= {"two-sample accuracy": quality.test.accuracy, "Fréchet": quality.distances.frechet}
+            row |= {"precision": f.precision, "coverage": f.coverage, "sharpness of means": sharpness}
         seconds = exam.run.status.get("seconds")
         return {**row, "seconds": float(seconds) if isinstance(seconds, int | float) else None}
 
@@ -199,12 +195,9 @@ class Comparison:
 
     def against(self, reference: str) -> dict[str, Paired]:
         """Return the paired differences of each other run to `reference`; of bounds on log p(x) if all have one."""
-        known = self.log_p
-        return {
-            name: paired(self.elbos[name], self.elbos[reference], known.get(name), known.get(reference))
-            for name in self.elbos
-            if name != reference
-        }
+        own, known = self.elbos, self.log_p
+        others = [name for name in own if name != reference]
+        return {name: paired(own[name], own[reference], known.get(name), known.get(reference)) for name in others}
 
     @cached_property
     def best(self) -> str | None:

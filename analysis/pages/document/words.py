@@ -122,9 +122,8 @@ def rich_of(table: PageTable) -> Table:
 
 
 T = TypeVar("T")
-WORDS = Catalogue(
-    Path(__file__).with_name("templates"), "*.toml", nats=nats, number=nats, percent=percent, plus_minus=plus_minus
-)
+FORMATS: dict[str, Callable[..., Any]] = {"nats": nats, "number": nats, "percent": percent, "plus_minus": plus_minus}
+WORDS = Catalogue(Path(__file__).with_name("templates"), "*.toml", **FORMATS)
 text = WORDS.text
 
 

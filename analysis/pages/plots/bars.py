@@ -33,7 +33,7 @@ def _bars(
     place = np.arange(1, len(heights) + 1)
     width = 0.82 if len(heights) <= 100 else 1.0
     empty = {"color": "white", "edgecolor": GREY, "hatch": "////" if len(heights) <= 100 else None}
-    for chosen, label, look in zip((active, ~active), among, ({"color": BLUE}, empty), strict=True):
+    for chosen, label, look in zip((active, ~active), among, ({"color": BLUE, "hatch": None}, empty), strict=True):
         if chosen.any():
             axes.bar(place[chosen], heights[chosen] - bottom, width, bottom=bottom, label=label, **look)
     if not active.all() and not bottom:

@@ -20,7 +20,8 @@ from pvae.analysis.samples.sample import Samples
 from pvae.analysis.samples.traversal import Interpolation, Traversal
 from pvae.util.types import Array
 
-Planes, Groups = dict[str, Figure], Sequence[tuple[Array, str]]
+Planes = dict[str, Figure]
+Groups = Sequence[tuple[Array, str]]
 SHEET = 100
 """Largest number of samples that a plot shows as images."""
 

@@ -105,14 +105,12 @@ class Examination:
         self.shape = tuple(self.pair.frame.x)
         """Shape of one datum, without covariates."""
 
-    def attempt(
-        self, what: str, make: Callable[..., T], *given: Any, part: str | None = None, **named: Any
-    ) -> T | None:
+    def attempt(self, what: str, make: Callable[..., T], *given: Any, part: str = "", **named: Any) -> T | None:
         """Return the result of `make` with these arguments; None, with a note in `missing`, on one of `UNFIT`.
 
         If `make` takes `on_progress`, it reports to the part of the present stage that `part` names.
         """
-        if part is not None:
+        if part:
             named["on_progress"] = self.stages.part(part)
         try:
             return make(*given, **named)

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import chain
+from operator import attrgetter
 
 import numpy as np
 
@@ -71,11 +72,8 @@ def fit(exam: Examination) -> Iterator[Part]:
     if exam.gap is not None:
         yield tile("fit.overfitting", gap=exam.gap, split=exam.split)
         yield _on_overfitting(exam, exam.gap)
-    yield {
-        "train_gap": exam.gap,
-        "evidence": None if bound is None else {**bound.to_dict(), "rows": exam.evidence_rows.note},
-        "gap": None if found is None else found.to_dict(),
-    }
+    evidence = None if bound is None else {**bound.to_dict(), "rows": exam.evidence_rows.note}
+    yield {"train_gap": exam.gap, "evidence": evidence, "gap": None if found is None else found.to_dict()}
 
 
 def _of_bound(exam: Examination, bound: Evidence) -> Iterator[Part]:
@@ -204,10 +202,8 @@ def surgery(exam: Examination) -> Iterator[Part]:
     if s.shared:
         yield table("surgery.global_latents", tuple(s.shared.items()))
     if 1 < len(s.classes) <= LISTED_LABELS:
-        by_label = [
-            (clouds.class_name(label, exam.data.label_names), c.n, *(getattr(c, term) for term in SURGERY_TERMS))
-            for label, c in s.classes.items()
-        ]
+        names, terms = exam.data.label_names, attrgetter(*SURGERY_TERMS)
+        by_label = [(clouds.class_name(label, names), c.n, *terms(c)) for label, c in s.classes.items()]
         titles = (term.replace("_", " ") for term in SURGERY_TERMS)
         yield table("surgery.surgery_by_label", by_label, *titles, digits=2, split=exam.split)
     if s.population is not None:

@@ -21,7 +21,7 @@ from pvae.analysis.samples.quality import SampleQuality
 from pvae.analysis.samples.quality import sample_quality as quality_of
 from pvae.analysis.samples.running import decoded_mean
 from pvae.analysis.samples.sample import Samples
-from pvae.analysis.samples.traversal import Traversal, interpolate, traverse
+from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolate, traverse
 from pvae.util import seeds
 
 ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
@@ -219,10 +219,7 @@ def _traversal(exam: Examination, found: Traversal) -> Part:
 @section("interpolations", scored=True, where=lambda exam: is_image(exam.shape) and exam.whole_rows)
 def interpolations(exam: Examination) -> Iterator[Part]:
     """Yield interpolations between codes of two data; nothing unless data are images and codes real."""
-    found = exam.attempt(
-        "interpolations", lambda: [interpolate(exam.run, exam.x[a], exam.x[b], seed=exam.seed) for a, b in _ends(exam)]
-    )
-    if not found:
+    if not (found := exam.attempt("interpolations", _interpolated, exam)):
         return
     made = pictures.gallery(np.stack([base.array(path.x) for path in found]), *exam.scale_of_grey)
     yield picture("interpolations", made, count=len(found), split=exam.split)
@@ -232,16 +229,16 @@ def interpolations(exam: Examination) -> Iterator[Part]:
         yield table("interpolations", rows, *map(str, range(1, len(paths[0]) + 1)), digits=1, folded=True)
 
 
-def _ends(exam: Examination) -> list[tuple[int, int]]:
-    """Return random pairs of rows, chosen by the seed; the two rows of a pair differ in label if data have labels."""
+def _interpolated(exam: Examination) -> list[Interpolation]:
+    """Interpolate random pairs of rows, chosen by the seed, whose two rows differ in label if data have labels."""
     generator = torch.Generator().manual_seed(seeds.mix(exam.seed, seeds.ANALYSIS, 33))
     order = torch.randperm(len(exam.x), generator=generator).tolist()
-    pairs: list[tuple[int, int]] = []
-    while len(order) > 1 and len(pairs) < INTERPOLATED_PAIRS:
+    found: list[Interpolation] = []
+    while len(order) > 1 and len(found) < INTERPOLATED_PAIRS:
         a = order.pop(0)
         b = next((i for i in order if exam.labels is None or exam.labels[i] != exam.labels[a]), None)
         if b is None:
             break
         order.remove(b)
-        pairs.append((a, b))
-    return pairs
+        found.append(interpolate(exam.run, exam.x[a], exam.x[b], seed=exam.seed))
+    return found
