@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -32,7 +33,7 @@ def _bars(
     """Draw bars of heights `(n,)`: filled if active, hatched otherwise; `among` names the two kinds in the legend."""
     place = np.arange(1, len(heights) + 1)
     width = 0.82 if len(heights) <= 100 else 1.0
-    empty = {"color": "white", "edgecolor": GREY, "hatch": "////" if len(heights) <= 100 else None}
+    empty: dict[str, Any] = {"color": "white", "edgecolor": GREY, "hatch": "////" if len(heights) <= 100 else None}
     for chosen, label, look in zip((active, ~active), among, ({"color": BLUE, "hatch": None}, empty), strict=True):
         if chosen.any():
             axes.bar(place[chosen], heights[chosen] - bottom, width, bottom=bottom, label=label, **look)
