@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pvae.runs.run import Run
 
 T = TypeVar("T")
+Told = Callable[..., None]
 
 app = typer.Typer(
     name="pvae", help="Declare a latent-variable model, fit it by SVI, see where every nat of its ELBO goes.",
@@ -144,9 +145,7 @@ class Shared:
             (tell if isinstance(part, str) else say)(part)
 
 
-def command(
-    options: Sequence[str] = (), *, name: str | None = None, device: str = "cpu"
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def command(options: Sequence[str] = (), *, name: str | None = None, device: str = "cpu") -> Callable[[Told], Told]:
     """Register a function `f(shared, ...)` as a command that also takes some of the shared options.
 
     Arguments:
@@ -156,7 +155,7 @@ def command(
     """
     defaults, types = Shared(device=device), get_type_hints(Shared)
 
-    def register(function: Callable[..., None]) -> Callable[..., None]:
+    def register(function: Told) -> Told:
         @wraps(function)
         def run(**given: Any) -> None:
             shared = Shared(**{key: given.pop(key) for key in options})

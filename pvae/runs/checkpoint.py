@@ -139,13 +139,12 @@ def read(path: Path) -> Checkpoint:
     Older format versions are converted. Raises CheckpointError, which names the file and the fault. Only regular files
     that the manifest lists are opened, and nothing is unpickled.
     """
+    tensors: dict[str, dict[str, Tensor]] = {}
     try:
         schema, step, table, run = manifest_of(path)
         state = files.parse_object(path / "state.json", _verified(path, "state.json", table.pop("state.json")))
-        tensors = {
-            name.removesuffix(".safetensors"): unpack_tensors(path / name, _verified(path, name, entry))
-            for name, entry in table.items()
-        }
+        for name, entry in table.items():
+            tensors[name.removesuffix(".safetensors")] = unpack_tensors(path / name, _verified(path, name, entry))
     except DataError as problem:
         raise CheckpointError(str(problem)) from problem
     saved = Checkpoint(path, step, tensors, state, run)

@@ -285,9 +285,8 @@ class Run(Applied):
             return self._given_pair
         if not isinstance(self.plan, Experiment):
             raise DeclarationError.of("runs.run.no_pair", path=self.path, said=self.files.manifest.get("origin"))
-        shape = (
-            self.data.shape if isinstance(self._given_data, Dataset) else self.shape
-        )  # which compares the fingerprint
+        is_given = isinstance(self._given_data, Dataset)
+        shape = self.data.shape if is_given else self.shape  # the first compares the fingerprint
         return attended(self.plan.build(shape), lambda: self.data.train)
 
     @property

@@ -10,13 +10,12 @@ from pvae.errors import CheckpointError, DataError
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 
+Tensors = Mapping[str, Tensor]
 LISTED_DIFFERENCES = 12
 """Largest number of differences between a checkpoint and a declaration that an error message lists."""
 
 
-def load_weights(
-    module: nn.Module, tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
-) -> None:
+def load_weights(module: nn.Module, tensors: Tensors, origin: str, dtype: torch.dtype | None = None) -> None:
     """Copy named weights into a module whose state_dict has the same names, shapes and dtypes.
 
     `dtype` is that of floating-point weights which were trained in another one than the module's.
@@ -28,9 +27,7 @@ def load_weights(
     module.load_state_dict(dict(tensors))
 
 
-def require_same(
-    own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str, dtype: torch.dtype | None = None
-) -> None:
+def require_same(own: Tensors, tensors: Tensors, origin: str, dtype: torch.dtype | None = None) -> None:
     """Raise CheckpointError unless named tensors have the names, shapes and dtypes of others; see `load_weights`."""
     lines = [f"{name}: expected by the declaration; not in the checkpoint" for name in own if name not in tensors]
     lines += [f"{name}: in the checkpoint; not in the declaration" for name in tensors if name not in own]

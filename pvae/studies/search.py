@@ -141,15 +141,13 @@ class Searching:
 
     def history(self) -> list[dict[str, Any]]:
         """Return every trial as a dictionary: number, state, figure, values by path, run, error, seconds."""
-        return [
-            {
-                "trial": trial.number, "state": trial.state.name.lower(), **trial.params,
-                "value": trial.value if trial.state.name == "COMPLETE" else None,
-                "run": trial.user_attrs.get("run", ""), "error": trial.user_attrs.get("error", ""),
-                "seconds": None if trial.duration is None else trial.duration.total_seconds(),
-            }
-            for trial in self.trials()
-        ]  # fmt: skip
+        rows: list[dict[str, Any]] = []
+        for trial in self.trials():
+            told = {"value": trial.value if trial.state.name == "COMPLETE" else None}
+            told |= {name: trial.user_attrs.get(name, "") for name in ("run", "error")}
+            told["seconds"] = None if trial.duration is None else trial.duration.total_seconds()
+            rows.append({"trial": trial.number, "state": trial.state.name.lower(), **trial.params, **told})
+        return rows
 
     def importance(self) -> dict[str, float]:
         """Return the proportion of the figure's variance that each path explains (fANOVA); {} of too few trials."""

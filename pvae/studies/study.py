@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +25,7 @@ from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import AT_A_TIME, Machine, Runner, Slurm, submissions
 from pvae.studies.search import Searching
 from pvae.studies.tasks import CLAIMS, DONE, Shelf, Task, standing, tasks_of
+from pvae.util import StageProgress, silent
 from pvae.util.files import make_folder, write_together
 from pvae.words import text
 
@@ -106,9 +107,7 @@ class Study:
 
         return summary(self.to_frame())
 
-    def compare(
-        self, out: str | Path, *, on_progress: Callable[[int, int, str], None] = lambda _done, _total, _what: None
-    ) -> Path:
+    def compare(self, out: str | Path, *, on_progress: StageProgress = silent) -> Path:
         """Write a comparison of the finished runs into a folder, as HTML, JSON and CSV; of a search, its trials.
 
         The files are `index.html`, `report.json`, `tables/`, `runs.csv` and `summary.csv`; the page of a search that
@@ -131,11 +130,9 @@ class Study:
             page_of(self.searching).write(make_folder(Path(out)) / "search")
         groups = [case if stage == "fit" else f"{case}: {stage}" for case, _, stage in self.runs]
         names = [f"{group} #{seed}" for group, (_, seed, _) in zip(groups, self.runs, strict=True)]
-        title, description = self.declared.name, self.declared.description
-        page = compare(
-            list(self.runs.values()), Path(out), names=names, groups=groups, title=title, description=description,
-            evidence_samples=EVIDENCE, on_progress=on_progress,
-        )  # fmt: skip
+        told: dict[str, Any] = {"title": self.declared.name, "description": self.declared.description}
+        told |= {"names": names, "groups": groups, "evidence_samples": EVIDENCE, "on_progress": on_progress}
+        page = compare(list(self.runs.values()), Path(out), **told)
         self.save(out)
         return page
 
@@ -148,15 +145,11 @@ class Study:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the study's metrics and failures as a dictionary for JSON; a metric that is not defined is NaN."""
-        return {
-            "study": self.declared.name,
-            "description": self.declared.description,
-            "unit": "nats per datum",
-            "runs": self.to_frame().to_dict("records"),
-            "summary": self.summary().to_dict("records"),
-            "failures": [{**_names(key), "error": error} for key, error in self.failures.items()],
-            **({} if self.searching is None else {"trials": self.searching.history()}),
-        }
+        name, description = self.declared.name, self.declared.description
+        found: dict[str, Any] = {"study": name, "description": description, "unit": "nats per datum"}
+        found |= {"runs": self.to_frame().to_dict("records"), "summary": self.summary().to_dict("records")}
+        found["failures"] = [{**_names(key), "error": error} for key, error in self.failures.items()]
+        return found if self.searching is None else {**found, "trials": self.searching.history()}
 
     def __rich__(self) -> Group:
         from pvae.analysis.pages.search import page_of

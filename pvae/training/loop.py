@@ -54,16 +54,11 @@ def train(trainer: Trainer) -> None:
         Interrupted: a signal arrived; the message says which checkpoint stands.
     """
     state, epochs = trainer.state, trainer.train.epochs
-    devices = [trainer.device] if trainer.device.type == "cuda" else []
+    noise = torch.random.fork_rng(devices=[trainer.device] if trainer.device.type == "cuda" else [])
     trainer.started = time.monotonic() - state.seconds
     trainer.files.truncate_metrics(state.epoch)
     trainer.status("running")
-    with (
-        torch.random.fork_rng(devices=devices),
-        pyro.validation_enabled(False),
-        Stop() as stop,
-        recovery.explained_errors(trainer),
-    ):
+    with noise, pyro.validation_enabled(False), Stop() as stop, recovery.explained_errors(trainer):
         try:
             stop.at_once = True  # there is no step to finish
             prepare(trainer)

@@ -62,13 +62,9 @@ def compile_forward(loss: Loss, x: Tensor) -> Forward:
     """
     # Guards check every call. None is needed: `Step` passes batches of one shape, dtype and device only.
     options: dict[str, Any] = {"fallback_random": True, "guard_filter_fn": lambda guards: [False] * len(guards)}
-    with (
-        restored([*loss.buffers()]),
-        artefacts.kept(artefacts.entry_of(loss.pair, loss.objective, loss.precision, x.shape)),
-        torch.random.fork_rng(),
-        pyro.validation_enabled(False),
-        warnings.catch_warnings(),
-    ):
+    kept = artefacts.kept(artefacts.entry_of(loss.pair, loss.objective, loss.precision, x.shape))
+    unchecked = pyro.validation_enabled(False)
+    with restored([*loss.buffers()]), kept, torch.random.fork_rng(), unchecked, warnings.catch_warnings():
         # torch's own lowering of `diagonal` calls what torch deprecates.
         warnings.filterwarnings("ignore", message="`torch._prims_common.check` is deprecated", category=FutureWarning)
         exported = torch.export.export(loss, (x,), strict=False)
@@ -178,10 +174,8 @@ class Step(Stepper):
         loss, out = self.forward(x)
         slopes = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         used = out.new_tensor([slope is not None for slope in slopes])
-        flat = [
-            (torch.zeros_like(p) if slope is None else slope * share).flatten()
-            for p, slope in zip(self.parameters, slopes, strict=True)
-        ]
+        both = zip(self.parameters, slopes, strict=True)
+        flat = [(torch.zeros_like(p) if slope is None else slope * share).flatten() for p, slope in both]
         flat += [t.flatten() for part in self.moving for t in part.contribution(share, shard, shards)]
         return torch.cat([*flat, used, out * share])
 

@@ -146,10 +146,8 @@ class Trainer:
             less = "_less_penalties" if self.pair.layout.factors else ""
             found = {self.total: s.elbo, self.figure: s.best} if not less else {f"{self.figure}{less}": s.best}
             fields |= {name: value if math.isfinite(value) else None for name, value in found.items()}
-        self.files.update_status(
-            state=state, epoch=s.epoch, epochs=self.train.epochs, step=s.step, engine=self.engine,
-            seconds=round(s.seconds, 1), skipped=s.skipped, **fields,
-        )  # fmt: skip
+        told = {"state": state, "epoch": s.epoch, "epochs": self.train.epochs, "step": s.step, "engine": self.engine}
+        self.files.update_status(**told, seconds=round(s.seconds, 1), skipped=s.skipped, **fields)
         self.last_status = time.monotonic()
 
     def clock(self) -> None:

@@ -90,13 +90,11 @@ class _Inspection:
 
     def asked(self, data: bool) -> dict[str, Any]:
         """Return the functions of all checks of a run by name, in order; that of the data only if `data`."""
-        return {
-            "manifest.json": self.manifest, "spec.toml": self.spec, "status.json": self.state,
-            **{name: partial(self.lines, name) for name in ("metrics.jsonl", "events.jsonl")},
-            "pair": self.build, "checkpoints": self.checkpoints,
-            "analysis": partial(_analyses, self.path / "analysis"), "files": self.strangers,
-            **({"data": self.data} if data else {}),
-        }  # fmt: skip
+        lines = {name: partial(self.lines, name) for name in ("metrics.jsonl", "events.jsonl")}
+        asked = {"manifest.json": self.manifest, "spec.toml": self.spec, "status.json": self.state, **lines}
+        asked |= {"pair": self.build, "checkpoints": self.checkpoints}
+        asked |= {"analysis": partial(_analyses, self.path / "analysis"), "files": self.strangers}
+        return {**asked, "data": self.data} if data else asked
 
     def manifest(self) -> Iterator[Check]:
         """Yield the check of manifest.json: name, id and start time are strings; data and transforms are described."""

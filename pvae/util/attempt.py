@@ -18,14 +18,12 @@ STOPPED = frozenset(code for n in (signal.SIGINT, signal.SIGTERM) for code in (1
 
 def begin(command: list[str], order: dict[str, Any]) -> Popen[bytes]:
     """Start and return a worker, which reads its order as JSON from standard input; its messages go to `log`."""
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(order["threads"]))
+    env = os.environ | dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(order["threads"]))
     with tempfile.TemporaryFile() as written, open(order["log"], "ab") as log:
         written.write(json.dumps({**order, "supervisor": os.getpid()}).encode())
         written.seek(0)
         # A session of its own: a terminal's Ctrl-C reaches this process alone, which passes it on once.
-        return Popen(
-            command, stdin=written, stdout=DEVNULL, stderr=log, env={**os.environ, **threads}, start_new_session=True
-        )
+        return Popen(command, stdin=written, stdout=DEVNULL, stderr=log, env=env, start_new_session=True)
 
 
 class Attempt:

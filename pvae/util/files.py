@@ -97,9 +97,8 @@ def write_together(contents: Mapping[Path, str | bytes], *, durable: bool = True
             sync_folder(folder)
     except OSError as problem:
         kind = OutputError if problem.errno in _CANNOT_CREATE else StorageError
-        raise kind(
-            f"{path}: expected to be written; got {problem.strerror or problem}. What stood there is unchanged."
-        ) from problem
+        said = f"{path}: expected to be written; got {problem.strerror or problem}. What stood there is unchanged."
+        raise kind(said) from problem
     finally:
         for temporary in written.values():
             with suppress(OSError):
@@ -294,10 +293,8 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     if (rows := [_json_object(line) for line in lines]) and rows[-1] is None:
         rows.pop()
     if None in rows:
-        raise DataError(
-            f"{folder / name}: expected one JSON object a line; got garbage in line {rows.index(None) + 1}. "
-            "Delete that line to go on without it."
-        )
+        found = f"garbage in line {rows.index(None) + 1}. Delete that line to go on without it."
+        raise DataError(f"{folder / name}: expected one JSON object a line; got {found}")
     return [row for row in rows if row is not None]
 
 

@@ -3,7 +3,7 @@
 import copy
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import zip_longest
 from math import prod
@@ -49,9 +49,7 @@ class _Weighing(TorchDispatchMode):
     def _should_skip_dynamo(cls) -> bool:
         return False  # else the first tensor imports torch's compiler, for seconds
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
         tensors = [t for t in tree_leaves((args, given)) if isinstance(t, Tensor)]
         for t in tensors:

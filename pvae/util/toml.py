@@ -69,9 +69,8 @@ def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
         return folder / f"{name_or_file}.toml"
     if (path := Path(name_or_file)).is_file():
         return path
-    raise DeclarationError(
-        f"{name_or_file}: expected {wanted} ({', '.join(known)}) or {file}; got neither{near(name_or_file, known)}."
-    )
+    expected = f"expected {wanted} ({', '.join(known)}) or {file}"
+    raise DeclarationError(f"{name_or_file}: {expected}; got neither{near(name_or_file, known)}.")
 
 
 def flat(table: dict[str, Any], prefix: str = "", stop: frozenset[str] = frozenset()) -> dict[str, Any]:

@@ -155,17 +155,12 @@ def correlations(found: Comparison) -> Iterator[Part]:
     if len(rows) < CORRELATED_RUNS:
         return
     x = [float(row["marginal_kl"]) for row in rows.values()]  # type: ignore[arg-type]
-    asked = {
-        "log_p": "bound on log p(x), nats",
-        "sharpness of means": "sharpness of means, relative to data",
-        "Fréchet": "Fréchet distance of samples and data",
-        f"train − {found.split}": f"train ELBO − {found.split} ELBO, nats",
-    }
-    panels = {
-        title: [float(row[key]) for row in rows.values()]  # type: ignore[arg-type]
-        for key, title in asked.items()
-        if all(isinstance(row.get(key), Estimate | float) for row in rows.values())
-    }
+    asked = {"log_p": "bound on log p(x), nats", "sharpness of means": "sharpness of means, relative to data"}
+    asked["Fréchet"] = "Fréchet distance of samples and data"
+    asked[f"train − {found.split}"] = f"train ELBO − {found.split} ELBO, nats"
+    metrics = {title: [row.get(key) for row in rows.values()] for key, title in asked.items()}
+    whole = {k: values for k, values in metrics.items() if all(isinstance(v, Estimate | float) for v in values)}
+    panels = {title: [float(value) for value in values] for title, values in whole.items()}  # type: ignore[arg-type]
     if not panels or max(x) - min(x) < 1e-9:
         return
     of = f"marginal KL on these rows of {found.split}, nats per datum"
@@ -201,11 +196,8 @@ def declarations(found: Comparison) -> Iterator[Part]:
     """Yield the settings that differ between the runs, and the software environment of each run."""
     runs = [exam.run for exam in found.exams.values()]
     declared = _by_key([flat(run.plan.model_dump(mode="json")) for run in runs])
-    settings = {
-        key: [None if value is None else str(value) for value in values]
-        for key, values in declared.items()
-        if key not in ("name", "description") and len(set(map(repr, values))) > 1
-    }
+    varied = {k: v for k, v in declared.items() if k not in ("name", "description") and len(set(map(repr, v))) > 1}
+    settings = {k: [None if value is None else str(value) for value in values] for k, values in varied.items()}
     if settings:
         yield _by_run("compared.declarations", list(found.exams), settings)
     environments = _by_key([dict(environment_of(run)) for run in runs])

@@ -143,11 +143,9 @@ class Script(ABC):
         """Return the constructor call of a declared component, with the arguments that differ from their defaults."""
         kind = type(part)
         tag = part.tag if isinstance(part, Component) else None
-        given = [
-            f"{name}={self.value(getattr(part, name))}"
-            for name, field in kind.model_fields.items()
-            if name != tag and getattr(part, name) != field.get_default(call_default_factory=True)
-        ]
+        usual = {name: field.get_default(call_default_factory=True) for name, field in kind.model_fields.items()}
+        changed = {name: own for name, known in usual.items() if name != tag and (own := getattr(part, name)) != known}
+        given = [f"{name}={self.value(value)}" for name, value in changed.items()]
         return f"{self.imported(kind)}({', '.join(given)})"
 
     def value(self, value: Any) -> str:

@@ -208,10 +208,8 @@ class PairScript(Script):
         if begun:
             self.imports["pvae.training.begin"] = {"begin"}
         self.parts["pair"] = f"experiment.build(data.shape).attend(data.train.data){begun}"
-        return [
-            f"experiment = pvae.Experiment.from_toml('''\n{toml}''')",
-            "data = experiment.conditioned(pvae.data.load(experiment.data, seed=experiment.seed))",
-        ]
+        loaded = "data = experiment.conditioned(pvae.data.load(experiment.data, seed=experiment.seed))"
+        return [f"experiment = pvae.Experiment.from_toml('''\n{toml}''')", loaded]
 
     def has(self, kind: type) -> bool:
         """Return True if the pair has a module of class `kind`."""

@@ -132,11 +132,9 @@ class Exporter(ABC):
     def tags(self) -> dict[str, str]:
         """Return name, id, seed, device, parent, data fingerprint and pvae version of the run, as strings."""
         manifest = self.files.manifest
-        found = {
-            "fingerprint": manifest.get("data", {}).get("fingerprint"), "version": __version__,
-            "parent": (manifest.get("parent") or {}).get("run"),
-            **{key: manifest.get(key) for key in ("name", "id", "seed", "device")},
-        }  # fmt: skip
+        data, parent = (manifest.get(key) or {} for key in ("data", "parent"))
+        found = {"fingerprint": data.get("fingerprint"), "version": __version__, "parent": parent.get("run")}
+        found |= {key: manifest.get(key) for key in ("name", "id", "seed", "device")}
         return {key: printable(str(value))[:LONGEST_VALUE] for key, value in found.items() if value is not None}
 
     def attached(self, *suffixes: str) -> list[Path]:
