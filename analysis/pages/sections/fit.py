@@ -19,7 +19,7 @@ from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Listing, Note, Part, Sentence
-from pvae.analysis.pages.document.words import alert, picture, section, table, table_of, text, tile, typeset
+from pvae.analysis.pages.document.words import alert, picture, section, table, table_of, text, texts, tile, typeset
 from pvae.analysis.pages.plots import bars, base, clouds, curves, pictures
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
@@ -60,7 +60,8 @@ def fit(exam: Examination) -> Iterator[Part]:
     yield text("fit.terms", surgery=s, kl_seen=abs(s.kl.value) >= SHOWN_NATS)
     if s.global_kl is not None:
         yield text("fit.global", surgery=s)
-    yield from _on_evidence(exam, bound)
+    rows, reason = exam.evidence_rows, exam.missing.get("evidence")
+    yield from texts("fit.log_p", bound=bound, rows=rows, reason=reason, rounding=NO_GAIN_NATS, least=SHOWN_NATS)
     yield tile("fit.total", surgery=s, split=exam.split)
     if bound is not None:
         yield tile("fit.gap", bound=bound)
@@ -91,20 +92,6 @@ def _gaps(exam: Examination) -> Gap | None:
     x = exam.some(exam.split, REFINED_ROWS).x
     settings = {"steps": exam.gap_steps, "evidence_samples": 4 * exam.evidence_samples, "seed": exam.seed}
     return exam.attempt("gaps", gap, exam.pair, x, **settings, part="inference gap")
-
-
-def _on_evidence(exam: Examination, e: Evidence | None) -> Iterator[str]:
-    if e is None:
-        yield text("fit.no_bound", reason=exam.missing["evidence"])
-    elif e.exact is not None:
-        yield text("fit.exact", bound=e)
-    else:
-        rows, useless = exam.evidence_rows, e.gap < NO_GAIN_NATS
-        yield text("fit.bound", bound=e, rows=rows, of_some=not useless and e.n != rows.of)
-        if useless:
-            yield text("fit.no_gain")
-        elif e.gap >= SHOWN_NATS:
-            yield text("fit.better_guide", bound=e)
 
 
 def _on_gaps(exam: Examination, found: Gap) -> Iterator[str]:
@@ -226,14 +213,8 @@ def on_prior(s: Surgery) -> Iterator[str]:
         yield from map(typeset, (s.headline(), *s.on_new_data))
     else:
         yield text("surgery.no_cost", surgery=s)
-    if s.marginal_kl is None or s.mutual_information is None:
-        return
-    if s.population is None and s.mutual_information.value > SATURATED * s.log_n.value:
-        yield text("surgery.ceiling", surgery=s)
-    if s.train_gain is not None and not math.isfinite(s.train_gain.value):
-        yield text("surgery.no_support")
-    elif s.train_gain is not None and abs(gain := s.train_gain.value) >= SHOWN_NATS:
-        yield text("surgery.as_prior", gain=gain)
+    if s.marginal_kl is not None and s.mutual_information is not None:
+        yield from texts("surgery.limits", surgery=s, share=SATURATED, least=SHOWN_NATS)
 
 
 # ---------------------------------------------------------------------- the run

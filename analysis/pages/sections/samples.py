@@ -10,7 +10,7 @@ from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.export.sites import as_value
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence
-from pvae.analysis.pages.document.words import alert, picture, section, table, text, tile
+from pvae.analysis.pages.document.words import alert, picture, section, table, text, texts, tile
 from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.copying import Copying, copying
@@ -138,9 +138,7 @@ def whole(found: Mapping[str, SampleQuality]) -> list[tuple[Any, ...]]:
 
 
 def _on_fidelity(exam: Examination, f: Fidelity) -> Iterator[Part]:
-    yield text("quality.precision", fidelity=f) if f.precision.value > 0 else ""
-    yield text("quality.recall", fidelity=f) if f.recall.value > 0 else ""
-    yield text("quality.coverage", fidelity=f) if f.coverage.value > 0 else ""
+    yield from texts("quality.near", fidelity=f)
     if f.coverage.value < MISSED * f.expected_coverage:
         yield alert("quality.missed", gan=exam.implicit)
     if f.confidence is not None and f.data_confidence is not None:
