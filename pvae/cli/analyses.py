@@ -144,10 +144,9 @@ def audit(
     from pvae.util.files import write_atomic
 
     encode, decode, *_ = (*load_names(functions), None)
-    found = pvae.analysis.audit(
-        encode, decode, load_arguments(shared.data, None), noise=noise, likelihood=likelihood, scale=scale,
-        levels=levels, codes=codes, rows=shared.rows, seed=shared.seed,
-    )  # fmt: skip
+    asked: dict[str, Any] = {"likelihood": likelihood, "scale": scale, "levels": levels, "codes": codes, "noise": noise}
+    asked |= {"rows": shared.rows, "seed": shared.seed}
+    found = pvae.analysis.audit(encode, decode, load_arguments(shared.data, None), **asked)
     if shared.out is not None:
         write_atomic(shared.out, page_of(found, functions).to_html())
     shared.answer(found.to_dict(), found)
@@ -207,10 +206,8 @@ def report(
     from pvae.cli.handwritten import is_pair_file
 
     opened = shared.open_as_it_is(run) if is_pair_file(run) else shared.open(run)
-    exam = Examination(
-        opened, shared.split, evidence_samples=evidence_samples, gap_steps=gap_steps, seed=shared.seed,
-        population="full" if population else "rows",
-    )  # fmt: skip
+    asked: dict[str, Any] = {"evidence_samples": evidence_samples, "gap_steps": gap_steps, "seed": shared.seed}
+    exam = Examination(opened, shared.split, population="full" if population else "rows", **asked)
     with claimed(opened.files.report):
         found = shared.watched("report", examine, exam)
         path = found.write(opened.files.report, figures=figures)

@@ -52,8 +52,7 @@ def columns(shared: Shared, file: str, label: str | None = None) -> None:
 
     found = guess(file, shared.data_dir, label)
     lines = [f"# guessed from the first {found.rows:,} rows: look at every column"]
-    for name, reason in found.left_out.items():
-        lines.append(f"# left out: {json.dumps(name, ensure_ascii=False)}, {reason}")
+    lines += [f"# left out: {json.dumps(n, ensure_ascii=False)}, {why}" for n, why in found.left_out.items()]
     data = {"declaration": found.declaration, "left_out": dict(found.left_out), "rows": found.rows}
     shared.answer(data, "\n".join([*lines, tomli_w.dumps(found.declaration).rstrip()]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,10 +78,9 @@ def _compare(shared: Shared, parent: Run | None, child: Run, rows: int | None = 
         with ProgressBar(4, "surgery", show=not shared.quiet) as bar:
             for i, split in enumerate(("train", "test")):
                 _, x, _ = rows_of(child, split, rows, 0)
-                found[split] = pvae.analysis.gain(
-                    parent.pair, child.pair, x, samples, seen=split == "train",
-                    on_progress=lambda done, _, i=i: bar.update(2 * i + done, ""),  # type: ignore[misc]
-                )  # fmt: skip
+                watch = partial(lambda i, done, _: bar.update(2 * i + done, ""), i)
+                given: dict[str, Any] = {"seen": split == "train", "on_progress": watch}
+                found[split] = pvae.analysis.gain(parent.pair, child.pair, x, samples, **given)
         splits = {split: gained.to_dict() for split, gained in found.items()}
         record = {"run": str(child.path), "parent": str(parent.path), "splits": splits}
         write_atomic(child.files.analysis / "refit.json", pretty(record))
@@ -213,12 +213,10 @@ def study(
 
 def _list(shared: Shared, declared: Declared) -> None:
     """Print the cases of a study with their states."""
-    from pvae.studies import states
+    from pvae.studies.study import names_of, states
 
-    rows: list[dict[str, Any]] = [
-        {"case": case.label, "seed": case.seed, "stage": case.stage, "state": state, "run": run and str(run.path)}
-        for case, state, run in states(declared, shared.run_dir)
-    ]
+    found = states(declared, shared.run_dir)
+    rows = [{**names_of(case.key), "state": state, "run": run and str(run.path)} for case, state, run in found]
     width = max((len(row["case"]) for row in rows), default=0)
     line = "{state:9} {case:{width}}  seed {seed}  {stage}  {run}"
     lines = [line.format_map({**row, "run": row["run"] or "", "width": width}).rstrip() for row in rows]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import platform
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +25,7 @@ from pvae.runs.applied import Applied
 from pvae.runs.rundir import TRANSFORMS, RunDirectory
 from pvae.runs.weights import attended, chosen, load_weights
 from pvae.util.files import digest, read_inside
+from pvae.words import text
 
 if TYPE_CHECKING:
     import pandas
@@ -67,11 +67,8 @@ class Run(Applied):
         data_dir: Path | None = None,
         is_own: bool = False,
     ) -> None:
-        self.files = files
-        self._is_own = is_own
-        self._given_data = data
-        self._given_pair = pair
-        self._data_dir = data_dir
+        self.files, self._is_own, self._data_dir = files, is_own, data_dir
+        self._given_data, self._given_pair = data, pair
         self._device: str | torch.device = "cpu"
 
     @classmethod
@@ -304,15 +301,8 @@ class Run(Applied):
         return f"Run({self.name!r}, {status.get('state')}, epoch {status.get('epoch')}, {str(self.path)!r})"
 
     def _repr_html_(self) -> str:
-        status = self.status
-        state, epoch, epochs = (status.get(key) for key in ("state", "epoch", "epochs"))
-        rows = [("run", str(self.path)), ("state", f"{state}, epoch {epoch} of {epochs}")]
-        for name in ("elbo", "log_joint"):  # a run without a likelihood has neither
-            if name in status:
-                value = status[name]
-                rows.append((named(name), f"{value:.3f} nats" if isinstance(value, float) else "not yet"))
-        cells = "".join(f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td></tr>" for k, v in rows)
-        return f"<b>{html.escape(self.name)}</b><table>{cells}</table>"
+        known = {named(name): self.status[name] for name in ("elbo", "log_joint") if name in self.status}
+        return text("runs.run.html", run=self, status=self.status, known=known)
 
     def posterior(
         self, split: str = "test", draws: int = 100, rows: int | None = None, seed: int = 0, **options: Any

@@ -95,7 +95,7 @@ class Study:
         for case in self.declared.cases:
             if case.key in self.runs:
                 found = row_of(figures(run := self.runs[case.key], self.declared.measure))
-                rows.append({**_names(case.key), **case.differences, **found, "run": str(run.path)})
+                rows.append({**names_of(case.key), **case.differences, **found, "run": str(run.path)})
         return frame(rows)
 
     def summary(self) -> pandas.DataFrame:
@@ -148,7 +148,7 @@ class Study:
         name, description = self.declared.name, self.declared.description
         found: dict[str, Any] = {"study": name, "description": description, "unit": "nats per datum"}
         found |= {"runs": self.to_frame().to_dict("records"), "summary": self.summary().to_dict("records")}
-        found["failures"] = [{**_names(key), "error": error} for key, error in self.failures.items()]
+        found["failures"] = [{**names_of(key), "error": error} for key, error in self.failures.items()]
         return found if self.searching is None else {**found, "trials": self.searching.history()}
 
     def __rich__(self) -> Group:
@@ -162,7 +162,8 @@ class Study:
         return self.summary().to_string(index=False, float_format="{:.4f}".format)
 
 
-def _names(key: Key) -> dict[str, Any]:
+def names_of(key: Key) -> dict[str, Any]:
+    """Return label, seed and stage of a case by their names in tables and JSON."""
     return dict(zip(("case", "seed", "stage"), key, strict=True))
 
 

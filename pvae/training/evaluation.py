@@ -19,6 +19,8 @@ from pvae.pair import SILENT, Pair, Tally, Terms, codebook_of, quiet, samples, s
 from pvae.util import group, seeds
 from pvae.words import text
 
+Rows = Tensor | Streamed
+Closed = Collection[str] | None
 ROWS_AT_ONCE = 1000
 """Largest number of rows in one evaluation batch."""
 DECODED_AT_ONCE = 32_000
@@ -35,9 +37,7 @@ SCALE_BOUNDS = (1e-6, 1e6)
 diverged."""
 
 
-def evaluate(
-    pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None = None, closed: Collection[str] | None = None
-) -> dict[str, float]:
+def evaluate(pair: Pair, x: Rows, seed: int, rows: int | None = None, closed: Closed = None) -> dict[str, float]:
     """Return the mean ELBO terms of `x` with one sample of z per datum; changes no weight and no random state.
 
     Relaxed (Concrete) latents are replaced by categorical ones with the same logits; `relaxed_elbo` is the ELBO of the
@@ -65,9 +65,7 @@ def evaluate(
     return row
 
 
-def _mean_terms(
-    pair: Pair, x: Tensor | Streamed, seed: int, rows: int | None, closed: Collection[str] | None
-) -> dict[str, float]:
+def _mean_terms(pair: Pair, x: Rows, seed: int, rows: int | None, closed: Closed) -> dict[str, float]:
     structure = pair.adopt(x[:2]).structure
     chunk = max(1, min(ROWS_AT_ONCE, DECODED_AT_ONCE // structure.states))
     closed = known_apart(pair) if closed is None else closed

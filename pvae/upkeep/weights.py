@@ -1,6 +1,6 @@
 """Checks of a checkpoint's content: tensor names, shapes, finite values, and the validation metrics of its weights."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,9 +70,7 @@ def elbo(run: Run, saved: checkpoint.Checkpoint | None) -> Iterator[Check]:
         yield found if earlier.level == "failed" else earlier
 
 
-def _measure(
-    run: Run, saved: checkpoint.Checkpoint, device: str, closed: Collection[str] | None = None
-) -> dict[str, float]:
+def _measure(run: Run, saved: checkpoint.Checkpoint, device: str, closed: Any = None) -> dict[str, float]:
     plan, pair = run.plan, run.fresh_pair()
     pair = pair.to(torch.device(device), plan.objective.dtype).eval()
     load_weights(pair, chosen(saved), str(saved.path))

@@ -27,6 +27,7 @@ KEPT_IN_TRAINING = 3
 """Copies of the weights that a fit keeps beside them and their gradients: two moments, and the best weights."""
 ON_META = {"device": torch.device("meta")}
 GIB = 1 << 30
+Device = torch.device | None
 
 Made = TypeVar("Made", bound=nn.Module)
 Step = Callable[[Any], object]
@@ -108,9 +109,7 @@ def _places(index: Tensor | None) -> list[Tensor | None]:
     return [torch.empty(index.numel(), dtype=torch.int64, device="meta")] * index.dim()
 
 
-def weighed(
-    make: Callable[[], Made], step: Step | None = None, rows: int = 0, device: torch.device | None = None
-) -> Made:
+def weighed(make: Callable[[], Made], step: Step | None = None, rows: int = 0, device: Device = None) -> Made:
     """Return the result of `make()`, a module, unless its making or training needs more memory than there is.
 
     `make` is called a second time if some tensor is large but all fit; it must give the same result both times. A step

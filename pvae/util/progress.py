@@ -30,12 +30,9 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, label: str, *, show: bool = True) -> None:
-        self.total = total
-        self.label = printable(label)
-        self.show = show
+        self.total, self.label, self.show, self.note = total, printable(label), show, ""
         self.started = self.last = time.monotonic()
         self.bar: Any = None
-        self.note = ""
 
     def __enter__(self) -> Self:
         if self.show and sys.stderr.isatty():

@@ -124,7 +124,8 @@ def rich_of(table: PageTable) -> Table:
 T = TypeVar("T")
 FORMATS: dict[str, Callable[..., Any]] = {"nats": nats, "number": nats, "percent": percent, "plus_minus": plus_minus}
 WORDS = Catalogue(Path(__file__).with_name("templates"), "*.toml", **FORMATS)
-text, texts = WORDS.text, WORDS.texts
+text = WORDS.text
+texts = WORDS.texts
 
 
 def alert(name: str, /, **fields: Any) -> Sentence:

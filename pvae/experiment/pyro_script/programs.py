@@ -94,9 +94,7 @@ class PlainScript(Script):
         before, distribution = self.written(part, page.RULES.posteriors, shapes, part.name + "({}, {{}})")
         return [*lines, *before], distribution
 
-    def written(
-        self, part: parts.Part, rules: Mapping[Any, Any], shapes: Mapping[str, Shape], call: str
-    ) -> parts.Expression:
+    def written(self, part: parts.Part, rules: Any, shapes: Mapping[str, Shape], call: str) -> parts.Expression:
         """Return a prior or posterior as statements and expression: by its rule, else as a call of its pvae module."""
         if rule := rules.get((part.declared.kind, part.site.space.values)):
             return part.written(rule)
