@@ -34,8 +34,7 @@ def _trials(found: Searching) -> Iterator[Part]:
         values = ", ".join(f"{path} = {word}" for path, word in zip(paths, _words(rows[0], paths), strict=False))
         yield text("searched.best", trial=trial, figure=figure, value=value, unit=unit, values=values)
         yield tile("searched", figure=figure, value=value, unit=unit)
-        made = drawn(done, sign, f"{figure}, {unit}", found.importance())
-        yield picture("searched", made, figure=figure, unit=unit)
+        yield picture("searched", drawn(done, sign, f"{figure}, {unit}", found.importance()), figure=figure, unit=unit)
     else:
         yield alert("searched.none")
     cells = [(row["trial"], row["value"], row["seconds"], *_words(row, paths)) for row in rows]

@@ -119,8 +119,7 @@ def copying(shared: Shared, run: str, mean: bool = False) -> None:
 @command(("split", "rows", *ON_FITTED))
 def probe(shared: Shared, run: str) -> None:
     """Predict the labels from the latents, and from the data, with the same simple classifiers."""
-    probed = partial(pvae.analysis.probe, split=shared.split, rows=shared.rows, seed=shared.seed)
-    shared.measure(run, "probe", probed)
+    shared.measure(run, "probe", partial(pvae.analysis.probe, split=shared.split, rows=shared.rows, seed=shared.seed))
 
 
 @command(("rows", *ON_FITTED))

@@ -86,8 +86,7 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
     count = sum(p.numel() for p in pair.parameters())
     found |= {"shape": list(data.shape), "rows": len(data.train), "parameters": count, "before_training": figures}
     found["notes"] = list(data.notes)
-    said = text("cli.declarations.checked", total=total, batch=len(rows), found=found)
-    shared.answer(found, said, *data.notes)
+    shared.answer(found, text("cli.declarations.checked", total=total, batch=len(rows), found=found), *data.notes)
 
 
 @command(["data_dir", "as_json"])

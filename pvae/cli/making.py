@@ -50,8 +50,7 @@ def interpolate(shared: Shared, run: str, first: int, last: int, steps: int = 9)
     opened = shared.open(run)
     one, other = _row(opened, shared.split, "I", first), _row(opened, shared.split, "J", last)
     found = pvae.analysis.interpolate(opened, one, other, steps, seed=shared.seed)
-    stem = f"interpolate-{shared.split}-{first}-{last}"
-    keep(shared, opened, stem, found, _over_data(opened, "interpolated"))
+    keep(shared, opened, f"interpolate-{shared.split}-{first}-{last}", found, _over_data(opened, "interpolated"))
 
 
 @command(("split", "rows", *ON_FITTED), name="rate-distortion")

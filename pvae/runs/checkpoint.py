@@ -150,8 +150,7 @@ def read(path: Path) -> Checkpoint:
     saved = Checkpoint(path, step, tensors, state, run)
     for old in range(schema, SCHEMA_VERSION):
         if old not in MIGRATIONS:
-            found = f"schema {old}, which nothing migrates"
-            raise wrong(path / "manifest.json", f"schema {SCHEMA_VERSION}", found)
+            raise wrong(path / "manifest.json", f"schema {SCHEMA_VERSION}", f"schema {old}, which nothing migrates")
         saved = MIGRATIONS[old](saved)
     return saved
 

@@ -75,8 +75,7 @@ def begun(run: Path) -> tuple[float, str]:
 def started_by(run: Path) -> str:
     """Return the time in the name of a run's folder, ISO 8601; "" if it is named otherwise."""
     with suppress(ValueError):
-        started = datetime.strptime(run.name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
-        return started.isoformat(timespec="milliseconds")
+        return datetime.strptime(run.name[:16], "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC).isoformat(timespec="milliseconds")
     return ""
 
 

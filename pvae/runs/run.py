@@ -86,8 +86,7 @@ class Run(Applied):
         A run of a hand-written pair, or of data passed in Python, needs the same `pair`, or the same `data` (any object
         that `Dataset.of` accepts), again; a file of them is read when it is needed.
         """
-        where = Path(data_dir) if data_dir else None
-        run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=where)
+        run = cls(RunDirectory.open(path, Path(root)), pair=pair, data_dir=Path(data_dir) if data_dir else None)
         if pair is not None and data is not None and not isinstance(data, Dataset):
             data = pair.pack(data)
             if not pair.declared and not torch.as_tensor(data).is_floating_point():

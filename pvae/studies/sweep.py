@@ -136,8 +136,7 @@ def validated(raw: dict[str, Any], origin: str) -> StudyFile:
     """Return the validated keys of a study file; raises DeclarationError with every problem found in them."""
     if not {"sweep", "search"} & raw.keys():
         raise DeclarationError(f"{origin}: sweep: expected a table; got none. Fit one experiment with: pvae fit FILE.")
-    own = {key: value for key, value in raw.items() if key in StudyFile.model_fields}
-    file = from_table(StudyFile, own, origin)
+    file = from_table(StudyFile, {key: value for key, value in raw.items() if key in StudyFile.model_fields}, origin)
     foreign = sorted(raw.keys() - StudyFile.model_fields.keys()) if file.sweep.specs else []
     problems = [f"{key}: expected in the files of sweep.specs; got it beside them. Move it there." for key in foreign]
     problems += [*_problems(file.sweep), *(_range_problems(file.search) if file.search else ())]

@@ -35,8 +35,7 @@ class TrainingRows:
         return [node["infer"] or {} for node in nodes]
 
     def _subset(self, count: int, stream: int) -> Tensor:
-        rows = seeds.subset(len(self.data), count, seeds.mix(self.seed, seeds.ORDER, stream))
-        return rows.to(self.data.rows.device)
+        return seeds.subset(len(self.data), count, seeds.mix(self.seed, seeds.ORDER, stream)).to(self.data.rows.device)
 
 
 def begin(pair: Pair, data: Split, batch: int, seed: int) -> None:

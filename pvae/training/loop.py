@@ -298,8 +298,7 @@ def final_alerts(trainer: Trainer) -> None:
         places, kept = list(own.values()), [trainer.best[name].to(trainer.device) for name in own]
     with swapped(places, kept):
         try:
-            rows = trainer.data.validation.rows[:ALERT_ROWS]
-            found = alerts(trainer.plan, trainer.pair, rows, trainer.plan.seed)
+            found = alerts(trainer.plan, trainer.pair, trainer.data.validation.rows[:ALERT_ROWS], trainer.plan.seed)
         except (RuntimeError, ValueError) as error:
             if not is_refused_draw(error):
                 raise

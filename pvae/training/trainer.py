@@ -171,8 +171,7 @@ class Trainer:
 
         With a shard the rows are those of the shard, and the noise is that of this shard and phase of the step.
         """
-        counter = self.state.step + (self.state.rollbacks << 40)
-        seed = seeds.mix(self.plan.seed, seeds.NOISE, counter)
+        seed = seeds.mix(self.plan.seed, seeds.NOISE, self.state.step + (self.state.rollbacks << 40))
         if shard is not None:
             seed = seeds.mix(seed, seeds.SHARD, phase * self.shards.count + shard)
         seeds.set_noise(seed, self.device)

@@ -223,5 +223,4 @@ def collection(name: str, wanted: Collection, named: Path | None) -> Check:
     if os.environ.get("PVAE_OFFLINE", "0") in ("", "0"):
         there = f"{missing}; downloaded when they are first used"
         return Check(name, "ok", there, facts={"missing": found.count(None)})
-    advice = text("upkeep.machine.by_hand", wanted=wanted)
-    return Check(name, "warning", f"{missing}, and PVAE_OFFLINE is set", advice)
+    return Check(name, "warning", f"{missing}, and PVAE_OFFLINE is set", text("upkeep.machine.by_hand", wanted=wanted))

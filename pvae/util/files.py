@@ -183,8 +183,7 @@ def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
         raise DataError(f"{folder}: expected a plain file name; got {name!r}.")
     readable = raising(DataError, f"{folder / name}: expected a plain readable file")
     with readable, os.fdopen(_open_plain(folder / name, os.O_RDONLY), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        content = file.read(min(size, limit) + 1)  # it allocates what it is asked for
+        content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)  # it allocates what it is asked for
     if len(content) > limit:
         raise DataError(f"{folder / name}: expected at most {limit} bytes; got more.")
     return content

@@ -61,8 +61,7 @@ def _spaced(terms: Iterable[str]) -> list[str]:
 
 def _by_key(tables: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Return the values of every key that one of the tables has, a value per table, None where it lacks the key."""
-    keys = dict.fromkeys(chain.from_iterable(tables))
-    return {key: [table.get(key) for table in tables] for key in keys}
+    return {key: [table.get(key) for table in tables] for key in dict.fromkeys(chain.from_iterable(tables))}
 
 
 def _average(values: Sequence[Value]) -> Value:
@@ -81,8 +80,7 @@ def _on_best(found: Comparison) -> Iterator[str]:
     second = max(gains, key=lambda name: gains[name].value)
     gain, error, bounds = -gains[second].value, gains[second].standard_error, rest[second].log_p is not None
     entry = "compared.overview.tie" if gain <= 2 * error or gain < SHOWN_NATS else "compared.overview.best"
-    seen = gain >= SHOWN_NATS
-    yield text(entry, best=found.best, second=second, bounds=bounds, gain=gain, error=error, seen=seen)
+    yield text(entry, best=found.best, second=second, bounds=bounds, gain=gain, error=error, seen=gain >= SHOWN_NATS)
 
 
 def _on_new_data(found: Comparison) -> Iterator[str | Sentence]:
@@ -141,8 +139,7 @@ def surgery(found: Comparison) -> Iterator[Part]:
     held = {name: exam.held for name, exam in found.scored.items()}
     rows = merged(held)
     if len(held) > COLUMN_RUNS:
-        by_term = {str(row[0]): row[1:-1] for row in rows}
-        yield _by_run("compared.many.surgery", list(held), by_term, split=found.split)
+        yield _by_run("compared.many.surgery", list(held), {str(row[0]): row[1:-1] for row in rows}, split=found.split)
     else:
         yield table("compared.surgery", rows, *held, strong=(0,), split=found.split)
     yield {"surgery": {name: s.to_dict() for name, s in held.items()}}
@@ -200,8 +197,7 @@ def declarations(found: Comparison) -> Iterator[Part]:
     settings = {k: [None if value is None else str(value) for value in values] for k, values in varied.items()}
     if settings:
         yield _by_run("compared.declarations", list(found.exams), settings)
-    environments = _by_key([dict(environment_of(run)) for run in runs])
-    yield _by_run("compared.environment", list(found.exams), environments)
+    yield _by_run("compared.environment", list(found.exams), _by_key([dict(environment_of(run)) for run in runs]))
     yield {"declarations": settings}
 
 

@@ -161,8 +161,7 @@ def marginals(cloud: Cloud, order: Sequence[int], nats_of: Sequence[float] | Non
     for axes, d in zip(grid, chosen, strict=False):
         values, prior = cloud.values[:, d], cloud.prior[:, d]
         low, high = np.percentile(np.concatenate([values, prior]), [0.2, 99.8])
-        edges = np.linspace(low, high if high > low else low + 1, 41).tolist()
-        _histograms(axes, values, prior, edges, linewidth=1.3)
+        _histograms(axes, values, prior, np.linspace(low, high if high > low else low + 1, 41).tolist(), linewidth=1.3)
         said = "" if nats_of is None else f": {nats(nats_of[d])} nats"
         axes.set_title(f"{plain(cloud.name)[:SHORT]}[{d}]{said}", fontsize=8.5)
         axes.set_yticks([])

@@ -34,8 +34,7 @@ def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figu
     made, (axes,) = panels(3.8 + 0.2 * len(names) / 2, title="ELBO of validation", ylabel="nats per datum")
     curves = []
     for i, (name, rows) in enumerate(zip(names, runs, strict=True)):
-        dash = DASHES[i // len(SERIES) % len(DASHES)]
-        look = {"color": SERIES[i % len(SERIES)], "linestyle": dash, "linewidth": 1.5}
+        look = {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i // len(SERIES) % len(DASHES)], "linewidth": 1.5}
         curves.append(curve(axes, rows, "validation", "elbo", label=shortened(name), **look))
     robust_limits(axes, curves)
     over_epochs([axes])

@@ -158,8 +158,7 @@ def calibration(exam: Examination) -> Iterator[Part]:
     if found is None:
         return
     said, notes = found.sentences[:-1], found.remarks[len(found.sentences) - 1 :]
-    shown = min(len(found.worst), bars.HISTOGRAMS)
-    yield picture("calibration", bars.calibrated(found), shown=shown, said=said[0])
+    yield picture("calibration", bars.calibrated(found), shown=min(len(found.worst), bars.HISTOGRAMS), said=said[0])
     yield table_of("calibration", found)
     yield from map(Note, notes)
     yield from said

@@ -171,8 +171,7 @@ def codes(exam: Examination) -> Iterator[Part]:
         yield picture("codes.codes", bars.code_use(name, use), of=name, use=use)
         yield from _maps(exam, name, use)
         if use.share is not None and use.states <= LISTED_CODES:
-            rows = list(enumerate(use.share, 1))
-            yield table("codes.codes", rows, of=name, digits=5, folded=True, split=exam.split)
+            yield table("codes.codes", list(enumerate(use.share, 1)), of=name, digits=5, folded=True, split=exam.split)
 
 
 def _code_table(exam: Examination, uses: dict[str, CodeUse]) -> PageTable:

@@ -117,8 +117,7 @@ class PlainScript(Script):
             read = {**given, OBSERVED: call if alone else "h"} if OBSERVED in given else given
             return [] if alone else [f"h = {call}"], read
         if encoder.kind == "per_latent":
-            own = module.networks[site.name]
-            call = self.network(f"encoder_{site.name}", encoder.network, own, given, features)
+            call = self.network(f"encoder_{site.name}", encoder.network, module.networks[site.name], given, features)
             return [], {"features": call}
         raise parts.NotPlainError
 

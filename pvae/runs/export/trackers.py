@@ -69,8 +69,7 @@ class TensorBoard(Exporter):
         return f"{self.folder} (look at it with: tensorboard --logdir {self.folder})"
 
     def _add_value(self, step: int, time: float, **fields: Any) -> None:
-        summary = self.proto.Summary(value=[self.proto.Summary.Value(**fields)])
-        self._add(summary=summary, step=step, wall_time=time)
+        self._add(summary=self.proto.Summary(value=[self.proto.Summary.Value(**fields)]), step=step, wall_time=time)
 
     def _add_text(self, tag: str, lines: Sequence[str]) -> None:
         """Add lines of text, as a code block because TensorBoard renders text as Markdown."""
