@@ -39,8 +39,7 @@ def surgery(
     """Decompose the ELBO: reconstruction, mutual information, marginal KL; what a better prior wins on new data."""
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
 
-    opened = shared.open(run, shared.device)
-    names = ("train", "test") if split == "both" else (split,)
+    opened, names = shared.open(run, shared.device), ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
     rows, seed = shared.rows, shared.seed
     train = rows_of(opened, "train", rows, seed)[1] if population and split not in ("train", "both") else None

@@ -77,8 +77,7 @@ def _row(run: Run, split: str, name: str, row: int) -> Tensor:
 
 def _given(given: list[str] | None) -> dict[str, int | str] | None:
     """Return the values of `--given` by covariate, such as `y=3` or `words=ankle boot`; None if there are none."""
-    pairs = [text.partition("=") for text in given or ()]
-    number = re.compile(r"\s*[+-]?\d+\s*")
+    pairs, number = [text.partition("=") for text in given or ()], re.compile(r"\s*[+-]?\d+\s*")
     found = {name.strip(): int(value) if number.fullmatch(value) else value.strip() for name, _, value in pairs}
     return found or None
 

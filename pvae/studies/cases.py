@@ -117,8 +117,7 @@ class _Setting:
 
 def _settings(file: StudyFile, own: dict[str, Any], path: Path) -> list[_Setting]:
     """Return every combination of declaration, zipped row and grid point, the grid point varying fastest."""
-    bases = _read_specs(file.sweep.specs, path) if file.sweep.specs else {"": own}
-    settings = []
+    bases, settings = _read_specs(file.sweep.specs, path) if file.sweep.specs else {"": own}, []
     for (spec, base), *points in itertools.product(bases.items(), *_axes(file.sweep)):
         named = {"spec": spec} if len(bases) > 1 else {}
         changes = {path: value for _, values in points for path, value in values.items()}

@@ -99,8 +99,7 @@ def fit(
     attended(pair, lambda: dataset.train)
     rows = min(plan.train.batch_size, len(dataset.train))
     step = partial(weigh_step, plan.objective, row=dataset.train.rows.shape[1:], rows=rows)
-    particles = getattr(plan.objective, "particles", 1)
-    of_data = step if pair.made_of_data() else None
+    particles, of_data = getattr(plan.objective, "particles", 1), step if pair.made_of_data() else None
     require_training_memory(pair, math.prod(dataset.shape), rows * particles, where, of_data)
     given_pair = what if isinstance(what, Pair) else None
     _require_fittable(plan, pair, dataset, given_pair is not None)

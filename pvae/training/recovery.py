@@ -188,8 +188,7 @@ def not_finite(trainer: Trainer, index: Tensor, out: Tensor) -> str:
             write_atomic(trainer.files.analysis / DUMP, content)
         except StorageError as error:  # the diagnosis is worth more than the batch
             trainer.tell("storage", str(error))
-    state = trainer.state
-    why = diagnose(trainer, index, out)
+    state, why = trainer.state, diagnose(trainer, index, out)
     return f"loss not finite at step {state.step} (epoch {state.epoch}): {why}; last finite step {state.step - 1}"
 
 

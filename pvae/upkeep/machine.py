@@ -205,8 +205,7 @@ def data(given: CheckArguments) -> Iterator[Check]:
     from pvae.data.rows.files import user_folder
     from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
 
-    named = user_folder(given.data)
-    without = find_spec("sklearn") is None
+    named, without = user_folder(given.data), find_spec("sklearn") is None
     text = "scikit-learn is missing" if without else "with scikit-learn"
     yield Check.judged("data.digits", "failed", text, pip("scikit-learn>=1.5") if without else "")
     yield collection("data.fashion_mnist", FASHION_MNIST, named)

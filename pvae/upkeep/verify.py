@@ -113,8 +113,7 @@ class _Inspection:
     def spec(self) -> Iterator[Check]:
         """Yield the check of spec.toml: it parses, round-trips, was not edited, and agrees with the manifest."""
         plan = self.run.plan
-        text = plan.to_toml()
-        where = self.path / "spec.toml"
+        text, where = plan.to_toml(), self.path / "spec.toml"
         if type(plan).from_toml(text, "spec.toml") != plan:
             raise DataError(f"{where}: expected a declaration that round-trips; got another. Report it.")
         manifest = self.run.files.manifest

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -97,14 +98,10 @@ class Document:
         return folder / PAGE
 
     def __rich__(self) -> Group:
-        parts: list[Any] = [Text(self.title, style="bold")]
-        for sentence in self.verdict:
-            parts.append(Text.assemble(("! ", "bold red") if sentence.is_alert else ("- ", ""), sentence.text))
-        for section in self.sections:
-            if not section.is_appendix:
-                tables = [table for table in section.of(PageTable) if not table.folded]
-                parts += [Padding(rich_of(table), (1, 0, 0, 0)) for table in tables]
-        return Group(*parts)
+        said = [Text.assemble(("! ", "bold red") if s.is_alert else ("- ", ""), s.text) for s in self.verdict]
+        shown = chain.from_iterable(section.of(PageTable) for section in self.sections if not section.is_appendix)
+        tables = [Padding(rich_of(table), (1, 0, 0, 0)) for table in shown if not table.folded]
+        return Group(Text(self.title, style="bold"), *said, *tables)
 
 
 @cache

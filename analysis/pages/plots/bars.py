@@ -31,8 +31,7 @@ def _bars(
     axes: Axes, heights: Array, active: Array, bottom: float = 0.0, among: tuple[str, str] = ("active", "inactive")
 ) -> None:
     """Draw bars of heights `(n,)`: filled if active, hatched otherwise; `among` names the two kinds in the legend."""
-    place = np.arange(1, len(heights) + 1)
-    width = 0.82 if len(heights) <= 100 else 1.0
+    place, width = np.arange(1, len(heights) + 1), 0.82 if len(heights) <= 100 else 1.0
     empty: dict[str, Any] = {"color": "white", "edgecolor": GREY, "hatch": "////" if len(heights) <= 100 else None}
     for chosen, label, look in zip((active, ~active), among, ({"color": BLUE, "hatch": None}, empty), strict=True):
         if chosen.any():
@@ -103,8 +102,7 @@ def code_use(name: str, use: CodeUse) -> Figure:
 @style()
 def code_maps(name: str, data: Array, maps: Array, states: int, low: float, high: float) -> Figure:
     """Draw images `(n, *shape)` above their grids of codes `(n, H, W)`; colours are ranks of use, most used first."""
-    counts = np.bincount(maps.ravel(), minlength=states)
-    rank = np.empty(states, dtype=np.int64)
+    counts, rank = np.bincount(maps.ravel(), minlength=states), np.empty(states, dtype=np.int64)
     rank[np.argsort(-counts, kind="stable")] = np.arange(states)
     made, (axes,) = panels(2 * 0.92 * base.FIGURE_WIDTH / len(data) + 0.75)
     h, w = data.shape[-2:]
@@ -208,8 +206,7 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
     The steps `above`, if any, form the first panel.
     """
     start = WaterfallStep("reconstruction", surgery.reconstruction.value, True)
-    end = WaterfallStep(surgery.total_name, surgery.total.value, True)
-    by_term = _by_term(surgery)
+    end, by_term = WaterfallStep(surgery.total_name, surgery.total.value, True), _by_term(surgery)
     costs = {f"− KL of {name}": z.kl.value for name, z in surgery.latents.items()}
     by_latent = [WaterfallStep(*cost, colour=c) for cost, c in zip(costs.items(), cycle(base.SERIES), strict=False)]
     if not by_term:

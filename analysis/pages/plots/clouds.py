@@ -135,8 +135,7 @@ def _contours(axes: Axes, prior: Array, points: Array) -> None:
     ranked = np.sort(density.ravel())[::-1]
     held = np.cumsum(ranked) / max(float(ranked.sum()), 1e-300)
     inside = np.minimum(np.searchsorted(held, (0.39, 0.86, 0.99)), len(ranked) - 1)
-    levels = np.unique(ranked[inside])
-    middles = [(edge[1:] + edge[:-1]) / 2 for edge in edges]
+    levels, middles = np.unique(ranked[inside]), [(edge[1:] + edge[:-1]) / 2 for edge in edges]
     if levels[0] > 0:
         axes.contour(*middles, density.T, levels=levels, colors=BLACK, linewidths=1.2)
     axes.plot([], [], color=BLACK, linewidth=1.2, label="prior")

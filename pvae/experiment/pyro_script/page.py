@@ -141,8 +141,7 @@ class Script(ABC):
 
     def construct(self, part: Section) -> str:
         """Return the constructor call of a declared component, with the arguments that differ from their defaults."""
-        kind = type(part)
-        tag = part.tag if isinstance(part, Component) else None
+        kind, tag = type(part), part.tag if isinstance(part, Component) else None
         usual = {name: field.get_default(call_default_factory=True) for name, field in kind.model_fields.items()}
         changed = {name: own for name, known in usual.items() if name != tag and (own := getattr(part, name)) != known}
         given = [f"{name}={self.value(value)}" for name, value in changed.items()]
