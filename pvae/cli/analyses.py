@@ -41,16 +41,15 @@ def surgery(
 
     opened, names = shared.open(run, shared.device), ("train", "test") if split == "both" else (split,)
     found: dict[str, Surgery] = {}
+    given: dict[str, Any] = {"components": components, "population": "full" if population else "rows"}
     rows, seed = shared.rows, shared.seed
     train = rows_of(opened, "train", rows, seed)[1] if population and split not in ("train", "both") else None
     with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
             _, x, labels = rows_of(opened, name, rows, seed)
-            found[name] = pvae.analysis.surgery(
-                opened.pair, x, samples=samples, seed=seed, labels=labels, train=train, components=components,
-                seen=name == "train", population="full" if population else "rows",
-                on_progress=lambda done, _, i=i: bar.update(i * samples + done, ""),  # type: ignore[misc]
-            )  # fmt: skip
+            watch = partial(lambda i, done, _: bar.update(i * samples + done, ""), i)
+            asked = {"labels": labels, "train": train, "seen": name == "train", "on_progress": watch, **given}
+            found[name] = pvae.analysis.surgery(opened.pair, x, samples=samples, seed=seed, **asked)
             train = x
     figures = {name: s.to_dict() for name, s in found.items()}
     more = {"splits": figures} if split == "both" else {"split": split, **figures[split]}

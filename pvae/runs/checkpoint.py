@@ -35,11 +35,9 @@ LARGEST_STATE = 16 * files.MIB
 """Largest size (bytes) of a training state or a manifest."""
 
 _ESCAPE = "json:"
-DTYPES = frozenset(
-    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool]
-    + [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8]
-    + [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz]
-)
+_NAMED = "float64 float32 float16 bfloat16 complex64 bool int64 int32 int16 int8 uint64 uint32 uint16 uint8"
+_SHORT = "float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz"
+DTYPES = frozenset(getattr(torch, name) for name in (*_NAMED.split(), *_SHORT.split()))
 
 _LOG = logging.getLogger("pvae")
 _NAME = re.compile(r"(\.old-)?step-(\d{8}|[1-9]\d{8,})(?(1)-[0-9a-f]+)\Z")

@@ -232,11 +232,10 @@ def study(
     searching = Searching(declared.search, declared.base, declared.name, root) if declared.search else None
     trials = range(declared.search.trials) if declared.search else ()
     tasks = [*tasks_of(declared.cases), *(Task((), search=searching, number=number) for number in trials)]
-    setting: dict[str, Any] = {
-        "run_dir": str(root.absolute()), "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device,
-        "threads": threads, "allow_changes": allow_changes, "measure": declared.measure.model_dump(exclude_none=True),
-        "data": kept(data, root / find.slug(declared.name)),
-    }  # fmt: skip
+    places = {"run_dir": str(root.absolute()), "data_dir": data_dir and str(Path(data_dir).absolute())}
+    setting: dict[str, Any] = {**places, "device": device, "threads": threads, "allow_changes": allow_changes}
+    setting["measure"] = declared.measure.model_dump(exclude_none=True)
+    setting["data"] = kept(data, root / find.slug(declared.name))
     place = placed(declared, root.absolute(), on, slurm, jobs, threads)
     board = Board(declared.name, root, show=progress)
     with board.live or nullcontext():

@@ -260,10 +260,8 @@ def explained_errors(trainer: Trainer) -> Iterator[None]:
         advice = "" if lost else _emergency(trainer)
         with suppress(RuntimeError):  # of a device that does not answer
             trainer.status("failed", error=message)
-        raise DeviceError(
-            f"Expected a fit that goes through; got {message} ({first_line(error)}). {advice}Go on "
-            f"from the last checkpoint with: pvae resume {trainer.files.path}, on another device if need be."
-        ) from error
+        found, path = f"{message} ({first_line(error)})", trainer.files.path
+        raise DeviceError.of("training.recovery.device", found=found, advice=advice, path=path) from error
 
 
 def _emergency(trainer: Trainer) -> str:

@@ -204,10 +204,8 @@ class Trainer:
         """Build the step of the fit: the objective's own, or a gradient step, eager if compilation fails."""
         average = (self.average, self.train.average) if self.average is not None and self.train.average else None
         clip = self.train.clip_norm or (None if self.train.nonfinite == "stop" else math.inf)
-        fitting = Fitting(
-            self.loss, self.data.train, self.per_epoch, self.plan.seed, self.gathered, self.tell, self.optimizer,
-            clip, average,
-        )  # fmt: skip
+        how = self.gathered, self.tell, self.optimizer, clip, average
+        fitting = Fitting(self.loss, self.data.train, self.per_epoch, self.plan.seed, *how)
         self.stepper = self.plan.objective.stepper(fitting) or self._step(clip, average)
         if len(self.sums) != len(self.stepper.names) + 1:
             self.sums = torch.zeros(len(self.stepper.names) + 1, dtype=torch.float64, device=self.device)

@@ -107,14 +107,9 @@ class Document:
 @cache
 def engine() -> Environment:
     """Return the Jinja environment of the templates; it is cached, so that each template is compiled only once."""
-    found = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        finalize=legible,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    loader, blocks = FileSystemLoader(Path(__file__).parent / "templates"), ("trim_blocks", "lstrip_blocks")
+    alone: Any = dict.fromkeys(blocks, True)
+    found = Environment(loader=loader, autoescape=True, finalize=legible, undefined=StrictUndefined, **alone)
     found.filters |= {"kind": lambda block: type(block).__name__, "cell": html_cell}
     return found
 

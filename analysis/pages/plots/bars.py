@@ -193,11 +193,9 @@ def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[Waterfa
     if evidence is None or not math.isfinite(evidence.gap) or evidence.gap < 1e-6:
         return []
     elbo = surgery.total.value
-    return [
-        WaterfallStep("log p(x), from below", elbo + evidence.gap, True),
-        WaterfallStep("− KL(q(z | x) || p(z | x))", evidence.gap, colour=RED),
-        WaterfallStep(surgery.total_name, elbo, True),
-    ]
+    top = WaterfallStep("log p(x), from below", elbo + evidence.gap, True)
+    cost = WaterfallStep("− KL(q(z | x) || p(z | x))", evidence.gap, colour=RED)
+    return [top, cost, WaterfallStep(surgery.total_name, elbo, True)]
 
 
 def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> list[list[WaterfallStep]]:

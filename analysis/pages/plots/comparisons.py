@@ -105,10 +105,8 @@ def rate_distortion(rows: Sequence[Mapping[str, Any]]) -> Figure:
     spread = np.nan_to_num(errors, posinf=0.0)
     made, (axes,) = panels(5.0, title="Rate and distortion")
     for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
-        axes.errorbar(
-            x, y, xerr=e_x or None, yerr=e_y or None, elinewidth=1.2, markersize=7, markeredgecolor="white",
-            markeredgewidth=0.8, zorder=3, **_look(i),
-        )  # fmt: skip
+        look: dict[str, Any] = {"elinewidth": 1.2, "markersize": 7, "markeredgecolor": "white", **_look(i)}
+        axes.errorbar(x, y, xerr=e_x or None, yerr=e_y or None, markeredgewidth=0.8, zorder=3, **look)
     _frame(axes, (points - spread).min(0), (points + spread).max(0), pad=0.18, least=1.0)
     axes.set(xlabel="rate: KL(q(z | x) || p(z)), nats per datum", ylabel="distortion: −E log p(x | z), nats per datum")
     base.set_caption(made, "Dashed: equal ELBO = −(rate + distortion). Towards the lower left the ELBO is higher.")
