@@ -102,7 +102,8 @@ def compare(
     """
     if data is not None:
         runs = [Run.load(run.path, data=data) if run.lacks_data else run for run in runs]
-    found = Comparison(runs, names, groups, split, samples=samples, evidence_samples=evidence_samples, seed=seed)
+    asked = {"split": split, "samples": samples, "evidence_samples": evidence_samples, "seed": seed}
+    found = Comparison(runs, names, groups, **asked)
     with claimed(out):
         return examine_runs(found, title, description, on_progress).write(out, figures=figures)
 

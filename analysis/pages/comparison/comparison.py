@@ -22,6 +22,7 @@ from pvae.errors import DataError
 from pvae.pair import Pair, sum_over
 from pvae.runs.run import Run
 
+Given = Sequence[str] | None
 PAIRED_SAMPLES = 8
 """Posterior samples per datum for paired differences of ELBOs; fewer if there are many data."""
 STRIP = 10
@@ -98,17 +99,10 @@ def paired(elbo: Tensor, other: Tensor, log_p: Tensor | None = None, other_log_p
 class Comparison:
     """Runs of a comparison by name, with their results computed on first use; the first run is the reference.
 
-    `settings` are those of `Examination`: `samples`, `evidence_samples`, `seed`.
+    `settings` are those of `Examination`: `split`, `samples`, `evidence_samples`, `seed`.
     """
 
-    def __init__(
-        self,
-        runs: Sequence[Run],
-        names: Sequence[str] | None = None,
-        groups: Sequence[str] | None = None,
-        split: str = "test",
-        **settings: Any,
-    ) -> None:
+    def __init__(self, runs: Sequence[Run], names: Given = None, groups: Given = None, **settings: Any) -> None:
         if names is None:
             runs = list({run.path: run for run in runs}.values())
             names = named(runs)
@@ -120,14 +114,14 @@ class Comparison:
             require_alike(runs[0], run)
             if not any(getattr(one.plan, "covariates", None) for one in (runs[0], run)):
                 run.__dict__["data"] = runs[0].data  # the same data by fingerprint: keep one copy in memory
-        self.split, self.groups = split, groups
+        self.groups = groups
         # As many rows of train as of test: the mutual information of both has the same limit log n. Paired differences
         # need fewer rows for importance sampling than the bound of one run.
         settings = {"samples": 2, "train_rows": 10_000, "most_evidence_rows": 250, **settings}
-        self.exams = {name: Examination(run, split, **settings) for name, run in zip(names, runs, strict=True)}
+        self.exams = {name: Examination(run, **settings) for name, run in zip(names, runs, strict=True)}
         self.quality: dict[str, SampleQuality] = {}
         """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
-        self.stages = Stages()
+        self.split, self.stages = self.first.split, Stages()
 
     @property
     def first(self) -> Examination:
