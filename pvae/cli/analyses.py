@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 import pvae
-from pvae.cli.app import ON_FITTED, ON_RUN_AND_DEVICE, Shared, beside, command, rows_of
+from pvae.cli.app import Shared, beside, command, rows_of
 from pvae.errors import DeclarationError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def on_rows(analyse: Callable[..., Any], shared: Shared, rows: int | None, **ask
     return measured
 
 
-@command(("rows", *ON_RUN_AND_DEVICE))
+@command("rows", "on_run_and_device")
 def surgery(
     shared: Shared, run: str, split: str = "test", samples: int = 1, components: int | None = None,
     by_class: bool = False, population: bool = False,
@@ -63,7 +63,7 @@ METHODS = {"iwae": "evidence", "prior": "prior_evidence", "ais": "ais", "bracket
 """Function of `pvae.analysis` for each method of `pvae evidence`."""
 
 
-@command(("split", "rows", *ON_RUN_AND_DEVICE))
+@command("split", "rows", "on_run_and_device")
 def evidence(
     shared: Shared, run: str, method: str = "iwae", samples: int = 5000, temperatures: int = 200, chains: int = 16
 ) -> None:
@@ -79,13 +79,13 @@ def evidence(
     shared.measure(run, method, on_rows(bound, shared, shared.rows), split=shared.split, method=method)
 
 
-@command(("split", *ON_RUN_AND_DEVICE))
+@command("split", "on_run_and_device")
 def gap(shared: Shared, run: str, steps: int = 300, rows: int = 200) -> None:
     """Split log p(x) - ELBO into the gap of the variational family and the gap of the encoder."""
     shared.measure(run, "gap", on_rows(pvae.analysis.gap, shared, rows, steps=steps), split=shared.split)
 
 
-@command(ON_RUN_AND_DEVICE)
+@command("on_run_and_device")
 def calibration(
     shared: Shared, run: str, rows: int = 1000, draws: int = 19, importance: int = 0, split: str = "train"
 ) -> None:
@@ -98,7 +98,7 @@ def calibration(
     shared.measure(run, "calibration", calibrated, split=split)
 
 
-@command(("split", "rows", *ON_RUN_AND_DEVICE), name="two-sample")
+@command("split", "rows", "on_run_and_device", name="two-sample")
 def two_sample(shared: Shared, run: str, mean: bool = False, neighbours: int = 5) -> None:
     """Compare samples with data: classifier two-sample test accuracy, precision and coverage."""
     from pvae.analysis.samples.quality import QUALITY_STAGES, sample_quality
@@ -107,26 +107,26 @@ def two_sample(shared: Shared, run: str, mean: bool = False, neighbours: int = 5
     shared.measure(run, "two-sample", quality, len(QUALITY_STAGES))
 
 
-@command(("split", "rows", *ON_FITTED))
+@command("split", "rows", "on_fitted")
 def copying(shared: Shared, run: str, mean: bool = False) -> None:
     """Test whether samples copy training rows: are they nearer to them than held-out data are?"""
     copied = partial(pvae.analysis.copying, split=shared.split, rows=shared.rows, seed=shared.seed, mean=mean)
     shared.measure(run, "copying", copied, split=shared.split)
 
 
-@command(("split", "rows", *ON_FITTED))
+@command("split", "rows", "on_fitted")
 def probe(shared: Shared, run: str) -> None:
     """Predict the labels from the latents, and from the data, with the same simple classifiers."""
     shared.measure(run, "probe", partial(pvae.analysis.probe, split=shared.split, rows=shared.rows, seed=shared.seed))
 
 
-@command(("rows", *ON_FITTED))
+@command("rows", "on_fitted")
 def critic(shared: Shared, run: str, split: str = "train") -> None:
     """Estimate KL(q_agg || p) from samples alone, also for an autoencoder, whose posterior has no density."""
     shared.measure(run, "critic", on_rows(pvae.analysis.critic, replace(shared, split=split), shared.rows), split=split)
 
 
-@command(["rows", "seed", "out", "data", "as_json"])
+@command("rows", "seed", "out", "data", "as_json")
 def audit(
     shared: Shared, functions: str, noise: float | None = None,
     likelihood: Literal["normal", "bernoulli", "discretized_logistic"] = "normal", scale: float | None = None,
@@ -149,7 +149,7 @@ def audit(
     shared.answer(found.to_dict(), found)
 
 
-@command(["seed", "data_dir", "as_json"])
+@command("seed", "data_dir", "as_json")
 def counterexamples(shared: Shared, data: str = "digits", out: Path | None = None) -> None:
     """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
     from pvae.util.files import write_atomic
@@ -165,7 +165,7 @@ def counterexamples(shared: Shared, data: str = "digits", out: Path | None = Non
     shared.answer(found.to_dict(), found)
 
 
-@command(["as_json"])
+@command("as_json")
 def selfcheck(shared: Shared, device: str = "auto", seed: int = 0) -> None:
     """Check surgery, evidence and gaps on this machine, on models whose exact values are known."""
     from pvae.training.launch import pick_device
@@ -177,7 +177,7 @@ def selfcheck(shared: Shared, device: str = "auto", seed: int = 0) -> None:
         raise typer.Exit(1)
 
 
-@command(("split", "rows", *ON_RUN_AND_DEVICE))
+@command("split", "rows", "on_run_and_device")
 def posterior(shared: Shared, run: str, draws: int = 100, out: Path | None = None) -> None:
     """Export samples of the guide, with densities and diagnostics, as NetCDF for ArviZ."""
     opened = shared.open(run, shared.device)
@@ -191,7 +191,7 @@ def posterior(shared: Shared, run: str, draws: int = 100, out: Path | None = Non
 # ---------------------------------------------------------------------- HTML pages
 
 
-@command(("split", *ON_FITTED))
+@command("split", "on_fitted")
 def report(
     shared: Shared, run: str, evidence_samples: int = 500, gap_steps: int = 200, figures: bool = False,
     population: bool = False,
@@ -211,7 +211,7 @@ def report(
     shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found, f"report: {path}")
 
 
-@command(("split", *ON_FITTED))
+@command("split", "on_fitted")
 def compare(
     shared: Shared, runs: list[str], evidence_samples: int = 500, out: Path = Path("comparison"), figures: bool = False
 ) -> None:

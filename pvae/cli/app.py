@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -29,13 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Told = Callable[..., None]
 
-app = typer.Typer(
-    name="pvae", help="Declare a latent-variable model, fit it by SVI, see where every nat of its ELBO goes.",
-    epilog="\b\nExit codes:\n" + "\n".join(f"{code:5} {meaning}" for code, meaning in EXIT_CODES.items()),
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
-
 
 def _declared(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments and options that tables of `options.toml` declare, by name of the parameter."""
@@ -45,15 +38,10 @@ def _declared(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 DECLARED = tomllib.loads((Path(__file__).parent / "options.toml").read_text(encoding="utf-8"))
+CODES = "\n".join(f"{code:5} {meaning}" for code, meaning in EXIT_CODES.items())
+app = typer.Typer(epilog=f"\b\nExit codes:\n{CODES}", rich_markup_mode=None, **DECLARED["app"])
 OPTIONS, OWN = _declared(DECLARED), {name: _declared(found) for name, found in DECLARED["commands"].items()}
 """Arguments and options by name of the parameter: those of several commands, and those of one, by its function."""
-ON_RUN = ("run_dir", "data_dir", "as_json")
-ON_FITTED = ("seed", "run_dir", "data_dir", "pair", "data", "as_json")
-ON_RUN_AND_DEVICE = ("device", *ON_FITTED)
-ON_ROWS = ("split", "rows", "out", *ON_RUN_AND_DEVICE)
-SHARED_OUT = "fit resume refit surgery evidence gap posterior report compare encode reconstruct score impute".split()
-"""Commands whose work the processes that torchrun started share out."""
-TO_FIT = ("device", "export", "run_dir", "data_dir", "pair", "data", "quiet", "strict", "as_json")
 
 
 @dataclass(frozen=True)
@@ -145,27 +133,29 @@ class Shared:
             (tell if isinstance(part, str) else say)(part)
 
 
-def command(options: Sequence[str] = (), *, name: str | None = None, device: str = "cpu") -> Callable[[Told], Told]:
+def command(*options: str, name: str | None = None, device: str = "cpu") -> Callable[[Told], Told]:
     """Register a function `f(shared, ...)` as a command that also takes some of the shared options.
 
     Arguments:
-        options: names of fields of `Shared`; the function gets their values in one `Shared`.
+        options: names of fields of `Shared`, or of groups of them in `options.toml`; the function gets their values in
+            one `Shared`.
         name: name of the command; that of the function unless given.
         device: default value of the option `--device`.
     """
-    defaults, types = Shared(device=device), get_type_hints(Shared)
+    defaults, types, groups = Shared(device=device), get_type_hints(Shared), DECLARED["groups"]
+    chosen = {key for each in options for key in groups.get(each, [each])}
 
     def register(function: Told) -> Told:
         @wraps(function)
         def run(**given: Any) -> None:
-            shared = Shared(**{key: given.pop(key) for key in options})
+            shared = Shared(**{key: given.pop(key) for key in chosen})
             with _processes(name or function.__name__, shared) as is_needed:
                 if is_needed:
                     function(shared, **given)
 
         _, *own = inspect.signature(function, eval_str=True).parameters.values()
         option = partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
-        shared = [option(key, default=getattr(defaults, key), annotation=types[key]) for key in types if key in options]
+        shared = [option(key, default=getattr(defaults, key), annotation=types[key]) for key in types if key in chosen]
         known = OPTIONS | OWN.get(function.__name__, {})
         parameters = [p.replace(annotation=Annotated[p.annotation, known[p.name]]) for p in (*own, *shared)]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -187,7 +177,7 @@ def _processes(name: str, shared: Shared) -> Iterator[bool]:
     from pvae.training.launch import pick_device
     from pvae.util import files, group
 
-    if name not in SHARED_OUT:
+    if name not in DECLARED["shared_out"]:
         yield not files.follows()
         return
     with group.joined(pick_device(shared.device)), ExitStack() as stack:

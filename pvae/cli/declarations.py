@@ -14,7 +14,7 @@ from pvae.util.files import write_atomic
 from pvae.words import text
 
 
-@command(["as_json"], name="list")
+@command("as_json", name="list")
 def list_zoo(shared: Shared) -> None:
     """List the zoo: the model declarations that come with pvae."""
     from pvae.experiment import zoo
@@ -43,7 +43,7 @@ def new(_: Shared, name: str, like: str | None = None) -> None:
     typer.echo("for completion in an editor: pvae schema > pvae.schema.json")
 
 
-@command(["data_dir", "as_json"])
+@command("data_dir", "as_json")
 def columns(shared: Shared, file: str, label: str | None = None) -> None:
     """Guess the type of every column of a table, and print a declaration to start from."""
     import tomli_w
@@ -63,7 +63,7 @@ def schema(_: Shared) -> None:
     typer.echo(pvae.Experiment.schema_json())
 
 
-@command(["data_dir", "as_json"])
+@command("data_dir", "as_json")
 def check(shared: Shared, name: str, overrides: list[str] | None = None, build: bool = False) -> None:
     """Check a declaration; with --build also its data, shapes and one ELBO on a tiny batch."""
     experiment = load_declaration(name, overrides)
@@ -89,7 +89,7 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
     shared.answer(found, text("cli.declarations.checked", total=total, batch=len(rows), found=found), *data.notes)
 
 
-@command(["data_dir", "as_json"])
+@command("data_dir", "as_json")
 def show(shared: Shared, name: str, overrides: list[str] | None = None, pyro: bool = False) -> None:
     """Print a declaration with its graph, formulas, shapes and parameter counts, or as a Pyro script."""
     from pvae.experiment.readback import described, render

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 import pvae
-from pvae.cli.app import TO_FIT, Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
+from pvae.cli.app import Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
 from pvae.errors import DataError, PvaeError
 from pvae.signals import end_with
 from pvae.util.files import pretty, write_atomic
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pvae.studies.cases import Declared
 
 
-@command(TO_FIT, device="auto")
+@command("to_fit", device="auto")
 def fit(shared: Shared, name: str, overrides: list[str] | None = None) -> None:
     """Fit an experiment, or a hand-written pair with --data, and keep everything in a run directory."""
     from pvae.cli.handwritten import is_pair_file, load_arguments, load_pair
@@ -40,7 +40,7 @@ def fit(shared: Shared, name: str, overrides: list[str] | None = None) -> None:
     _finish(shared, pvae.fit(declared, **places, **shared.fitting()))
 
 
-@command(TO_FIT, device="auto")
+@command("to_fit", device="auto")
 def resume(shared: Shared, run: str, overrides: list[str] | None = None, allow_changes: bool = False) -> None:
     """Continue a run where it stopped, bit for bit on a CPU."""
     opened = shared.open(run)
@@ -55,7 +55,7 @@ def resume(shared: Shared, run: str, overrides: list[str] | None = None, allow_c
     _require_no_alerts(shared, opened)
 
 
-@command(TO_FIT, device="auto")
+@command("to_fit", device="auto")
 def refit(
     shared: Shared, run: str, overrides: list[str] | None = None, samples: int = 1, rows: int | None = None
 ) -> None:
@@ -134,7 +134,7 @@ def _require_no_alerts(shared: Shared, run: Run) -> None:
         raise typer.Exit(3)
 
 
-@command(["run_dir", "data_dir", "pair", "data", "as_json"])
+@command("run_dir", "data_dir", "pair", "data", "as_json")
 def export(shared: Shared, run: str, kind: str, what: str = "decoder") -> None:
     """Export a run's decoder or encoder, its model card, or its metrics and pictures to TensorBoard or MLflow."""
     if (path := Path(kind)).suffix == ".md":
@@ -154,7 +154,7 @@ def export(shared: Shared, run: str, kind: str, what: str = "decoder") -> None:
     shared.answer({"kind": kind, "where": where}, where)
 
 
-@command(["run_dir", "as_json"])
+@command("run_dir", "as_json")
 def runs(shared: Shared) -> None:
     """List runs with their state, epochs and best validation ELBO."""
     from pvae.runs.rundir import list_runs
@@ -171,7 +171,7 @@ def runs(shared: Shared) -> None:
 # ---------------------------------------------------------------------- studies
 
 
-@command(["device", "run_dir", "data_dir", "data", "quiet", "as_json"], device="auto")
+@command("device", "run_dir", "data_dir", "data", "quiet", "as_json", device="auto")
 def study(
     shared: Shared, file: str, jobs: int | None = None, threads: int = 1, allow_changes: bool = False,
     dry_run: bool = False, out: Path | None = None, page: bool = True, on: str | None = None,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pvae
-from pvae.cli.app import ON_FITTED, Shared, beside, command, tell
+from pvae.cli.app import Shared, beside, command, tell
 from pvae.errors import DataError, DeclarationError
 from pvae.util.files import write_atomic, write_together
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pvae.runs.run import Run
 
 
-@command(("out", *ON_FITTED))
+@command("out", "on_fitted")
 def sample(shared: Shared, run: str, n: int = 64, mean: bool = False, given: list[str] | None = None) -> None:
     """Sample z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     opened = shared.open(run)
@@ -31,7 +31,7 @@ def sample(shared: Shared, run: str, n: int = 64, mean: bool = False, given: lis
     keep(shared, opened, "sample", found, _over_data(opened, "sampled"))
 
 
-@command(("split", "out", *ON_FITTED))
+@command("split", "out", "on_fitted")
 def traverse(
     shared: Shared, run: str, latent: str | None = None, row: int = 0, prior: bool = False, dims: str | None = None,
     steps: int = 9, span: float = 3.0, given: list[str] | None = None,
@@ -44,7 +44,7 @@ def traverse(
     keep(shared, opened, f"traverse-{found.latent}", found, _over_data(opened, "traversed"))
 
 
-@command(("split", "out", *ON_FITTED))
+@command("split", "out", "on_fitted")
 def interpolate(shared: Shared, run: str, first: int, last: int, steps: int = 9) -> None:
     """Decode points on the line between the latents of two rows."""
     opened = shared.open(run)
@@ -53,7 +53,7 @@ def interpolate(shared: Shared, run: str, first: int, last: int, steps: int = 9)
     keep(shared, opened, f"interpolate-{shared.split}-{first}-{last}", found, _over_data(opened, "interpolated"))
 
 
-@command(("split", "rows", *ON_FITTED), name="rate-distortion")
+@command("split", "rows", "on_fitted", name="rate-distortion")
 def rate_distortion(shared: Shared, runs: list[str], samples: int = 1, out: Path = Path("rate-distortion")) -> None:
     """Place runs on the rate-distortion plane: KL of the latents and negative reconstruction, in nats per datum."""
     from pvae.analysis.pages.study import csv

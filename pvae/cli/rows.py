@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pvae
-from pvae.cli.app import ON_ROWS, Shared, command, tell
+from pvae.cli.app import Shared, command, tell
 from pvae.cli.making import background, keep
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pvae.analysis.samples.running import RowBlocks
 
 
-@command(ON_ROWS)
+@command("on_rows")
 def encode(shared: Shared, run: str, mean: bool = False) -> None:
     """Encode rows: write their latents, and plot each latent beside samples from its prior."""
     _apply(shared, pvae.analysis.encode, run, _planes, mean=mean)
@@ -28,7 +28,7 @@ def _planes(blocks: RowBlocks[Any], found: Any) -> Mapping[str, Figure]:
     return pvae.analysis.pages.plots.pictures.encoded(found, prior, labels, part.label_names)
 
 
-@command(ON_ROWS)
+@command("on_rows")
 def reconstruct(shared: Shared, run: str, draw: bool = False) -> None:
     """Encode rows and decode them again, with log p(x | z) of each."""
     _apply(shared, pvae.analysis.reconstruct, run, _rebuilt, mean=not draw)
@@ -41,13 +41,13 @@ def _rebuilt(blocks: RowBlocks[Any], found: Any) -> Figure | None:
     return pvae.analysis.pages.plots.pictures.reconstructed(found, seen, behind)
 
 
-@command(ON_ROWS)
+@command("on_rows")
 def score(shared: Shared, run: str, samples: int = 100) -> None:
     """Score rows: log p(x) with its error, each column or pixel, a p-value beside validation rows."""
     _apply(shared, pvae.analysis.score, run, samples=samples)
 
 
-@command(ON_ROWS)
+@command("on_rows")
 def impute(shared: Shared, run: str, samples: int = 200, draws: int = 10, sweeps: int = 0) -> None:
     """Fill in the missing cells of rows of a table: estimates, intervals and draws; observed cells are untouched."""
     _apply(shared, pvae.analysis.impute, run, samples=samples, draws=draws, sweeps=sweeps)

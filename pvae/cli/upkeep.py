@@ -6,10 +6,10 @@ from typing import Any
 import typer
 
 import pvae
-from pvae.cli.app import ON_RUN, Shared, command, load_installed_plugins
+from pvae.cli.app import Shared, command, load_installed_plugins
 
 
-@command(ON_RUN)
+@command("on_run")
 def verify(shared: Shared, run: str, data: bool = False, strict: bool = False) -> None:
     """Check every file of a run: is it whole, which checkpoint would be loaded, which are damaged and why."""
     load_installed_plugins()
@@ -17,7 +17,7 @@ def verify(shared: Shared, run: str, data: bool = False, strict: bool = False) -
     _answer(shared, found, 65 if not found.ok else 3 if strict and found.of("warning") else 0)
 
 
-@command(ON_RUN)
+@command("on_run")
 def doctor(shared: Shared) -> None:
     """Check the machine: packages, devices, threads, compiler, folders, data, arithmetic; and say what to do."""
     from pvae.upkeep.doctor import doctor as check
@@ -26,7 +26,7 @@ def doctor(shared: Shared) -> None:
     _answer(shared, found, 0 if found.ok else 1)
 
 
-@command(["run_dir", "as_json"])
+@command("run_dir", "as_json")
 def clean(shared: Shared, apply: bool = False, failed: bool = False, cache: bool = False) -> None:
     """Show the disk space of interrupted writes and old checkpoints, or free it; a run in progress is left alone."""
     found = pvae.clean(shared.run_dir, apply=apply, failed=failed, cache=cache)
