@@ -35,9 +35,8 @@ def fit(shared: Shared, name: str, overrides: list[str] | None = None) -> None:
         pair.origin = f"--pair {name} --data {shared.data}"
         _finish(shared, pvae.fit(pair, *(overrides or ()), data=given, run_dir=shared.run_dir, **shared.fitting()))
         return
-    declared = load_declaration(name, overrides)
     places: dict[str, Any] = {"data": shared.data, "run_dir": shared.run_dir, "data_dir": shared.data_dir}
-    _finish(shared, pvae.fit(declared, **places, **shared.fitting()))
+    _finish(shared, pvae.fit(load_declaration(name, overrides), **places, **shared.fitting()))
 
 
 @command("to_fit", device="auto")

@@ -58,9 +58,8 @@ def rate_distortion(shared: Shared, runs: list[str], samples: int = 1, out: Path
     """Place runs on the rate-distortion plane: KL of the latents and negative reconstruction, in nats per datum."""
     from pvae.analysis.pages.study import csv
 
-    opened = [shared.open(run) for run in runs]
     asked = partial(pvae.analysis.rate_distortion, split=shared.split, rows=shared.rows, samples=samples)
-    found = shared.watched("rate-distortion", asked, opened, seed=shared.seed)
+    found = shared.watched("rate-distortion", asked, [shared.open(run) for run in runs], seed=shared.seed)
     table, picture = beside(out, ".csv"), beside(out, ".png")
     write_together({table: csv(found.to_frame()), picture: pvae.analysis.pages.plots.base.png(found.figure())})
     files = {"csv": str(table), "png": str(picture)}

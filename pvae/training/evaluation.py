@@ -194,8 +194,7 @@ def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -
             (low, high), learned = _bounds(plan, side, name)
             if scale is None or not learned:
                 continue
-            ends = (("floor", low, scale <= low * 1.001), ("ceiling", high, scale >= high * 0.999))
-            for where, bound, at in ends:
+            for where, bound, at in (("floor", low, scale <= low * 1.001), ("ceiling", high, scale >= high * 0.999)):
                 share = float(at.double().mean())
                 if share > MAX_PROPORTION_AT_BOUND:
                     said = {"site": f"{side}.{name}", "share": share, "where": where, "bound": bound}

@@ -40,10 +40,9 @@ def leading(means: Array) -> tuple[Array, Array, Array]:
     """
     centre = means.mean(0)
     _, singular, directions = np.linalg.svd(means - centre, full_matrices=False)
-    total = float((singular**2).sum())
     two = directions[:2].T
     signs = np.sign(two[np.abs(two).argmax(0), range(two.shape[1])])
-    return centre, two * np.where(signs == 0, 1, signs), singular[:2] ** 2 / (total or 1.0)
+    return centre, two * np.where(signs == 0, 1, signs), singular[:2] ** 2 / (float((singular**2).sum()) or 1.0)
 
 
 def groups(labels: Array | None) -> list[int]:

@@ -89,9 +89,8 @@ def _of_bound(exam: Examination, bound: Evidence) -> Iterator[Part]:
 def _gaps(exam: Examination) -> Gap | None:
     if exam.evidence is None or exam.evidence.exact is not None or not exam.gap_steps:
         return None
-    x = exam.some(exam.split, REFINED_ROWS).x
     settings = {"steps": exam.gap_steps, "evidence_samples": 4 * exam.evidence_samples, "seed": exam.seed}
-    return exam.attempt("gaps", gap, exam.pair, x, **settings, part="inference gap")
+    return exam.attempt("gaps", gap, exam.pair, exam.some(exam.split, REFINED_ROWS).x, **settings, part="inference gap")
 
 
 def _on_gaps(exam: Examination, found: Gap) -> Iterator[str]:

@@ -128,9 +128,8 @@ class Script(ABC):
     def at(self, schedule: Schedule, epoch: str) -> str:
         """Return the Python expression of a schedule's value at a time in epochs, which is itself an expression."""
         span = getattr(schedule, "epochs", None)
-        share = f"min({epoch} / {'EPOCHS' if span is None else f'{span:g}'}, 1)"
         if rule := RULES.schedules.get(schedule.kind):
-            return str(rule(schedule, share))
+            return str(rule(schedule, f"min({epoch} / {'EPOCHS' if span is None else f'{span:g}'}, 1)"))
         return f"{self.construct(schedule)}.at({epoch}, EPOCHS)"
 
     def imported(self, kind: Callable[..., Any]) -> str:
