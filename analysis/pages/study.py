@@ -128,8 +128,7 @@ def validation_figure(run: Run, name: str, measure: Measure) -> float:
         parts = surgery(run.pair, _rows(run, "validation", measure), samples=measure.samples)
         interval = parts.population and parts.population.gain_upper
         found = interval if name == "new_gain_upper" else parts.bits_per_dimension
-    value = getattr(found, "value", found)
-    if value is None or not math.isfinite(value):
+    if (value := getattr(found, "value", found)) is None or not math.isfinite(value):
         raise DataError(f"search.figure: expected a model with a finite {name} on validation rows; got {value}.")
     return float(value)
 

@@ -154,8 +154,7 @@ def counterexamples(shared: Shared, data: str = "digits", out: Path | None = Non
     """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
     from pvae.util.files import write_atomic
 
-    known = [name for name in ("digits", "fashion_mnist", "mnist") if name in pvae.data.Data.members]
-    if data not in known:
+    if data not in (known := [name for name in ("digits", "fashion_mnist", "mnist") if name in pvae.data.Data.members]):
         raise DeclarationError(f"--data: expected one of {', '.join(known)}; got {data!r}.")
     with shared.bar("counterexamples") as bar:
         loaded = pvae.data.load(pvae.data.Data.parse(data), data_dir=shared.data_dir)

@@ -68,8 +68,7 @@ def rate_distortion(shared: Shared, runs: list[str], samples: int = 1, out: Path
 
 def _row(run: Run, split: str, name: str, row: int) -> Tensor:
     """Return one row of a split as a batch; `name` is the argument that gives its number."""
-    part = run.data.split(split)
-    if row >= len(part):
+    if row >= len(part := run.data.split(split)):
         raise DeclarationError(f"{name}: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
     return part.rows[row : row + 1]
 

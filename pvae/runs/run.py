@@ -152,8 +152,7 @@ class Run(Applied):
                     data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
             finally:
                 CONFINED.reset(token)
-        wanted = self.files.manifest.get("data", {}).get("fingerprint")
-        if wanted and data.fingerprint != wanted:
+        if (wanted := self.files.manifest.get("data", {}).get("fingerprint")) and data.fingerprint != wanted:
             raise DataError.of("runs.run.other_data", path=self.path, wanted=str(wanted), found=data.fingerprint)
         return (self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data).to(self._device)
 

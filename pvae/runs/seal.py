@@ -70,8 +70,7 @@ def _ends(run: RunDirectory) -> Iterator[str]:
     told, state = saved.run.get("metrics"), {**saved.state, "log_joint": saved.state.get("elbo")}
     if told is not None and told != run.metrics_digest(told.get("bytes")):
         yield "metrics.jsonl, as it was written; got an edited one (its digest differs)."
-    finished = status.get("state") == "finished"
-    if finished and not saved.run.get("ended", True):
+    if (finished := status.get("state") == "finished") and not saved.run.get("ended", True):
         yield "checkpoint of the end, which status.json tells; got one from before it."
     for key in ("epoch", "skipped", "elbo", "log_joint") if finished and "epoch" in state else ():
         if key in status and status[key] not in (state.get(key), state.get("best")):

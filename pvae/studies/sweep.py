@@ -170,8 +170,7 @@ def _problems(sweep: Sweep) -> Iterator[str]:
 
 
 def _label_problems(labels: Sequence[Any]) -> Iterator[str]:
-    wrong = [label for label in labels if not isinstance(label, str) or not 0 < len(label) <= 100]
-    if wrong:
+    if wrong := [label for label in labels if not isinstance(label, str) or not 0 < len(label) <= 100]:
         yield f"sweep.zip.label: expected texts of 1 to 100 characters; got {json.dumps(wrong[0], default=str)[:60]}."
     elif len(set(labels)) < len(labels):
         yield f"sweep.zip.label: expected a name of its own for each row; got {list(labels)}. Rename one."

@@ -72,8 +72,7 @@ class Task:
         if self.search is not None:
             return "found" if self.search.is_done(self.number) else "trial", None, {}
         runs = [shelf.best(case) for case in self.cases]
-        states = ["" if run is None else standing(run) for run in runs]
-        if "held" in states:
+        if "held" in (states := ["" if run is None else standing(run) for run in runs]):
             return "held", runs[states.index("held")], {}
         if set(states) == {"finished"}:
             from pvae.analysis.pages.study import kept

@@ -195,16 +195,14 @@ def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -
             if scale is None or not learned:
                 continue
             for where, bound, at in (("floor", low, scale <= low * 1.001), ("ceiling", high, scale >= high * 0.999)):
-                share = float(at.double().mean())
-                if share > MAX_PROPORTION_AT_BOUND:
+                if (share := float(at.double().mean())) > MAX_PROPORTION_AT_BOUND:
                     said = {"site": f"{side}.{name}", "share": share, "where": where, "bound": bound}
                     yield text("training.evaluation.at_bounds", **said)
 
 
 def _scale(node: Mapping[str, Any]) -> Tensor | None:
     """Return the scales of a normal site (for a full covariance, the Cholesky factor's diagonal); None for others."""
-    fn = unwrapped(node["fn"])
-    if isinstance(fn, FactoredNormal | dist.MultivariateNormal):
+    if isinstance(fn := unwrapped(node["fn"]), FactoredNormal | dist.MultivariateNormal):
         return fn.scale_tril.diagonal(dim1=-2, dim2=-1)
     return fn.scale if isinstance(fn, torch.distributions.Normal) else None
 

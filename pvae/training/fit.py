@@ -205,8 +205,7 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
         if plan.train.alternate and not all(n.startswith(("model.", "guide.")) for n, _ in pair.named_parameters()):
             problems.append("train.alternate: expected a pair of two Modules; got plain functions' parameters. Use 0.")
     if isinstance(plan.objective, TraceMeanFieldELBO) and foreign:
-        names = ", ".join(sorted(pair.dependencies(rows).bottom_up))
-        if names:
+        if names := ", ".join(sorted(pair.dependencies(rows).bottom_up)):
             problems.append(f"objective.kind: expected trace_elbo; the guide infers parents of {names} from it.")
     if problems:
         raise DeclarationError(problems)

@@ -174,8 +174,7 @@ def require_accepted(changed: list[str], files: RunDirectory, *, allow_changes: 
     """
     moved = ("host", "platform") if find.job() and files.status().get("job") else ()
     asked = [line for line in changed if not line.startswith(moved)]
-    other = [line for line in changed if not line.startswith(RESUMABLE)]
-    if other or (asked and not allow_changes):
+    if (other := [line for line in changed if not line.startswith(RESUMABLE)]) or (asked and not allow_changes):
         lines = [f"{files.path.name}: expected the run's own {line}" for line in other or asked]
         raise DeclarationError([*lines, text("training.launch.advice", other=other)])
 

@@ -82,8 +82,7 @@ def train(trainer: Trainer) -> None:
 
 def prepare(trainer: Trainer) -> None:
     """Compile the step; before the first one also initialise what is made of data, and write a checkpoint."""
-    fresh = trainer.state.step == 0
-    if fresh:
+    if fresh := trainer.state.step == 0:
         trainer.follow_schedules(0)
         begin(trainer.pair, trainer.data.train, trainer.batch, trainer.plan.seed)
         if trainer.average is not None:
@@ -109,8 +108,7 @@ def epoch(trainer: Trainer, stop: Stop, bar: ProgressBar) -> None:
         trainer.due = time.monotonic() - trainer.last_checkpoint >= trainer.train.checkpoint_seconds
         if not step(trainer, trainer.batch_of(order[position : position + trainer.batch])):
             return
-        stopping = stop.signal if trainer.shards.count == 1 else trainer.stopping
-        if stopping is not None:
+        if (stopping := stop.signal if trainer.shards.count == 1 else trainer.stopping) is not None:
             interrupt(trainer, stopping)
         if trainer.due:
             recovery.save(trainer)
@@ -262,15 +260,13 @@ def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
     state, train, held, seed = trainer.state, trainer.train, trainer.data.validation.rows, trainer.plan.seed
     common = {**common, "split": "validation"}
     with swapped(trainer.parameters, trainer.average):
-        measured = trainer.plan.objective.measure(trainer.pair, held, seed)
-        if measured is not None:
+        if (measured := trainer.plan.objective.measure(trainer.pair, held, seed)) is not None:
             trainer.files.log_metrics({**common, **measured})
             return in_words(measured)
         figures = evaluate(trainer.pair, held, seed, len(trainer.data.train)) | code_usage(trainer.pair, held, seed)
         figures |= accuracy(trainer.plan, trainer.pair, trainer.data.validation)
         score = judged(trainer, figures, loss)
-        better = score > state.best + (CONVERGED if trainer.figure == FITTED else 0.0)
-        if better:
+        if better := score > state.best + (CONVERGED if trainer.figure == FITTED else 0.0):
             state.best, state.best_epoch, state.waited, state.elbo = score, state.epoch, 0, figures[trainer.total]
             if train.keep == "best":
                 trainer.best = {name: value.detach().clone() for name, value in trainer.pair.state_dict().items()}

@@ -275,8 +275,7 @@ def _emergency(trainer: Trainer) -> str:
             save(trainer)
     if not trainer.plan.objective.scores:
         return "A smaller train.batch_size or smaller networks need less. "
-    rows = _fitting_rows(trainer)
-    if rows == 0:
+    if (rows := _fitting_rows(trainer)) == 0:
         return "Not even one row fits: make the networks smaller. "
     return f"Batches of {rows} rows fit: add train.batch_size={rows} --allow-changes. "
 

@@ -114,8 +114,7 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
     trainer = Trainer(plan, pair, data, files, where, engine, progress)
     if is_old:
         trainer.tell("seal", "not sealed: the run is of an earlier version, so that edits of its files are not seen")
-    saved = recovery.newest(trainer)
-    if saved is not None:
+    if (saved := recovery.newest(trainer)) is not None:
         recovery.restore(trainer, saved)
     elif files.manifest.get("trainable") is not None:
         first = (files.manifest.get("parent") or {}).get("run")
@@ -147,11 +146,9 @@ def second_stage(run: Run, device: str, progress: bool, *, allow_changes: bool =
     if not isinstance(plan, Experiment) or plan.refit is None:
         return run
     stage = plan.second_stage()
-    child = group.from_first(lambda: _stage_run(run, stage))
-    if child is None or child[1] != "finished":
+    if (child := group.from_first(lambda: _stage_run(run, stage))) is None or child[1] != "finished":
         with run.files.held():  # the work belongs to one process, which looks again now that it is alone
-            child = group.from_first(lambda: _stage_run(run, stage))
-            if child is None:
+            if (child := group.from_first(lambda: _stage_run(run, stage))) is None:
                 return fit_stage(run, stage, root, device, progress, export=run.files.manifest.get("exports", []))
             if child[1] != "finished":
                 found = Run(RunDirectory(Path(child[0])), data=run.data)
@@ -246,8 +243,7 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
     name = f"{old.name}_refit" if changed.name == old.name else changed.name
     train = {**changed.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
     stage = changed.with_changes({"name": name, "refit": None, "objective": TraceELBO(), "train": train})
-    frozen = [line for key, line in start.changed_keys(old, stage).items() if not NOT_FROZEN.match(key)]
-    if frozen:
+    if frozen := [line for key, line in start.changed_keys(old, stage).items() if not NOT_FROZEN.match(key)]:
         raise DeclarationError([text("training.resume.own", line=line) for line in frozen])
     if stage.seed != old.seed and getattr(stage.data, "data_seed", 0) == "experiment":
         raise DeclarationError(f"refit: expected the run's own seed, which its data follow; got {stage.seed}.")

@@ -219,7 +219,6 @@ def _cached() -> Iterator[tuple[Path, Path]]:
 
 def _size(path: Path) -> int:
     """Return the size (bytes) of a file, or of all files in a folder, without following links."""
-    own = path.lstat()
-    if not stat.S_ISDIR(own.st_mode):
+    if not stat.S_ISDIR((own := path.lstat()).st_mode):
         return own.st_size
     return sum(e.stat(follow_symlinks=False).st_size for e in walk(path) if not e.is_dir(follow_symlinks=False))

@@ -98,8 +98,7 @@ class _Inspection:
 
     def manifest(self) -> Iterator[Check]:
         """Yield the check of manifest.json: name, id and start time are strings; data and transforms are described."""
-        found = self.run.files.manifest
-        if missing := {"name", "id", "started"} - found.keys():
+        if missing := {"name", "id", "started"} - (found := self.run.files.manifest).keys():
             raise DataError(f"{self.path / 'manifest.json'}: expected {' and '.join(sorted(missing))}; got none.")
         if "data" not in found:
             yield Check("manifest.json", "warning", "the fit was stopped before it said what its data are", "Fit anew.")
@@ -252,8 +251,7 @@ def _analyses(folder: Path) -> Iterator[Check]:
 
 def _compare_digest(path: Path) -> None:
     """Raise DataError if the file that a `.sha256` file names differs from it."""
-    found = _DIGEST.match(read_inside(path.parent, path.name, 1 << 16).decode(errors="replace"))
-    if found is None:
+    if (found := _DIGEST.match(read_inside(path.parent, path.name, 1 << 16).decode(errors="replace"))) is None:
         raise DataError(f"{path}: expected a line of sha256sum; got another. Export the file again.")
     if (now := digest(read_inside(path.parent, found[2], 1 << 40))) != found[1]:
         raise DataError(f"{path.parent / found[2]}: expected SHA-256 {found[1]}; got {now}. Export it again.")

@@ -64,8 +64,7 @@ def find(name_or_file: str, folder: Path, wanted: str, file: str) -> Path:
     Raises:
         DeclarationError: there is no such name or file; the message suggests similar names.
     """
-    known = sorted(path.stem for path in folder.glob("*.toml"))
-    if name_or_file in known:
+    if name_or_file in (known := sorted(path.stem for path in folder.glob("*.toml"))):
         return folder / f"{name_or_file}.toml"
     if (path := Path(name_or_file)).is_file():
         return path

@@ -175,8 +175,7 @@ def samples(found: Comparison) -> Iterator[Part]:
     """Yield samples of each run, and their quality."""
     first = found.first
     drawn = {name: exam.sampled.x[:STRIP] for name, exam in found.exams.items() if exam.sampled is not None}
-    shown = is_image(first.shape) and bool(drawn)
-    if shown:
+    if shown := is_image(first.shape) and bool(drawn):
         images = np.stack([array(x).reshape(len(x), *first.shape) for x in drawn.values()])
         made = pictures.gallery(images, *first.scale_of_grey, row_names=[plain(name)[:18] for name in drawn])
         yield picture("compared.samples", made, each=STRIP, count=len(drawn))
@@ -194,8 +193,7 @@ def declarations(found: Comparison) -> Iterator[Part]:
     runs = [exam.run for exam in found.exams.values()]
     declared = _by_key([flat(run.plan.model_dump(mode="json")) for run in runs])
     varied = {k: v for k, v in declared.items() if k not in ("name", "description") and len(set(map(repr, v))) > 1}
-    settings = {k: [None if value is None else str(value) for value in values] for k, values in varied.items()}
-    if settings:
+    if settings := {k: [None if value is None else str(value) for value in values] for k, values in varied.items()}:
         yield _by_run("compared.declarations", list(found.exams), settings)
     yield _by_run("compared.environment", list(found.exams), _by_key([dict(environment_of(run)) for run in runs]))
     yield {"declarations": settings}

@@ -78,8 +78,7 @@ def fit(exam: Examination) -> Iterator[Part]:
 
 
 def _of_bound(exam: Examination, bound: Evidence) -> Iterator[Part]:
-    several = not (len(bound.curve) < 2 or bound.gap < NO_GAIN_NATS)
-    if several:
+    if several := not (len(bound.curve) < 2 or bound.gap < NO_GAIN_NATS):
         yield picture("fit.importance_samples", curves.importance(bound), bound=bound, last=bound.curve[-1][1])
     yield table_of("fit.evidence", bound, split=exam.split, rows=exam.evidence_rows, bound=bound)
     if several:
@@ -127,8 +126,7 @@ def guide(exam: Examination) -> Iterator[Part]:
 
     Nothing without importance weights, if log p(x) is exact, or if no k-hat is finite.
     """
-    bound = exam.evidence
-    if bound is None or bound.exact is not None or not bool(bound.khat.isfinite().any()):
+    if (bound := exam.evidence) is None or bound.exact is not None or not bool(bound.khat.isfinite().any()):
         return
     khat, rows = base.array(bound.khat), exam.evidence_rows
     order = np.argsort(-np.where(np.isfinite(khat), khat, -np.inf), kind="stable")[:WORST_DATA]
@@ -242,8 +240,7 @@ def training(exam: Examination) -> Iterator[Part]:
     if (status := exam.run.status).get("state") != "finished":
         state, epoch, epochs = map(status.get, ("state", "epoch", "epochs"))
         yield alert("training.unfinished", state=state, epoch=epoch, epochs=epochs)
-    skipped = status.get("skipped")
-    if isinstance(skipped, int) and skipped > 0:
+    if isinstance(skipped := status.get("skipped"), int) and skipped > 0:
         yield alert("training.skipped", count=skipped)
     for said in dict.fromkeys(said for kind, said in told if kind == "alert" and not MEASURED.search(said)):
         yield Sentence(said, True)

@@ -96,8 +96,7 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
 
 def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
     """Yield the table of active units by threshold on the variance; nothing if the activity of all is unknown."""
-    use = {name: exam.collapse.latents[name] for name in names if exam.collapse.latents[name].curve}
-    if not use:
+    if not (use := {name: exam.collapse.latents[name] for name in names if exam.collapse.latents[name].curve}):
         return
     thresholds = [f"> {threshold:g}" for threshold, _ in next(iter(use.values())).curve[::4]]
     rows = tuple((name, latent.dim, *(count for _, count in latent.curve[::4])) for name, latent in use.items())

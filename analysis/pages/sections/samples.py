@@ -104,8 +104,7 @@ def sample_quality(exam: Examination) -> Iterator[Part]:
     kinds = {"draws": exam.draws}
     if exam.sampled is not None and exam.sampled.is_mean and not exam.binary:
         kinds["means"] = exam.sampled
-    found = {kind: got for kind, drawn in kinds.items() if (got := measure(exam, kind, drawn)) is not None}
-    if not found:
+    if not (found := {kind: got for kind, drawn in kinds.items() if (got := measure(exam, kind, drawn)) is not None}):
         return
     first = next(iter(found.values()))
     fidelity = first.fidelity
@@ -198,8 +197,7 @@ def traversals(exam: Examination) -> Iterator[Part]:
     """Yield latent traversals; nothing unless data are images or points in the plane."""
     for name in list(exam.pair.layout.latents)[:TRAVERSED_LATENTS]:
         what = f"traversal of {name}"
-        found = exam.attempt(what, traverse, exam.run, latent=name, seed=exam.seed, part=what)
-        if found is not None:
+        if (found := exam.attempt(what, traverse, exam.run, latent=name, seed=exam.seed, part=what)) is not None:
             yield _traversal(exam, found)
 
 
@@ -221,8 +219,7 @@ def interpolations(exam: Examination) -> Iterator[Part]:
         return
     made = pictures.gallery(np.stack([base.array(path.x) for path in found]), *exam.scale_of_grey)
     yield picture("interpolations", made, count=len(found), split=exam.split)
-    paths = [path.log_prior.tolist() for path in found if path.log_prior is not None]
-    if len(paths) == len(found):
+    if len(paths := [path.log_prior.tolist() for path in found if path.log_prior is not None]) == len(found):
         rows = [(str(i), *path) for i, path in enumerate(paths, 1)]
         yield table("interpolations", rows, *map(str, range(1, len(paths[0]) + 1)), digits=1, folded=True)
 
@@ -234,8 +231,7 @@ def _interpolated(exam: Examination) -> list[Interpolation]:
     found: list[Interpolation] = []
     while len(order) > 1 and len(found) < INTERPOLATED_PAIRS:
         a = order.pop(0)
-        b = next((i for i in order if exam.labels is None or exam.labels[i] != exam.labels[a]), None)
-        if b is None:
+        if (b := next((i for i in order if exam.labels is None or exam.labels[i] != exam.labels[a]), None)) is None:
             break
         order.remove(b)
         found.append(interpolate(exam.run, exam.x[a], exam.x[b], seed=exam.seed))

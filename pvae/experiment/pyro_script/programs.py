@@ -201,8 +201,7 @@ class PairScript(Script):
         for part in sections_of(self.experiment):  # a plugin registers its kinds when it is imported
             if not type(part).__module__.startswith("pvae."):
                 self.imported(type(part))
-        begun = f"\nbegin(pair, data.train, BATCH, {self.experiment.seed})" if self.has(Begun) else ""
-        if begun:
+        if begun := f"\nbegin(pair, data.train, BATCH, {self.experiment.seed})" if self.has(Begun) else "":
             self.imports["pvae.training.begin"] = {"begin"}
         self.parts["pair"] = f"experiment.build(data.shape).attend(data.train.data){begun}"
         loaded = "data = experiment.conditioned(pvae.data.load(experiment.data, seed=experiment.seed))"
@@ -228,8 +227,7 @@ class PairScript(Script):
 
         A moving-average baseline is left to Pyro's own.
         """
-        module = self.guider.posteriors[site.name]
-        if not isinstance(module, Estimated):
+        if not isinstance(module := self.guider.posteriors[site.name], Estimated):
             return ""
         if module.average is None:
             return f"infer={posterior}.infer(inputs)"
