@@ -166,10 +166,9 @@ class Run(Applied):
         if (wanted := self.files.manifest.get("transforms")) is None:
             assert self.data.transforms is not None  # noqa: S101 - a data set that was read has them
             return self.data.transforms
-        text = read_inside(self.path, TRANSFORMS, 1 << 30)
-        if digest(text) != wanted:
+        if digest(found := read_inside(self.path, TRANSFORMS, 1 << 30)) != wanted:
             raise DataError(f"{self.path / TRANSFORMS}: expected the file of the fit; got an edited one.")
-        return FittedTransforms.parse(text, str(self.path / TRANSFORMS))
+        return FittedTransforms.parse(found, str(self.path / TRANSFORMS))
 
     def rows(self, data: Any, *, data_dir: str | Path | None = None) -> Split:
         """Return new data as the split "new", prepared as those of the fit were, none of which are needed.

@@ -155,8 +155,7 @@ def earlier(folder: Path) -> set[str]:
 
 def slug(name: str) -> str:
     """Return a valid file name for the id of a table or picture; different ids give different file names."""
-    plain = re.sub(r"[^A-Za-z0-9._]", lambda m: f"-{ord(m.group()):x}", name) or "-"
-    if len(plain) <= FILE_NAME_CHARACTERS:
+    if len(plain := re.sub(r"[^A-Za-z0-9._]", lambda m: f"-{ord(m.group()):x}", name) or "-") <= FILE_NAME_CHARACTERS:
         return plain
     return f"{plain[:FILE_NAME_CHARACTERS]}-{digest(name.encode(errors='surrogatepass'))[:16]}"
 

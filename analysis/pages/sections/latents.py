@@ -191,8 +191,7 @@ def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
     if len(use.grid) != 2 or use.states < 3 or not is_image(exam.shape):
         return
     rows = np.linspace(0, len(exam.x) - 1, min(MAPPED_DATA, len(exam.x))).astype(int)
-    values = base.array(exam.drawn.latents[name].value)[rows]
-    if values.shape[1] != use.grid[0] * use.grid[1]:
+    if (values := base.array(exam.drawn.latents[name].value)[rows]).shape[1] != use.grid[0] * use.grid[1]:
         return
     data = base.array(exam.part.observed(exam.x[rows.tolist()]))
     maps = values.reshape(len(rows), *use.grid).astype(np.int64)

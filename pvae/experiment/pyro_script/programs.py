@@ -181,8 +181,7 @@ class PlainScript(Script):
 
     def temperature(self, name: str) -> str:
         """Return the expression of the temperature of a relaxed latent."""
-        schedule = self.experiment.latents[name].temperature or Constant(value=2 / 3)
-        if isinstance(schedule, Constant):
+        if isinstance(schedule := self.experiment.latents[name].temperature or Constant(value=2 / 3), Constant):
             return f"torch.tensor({schedule.value!r})"
         self.numbers[f"tau_{name}"] = schedule
         return f"torch.tensor(tau_{name})"

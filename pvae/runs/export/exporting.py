@@ -43,8 +43,7 @@ def remembered(files: RunDirectory, asked: Sequence[str]) -> tuple[str, ...]:
     """Return the exporters used for a run before and those requested now, and record them in the run's manifest."""
     manifest = files.manifest
     before = [str(kind) for kind in manifest.get("exports", [])]
-    kinds = tuple(dict.fromkeys([*before, *asked]))
-    if list(kinds) != before:
+    if list(kinds := tuple(dict.fromkeys([*before, *asked]))) != before:
         files.write_manifest({**manifest, "exports": list(kinds)})
     return kinds
 
