@@ -9,7 +9,6 @@ import typer
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
 from pvae.errors import DeclarationError
-from pvae.experiment.experiment import reading
 from pvae.util.files import write_atomic
 from pvae.words import text
 
@@ -71,6 +70,7 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
     if not build:
         shared.answer(found, f"{name}: ok")
         return
+    from pvae.experiment.experiment import reading
     from pvae.training.evaluation import evaluate
 
     with reading(experiment):
