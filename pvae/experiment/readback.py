@@ -35,12 +35,18 @@ def formulas(experiment: Experiment) -> dict[str, str]:
     sites, guide_sites = experiment.sites(), experiment.guide_sites()
     names = ", ".join(site.name for site in sites)
     priors = [factor("p", site.name, site.given) for site in sites]
-    joint = factor("p", f"{OBSERVED}, {names}", experiment.covariates)
-    model = f"{joint} = {' '.join(priors)} {factor('p', OBSERVED, experiment.decoder_given())}"
+    given = [name for name, entry in experiment.entries().items() if not entry.latent]
+    joint = factor("p", f"{OBSERVED}, {names}", given)
+    model = f"{joint} = {' '.join(priors)} {factor('p', OBSERVED, decoded(experiment))}"
     posteriors = [factor("q", site.name, site.guide_given) for site in guide_sites]
     posteriors += [factor("p", site.name, (OBSERVED, *site.given)) for site in sites if site.summed]  # by Bayes
-    guide = f"{factor('q', names, (OBSERVED, *experiment.covariates))} = {' '.join(posteriors)}"
+    guide = f"{factor('q', names, (OBSERVED, *given))} = {' '.join(posteriors)}"
     return {"model": model, "guide": guide, "model_latex": latex(model), "guide_latex": latex(guide)}
+
+
+def decoded(experiment: Experiment) -> list[str]:
+    """Return the names of all that p(x | ...) is given: by the decoder's network, then by the likelihood."""
+    return list(dict.fromkeys((*experiment.decoder_given(), *experiment.decoder.likelihood.conditions)))
 
 
 def arrows(sites: Iterable[Site], data: Iterable[str]) -> list[str]:
@@ -67,7 +73,7 @@ def described(experiment: Experiment, x: Shape, pair: Pair) -> dict[str, object]
     """Return formulas, graph, shapes and parameter counts of a declaration as a dictionary for JSON."""
     return {
         "name": experiment.name, "description": experiment.description, **formulas(experiment),
-        "graph": arrows(experiment.sites(), experiment.decoder_given()), "x": list(x),
+        "graph": arrows(experiment.sites(), decoded(experiment)), "x": list(x),
         "latents": {site.name: size_of(site) for site in experiment.sites()}, "parameters": counts(pair),
     }  # fmt: skip
 
@@ -81,13 +87,13 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> Group:
         prior = f"{latent.prior.kind}: {factor('p', site.name, site.given)}"
         posterior = f"{latent.posterior.kind}: {factor('q', site.name, site.guide_given)}"
         latents.add_row(site.name, size_of(site), prior, posterior)
-    observed = f"{experiment.decoder.likelihood.kind}: {factor('p', OBSERVED, experiment.decoder_given())}"
+    observed = f"{experiment.decoder.likelihood.kind}: {factor('p', OBSERVED, decoded(experiment))}"
     latents.add_row(OBSERVED, str(list(x)), observed, "data")
     sizes = Table("part", Column("values", justify="right"), title="parameters", title_justify="left")
     for part, count in counts(pair).items():
         sizes.add_row(part, f"{count:,}")
     sizes.add_row("total", f"{sum(counts(pair).values()):,}", style="bold")
-    graph = ";  ".join(arrows(experiment.sites(), experiment.decoder_given()))
+    graph = ";  ".join(arrows(experiment.sites(), decoded(experiment)))
     lines = [
         f"{experiment.name}  {experiment.description}".rstrip(), f"graph   {graph}", f"model   {found['model']}",
         f"guide   {found['guide']}", f"LaTeX   {found['model_latex']}", f"        {found['guide_latex']}",

@@ -17,6 +17,7 @@ from pvae.analysis import compare, evidence, sample
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
+from pvae.experiment.readback import formulas
 from pvae.models.likelihoods.base import Likelihood
 
 FEATURES = 20
@@ -159,6 +160,12 @@ def test_the_size_is_an_entry_of_the_row(run: pvae.Run):
     assert torch.equal(other[:, -1], rows[:, -1])
     again = run.pair.model(rows)
     assert again.shape == (len(rows), FEATURES)
+
+
+def test_the_size_stands_in_the_formulas(run: pvae.Run):
+    found = formulas(run.experiment)
+    assert found["model"] == "p(x, z | library) = p(z) p(x | z, library)"
+    assert found["guide"].endswith("q(z | x)")
 
 
 def test_samples_have_sizes_of_training_rows_or_those_given(run: pvae.Run):

@@ -22,7 +22,7 @@ from tests.zoo_runs import declared, fit, tiny_report, tiny_run
 CONTINUOUS = {
     "vae", "vae_normal", "autoencoder", "em_mixture", "kmeans", "flow", "flow_dequantised", "flow_variational",
     "mixture_prior", "vamp", "exemplar", "aggregated", "realnvp_prior", "maf_prior", "spline_prior", "iaf_posterior",
-    "hvae", "ladder", "bidirectional", "conditional",
+    "hvae", "ladder", "bidirectional", "conditional", "cells",
 }  # fmt: skip
 DISCRETE = {
     "categorical_vae", "bernoulli_vae", "gumbel_softmax_vae", "straight_through_vae", "relaxed_flow_prior", "vq_vae",
