@@ -51,7 +51,8 @@ def of_pvae(x: np.ndarray, split: list[np.ndarray], overrides: list[str], seed: 
         begin = time.process_time()
         run = pvae.fit("cells", *overrides, data=data, seed=seed, run_dir=folder, device="cpu", progress=False)
         seconds = time.process_time() - begin
-        found = evidence(run.pair, run.data.test.rows, samples=1000)
+        rows: Any = run.data.test.rows
+        found = evidence(run.pair, rows, samples=1000)
     return {"elbo": found.elbo.value, "iwae": found.iwae.value, "seconds": seconds}
 
 
