@@ -1,4 +1,4 @@
-"""Downstream probe: accuracy of simple classifiers of the label from latent codes, compared with that from x."""
+"""Labels in codes: accuracy of simple classifiers, compared with that from x; separation and mixing of groups."""
 
 import warnings
 from collections.abc import Iterator, Sequence
@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy.stats import entropy
 from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
-from sklearn.neighbors import KNeighborsClassifier
+from sklearn.metrics import silhouette_samples
+from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
@@ -33,6 +35,8 @@ PROBE_NEIGHBOURS = 5
 """Number of neighbours of the k-nearest-neighbour classifier."""
 LINEAR_STEPS = 200
 """Largest number of optimiser steps of logistic regression."""
+GROUPED_ROWS, MIXED_NEIGHBOURS = 5000, 50
+"""Largest number of rows whose groups are looked at, and of neighbours of each."""
 TOGETHER, RAW = "all latents", "x"
 Block = tuple[Tensor, Tensor]
 """Values `(n, ...)` that a classifier reads: of the training rows, and of those to classify; integers are codes."""
@@ -121,7 +125,8 @@ def probe(
         True
     """
     pair, part, train = opened(run), run.data.split(split), run.data.train
-    refuse(pair.frame.covariates, "refused.given_label", covariates=pair.frame.covariates)
+    given = [name for name, entry in pair.frame.covariates.items() if entry.source == "label"]
+    refuse(given, "refused.given_label", covariates=given)
     x, y = _some(train, PROBE_TRAINING_ROWS, seed)
     asked, labels = _some(part, min(rows or PROBE_ROWS, PROBE_ROWS), seed)
     there = np.unique(y)
@@ -182,3 +187,77 @@ def _right(blocks: Sequence[Block], y: NDArray[Any], labels: NDArray[Any]) -> li
             warnings.simplefilter("ignore", ConvergenceWarning)  # the classifier after `LINEAR_STEPS` steps is used
             right.append(torch.from_numpy(reader.fit(train, y).predict(asked) == labels).double())
     return right
+
+
+# ---------------------------------------------------------------------- groups of rows
+
+
+@dataclass(frozen=True, repr=False)
+class Groups(Figures):
+    """Separation and mixing of groups of rows among codes, estimates; the result of `groups`."""
+
+    heading = "Groups of rows among codes ({0.asked} of {0.split})"
+    unit = "score"
+    counts = ("split", "asked")
+
+    separated: dict[str, Estimate]
+    """Silhouette by what groups the rows: -1 to 1, large where codes of a group lie closer to each other than to those
+    of the nearest other group."""
+    mixed: dict[str, Estimate]
+    """Entropy of the groups among the nearest codes, divided by that among all rows: 0 to 1, 1 if mixed evenly."""
+    asked: int
+    """Number of rows."""
+    split: str
+    """Name of the split of the rows."""
+
+    def rows(self) -> Iterator[Row]:
+        for name, silhouette in self.separated.items():
+            yield f"{name}/silhouette", silhouette, "separation of the groups, -1 to 1"
+            yield f"{name}/mixing", self.mixed[name], f"entropy among {MIXED_NEIGHBOURS} neighbours; 1: as in all rows"
+
+
+def groups(run: Run, split: str = "test", seed: int = 0) -> Groups:
+    """Measure how far labels, and levels of categorical covariates such as batches, lie apart in the codes of data.
+
+    Codes are centres of q(z | x), real coordinates of all latents side by side; at most `GROUPED_ROWS` rows are taken.
+    Few neighbours make the mixing too small, by about (levels - 1) / (2 neighbours) over the entropy of all rows.
+
+    References:
+        Silhouettes (Rousseeuw, 1987), https://doi.org/10.1016/0377-0427(87)90125-7
+        Batch effects in single-cell RNA-sequencing data (Haghverdi et al., 2018), https://doi.org/10.1038/nbt.4091
+
+    Arguments:
+        run: a run.
+        split: split of the rows.
+        seed: seed of the rows.
+
+    Raises:
+        DataError: rows have no labels and no categorical covariates of two or more values, or there is no real latent.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_run
+        >>> found = groups(example_run())  # two clusters
+        >>> found.separated["label"].value > 0.2, found.mixed["label"].value < 0.5
+        (True, True)
+    """
+    pair, part = opened(run), run.data.split(split)
+    index = seeds.subset(len(part), affordable(GROUPED_ROWS, tuple(part.rows.shape[1:])), seed)
+    x = part.rows[index.to(part.rows.device)]
+    given = {name: e for name, e in pair.frame.covariates.items() if e.codes and e.vocabulary is None}
+    known = {name: value for name, value in pair.frame.columns(x).items() if name in given}
+    if part.y is not None and not any(entry.source == "label" for entry in pair.frame.covariates.values()):
+        known["label"] = part.y[index.to(part.y.device)]
+    grouped = {name: np.unique(value.cpu().numpy(), return_inverse=True)[1] for name, value in known.items()}
+    grouped = {name: group for name, group in grouped.items() if 0 < group.max() < len(x) - 1}
+    latents = [code.value.flatten(1) for code in encode(run, x, mean=True, seed=seed).latents.values()]
+    real = [value.double().cpu() for value in latents if value.is_floating_point()]
+    if not grouped or not real:
+        raise DataError("groups: expected real latents, and labels or covariates of two or more values; got none.")
+    codes = torch.cat(real, 1).numpy()
+    near = NearestNeighbors(n_neighbors=min(MIXED_NEIGHBOURS, len(x) - 1)).fit(codes).kneighbors(return_distance=False)
+    separated, mixed = {}, {}
+    for name, group in grouped.items():
+        hot = np.eye(group.max() + 1)[group]
+        separated[name] = over_rows(torch.from_numpy(silhouette_samples(codes, group)))
+        mixed[name] = over_rows(torch.from_numpy(entropy(hot[near].mean(1), axis=1) / entropy(hot.mean(0))))
+    return Groups(separated, mixed, len(x), split)

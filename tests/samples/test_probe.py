@@ -12,6 +12,7 @@ import torch
 from scipy.stats import norm
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import silhouette_score
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import encode, probe
-from pvae.analysis.samples.probe import _right
+from pvae.analysis.samples.probe import _right, groups
 from pvae.data.dataset import Dataset
 from pvae.runs.run import Run
 from tests.samples.models import Beside, refused
@@ -138,3 +139,30 @@ def test_where_there_is_nothing_to_read(moons, gan, tmp_path):
         pair, data = pvae.Pair(model=module.model, guide=module.guide), Dataset.from_tensors(x, labels)
         run = pvae.fit(pair, "train.epochs=1", data=data, run_dir=tmp_path, device="cpu", progress=False)
         refused(message, probe, run)
+
+
+# ---------------------------------------------------------------------- groups of rows
+
+
+def test_groups_are_scored_as_by_hand(told: Run):
+    found = groups(told)
+    rows, y = told.data.test.rows, told.data.test.y.numpy()
+    codes = encode(told, rows, mean=True).latents
+    z = torch.cat([code.value.flatten(1).double() for code in codes.values()], 1).numpy()
+    assert found.asked == len(rows) == 4000
+    assert found.separated["label"].value == pytest.approx(silhouette_score(z, y), abs=1e-9)
+    distance = np.square(z[:, None] - z[None, :500]).sum(-1)  # to the first rows alone
+    near = np.argsort(distance[:500] + np.diag(np.full(500, np.inf)), axis=1)[:, :50]
+    share = np.clip(y[:500][near].mean(1), 1e-12, 1 - 1e-12)
+    by_hand = -(share * np.log(share) + (1 - share) * np.log(1 - share)).mean() / np.log(2)
+    assert found.mixed["label"].value == pytest.approx(by_hand, abs=0.06)
+
+
+def test_groups_that_codes_do_not_know_are_mixed(told: Run):
+    y = told.data.test.y
+    kept = y.clone()
+    y.copy_(torch.randint(3, (4000,), generator=torch.Generator().manual_seed(3)))
+    found = groups(told)
+    y.copy_(kept)
+    assert found.mixed["label"].value == pytest.approx(1 - 2 / (2 * 50) / math.log(3), abs=0.01)
+    assert abs(found.separated["label"].value) < 0.02

@@ -5,5 +5,5 @@ from pvae.analysis.pages.sections import fit, latents, samples
 SECTIONS = {made.__name__.replace("_", " "): made for made in (
     fit.training, fit.fit, fit.surgery, latents.latents, latents.codes, latents.labels, fit.guide, fit.calibration,
     samples.samples, samples.reconstructions, samples.traversals, samples.interpolations, samples.sample_quality,
-    latents.probe, fit.declaration, fit.environment, fit.left_out,
+    latents.probe, latents.groups, fit.declaration, fit.environment, fit.left_out,
 )}  # fmt: skip

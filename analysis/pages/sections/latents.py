@@ -16,6 +16,7 @@ from pvae.analysis.pages.plots import bars, base, clouds
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.probe import RAW
+from pvae.analysis.samples.probe import groups as groups_of
 from pvae.analysis.samples.probe import probe as probe_of
 from pvae.errors import DataError
 from pvae.pair.code_usage import SILENT
@@ -253,3 +254,16 @@ def probe(exam: Examination) -> Iterator[Part]:
     yield text("probe.logistic", best=best, raw=found[RAW])
     yield text("probe.neighbours", best=best, raw=found[RAW])
     yield {"probe": found.to_dict()}
+
+
+def _grouped(exam: Examination) -> bool:
+    known = exam.part.y is not None or any(entry.codes for entry in exam.pair.frame.covariates.values())
+    return known and any(latent.codes is None for latent in exam.collapse.latents.values())
+
+
+@section("groups", scored=True, where=_grouped)
+def groups(exam: Examination) -> Iterator[Part]:
+    """Yield separation and mixing of labels and levels of covariates among codes; nothing where rows have no groups."""
+    if (found := exam.attempt("groups", groups_of, exam.run, exam.split, exam.seed)) is not None:
+        yield table("groups", [(name, s, found.mixed[name]) for name, s in found.separated.items()], groups=found)
+        yield {"groups": found.to_dict()}
