@@ -193,10 +193,10 @@ def _right(blocks: Sequence[Block], y: NDArray[Any], labels: NDArray[Any]) -> li
 
 
 @dataclass(frozen=True, repr=False)
-class Groups(Figures):
+class GroupedCodes(Figures):
     """Separation and mixing of groups of rows among codes, estimates; the result of `groups`."""
 
-    heading = "Groups of rows among codes ({0.asked} of {0.split})"
+    heading = "GroupedCodes of rows among codes ({0.asked} of {0.split})"
     unit = "score"
     counts = ("split", "asked")
 
@@ -216,7 +216,7 @@ class Groups(Figures):
             yield f"{name}/mixing", self.mixed[name], f"entropy among {MIXED_NEIGHBOURS} neighbours; 1: as in all rows"
 
 
-def groups(run: Run, split: str = "test", seed: int = 0) -> Groups:
+def groups(run: Run, split: str = "test", seed: int = 0) -> GroupedCodes:
     """Measure how far labels, and levels of categorical covariates such as batches, lie apart in the codes of data.
 
     Codes are centres of q(z | x), real coordinates of all latents side by side; at most `GROUPED_ROWS` rows are taken.
@@ -260,4 +260,4 @@ def groups(run: Run, split: str = "test", seed: int = 0) -> Groups:
         hot = np.eye(group.max() + 1)[group]
         separated[name] = over_rows(torch.from_numpy(silhouette_samples(codes, group)))
         mixed[name] = over_rows(torch.from_numpy(entropy(hot[near].mean(1), axis=1) / entropy(hot.mean(0))))
-    return Groups(separated, mixed, len(x), split)
+    return GroupedCodes(separated, mixed, len(x), split)

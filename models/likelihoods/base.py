@@ -27,6 +27,8 @@ class Likelihood(Component):
     """True if the likelihood is for tables only, and scores each column by a distribution of its own."""
     closed_form: ClassVar[type[ClosedForm] | None] = None
     """Closed form of its M-step, with which the objective `em` fits it; None if it has none."""
+    conditions: ClassVar[tuple[str, ...]] = ()
+    """Names of the entries of a row that the likelihood reads itself: the size of a datum, covariates."""
     is_point: ClassVar[bool] = False
     """True if z determines x, x = g(z); the posterior must then invert the decoder, except in a GAN."""
 
@@ -43,11 +45,6 @@ class Likelihood(Component):
     def over(self, laws: Sequence[Law]) -> Likelihood:
         """Return this likelihood bound to table columns with the given distributions; itself if it scores no tables."""
         return self
-
-    @property
-    def conditions(self) -> tuple[str, ...]:
-        """Names of the entries of a row that the likelihood reads itself: the size of a datum, covariates."""
-        return ()
 
     def within(self, shapes: Mapping[str, Shape]) -> Self:
         """Return this likelihood bound to the shapes `(d,)` of the entries of a row that it reads, by name."""

@@ -13,7 +13,7 @@ from pvae.models.likelihoods.standard import Elements
 
 LARGEST_LOG = 12.0
 """Largest |log| of a predicted or learned shape parameter (a clamp)."""
-LARGEST_LOGIT = 30.0
+MOST_LOGIT = 30.0
 """Largest |logit| of a mean of continuous values in [0, 1] (a clamp)."""
 
 
@@ -28,8 +28,7 @@ class ContinuousBernoulli(Elements):
     support: ClassVar[constraints.Constraint] = constraints.unit_interval
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
-        logits = parameters[0].clamp(-LARGEST_LOGIT, LARGEST_LOGIT)
-        return ExactContinuousBernoulli(logits=logits)  # type: ignore[call-arg]
+        return ExactContinuousBernoulli(logits=parameters[0].clamp(-MOST_LOGIT, MOST_LOGIT))  # type: ignore[call-arg]
 
 
 class Beta(Elements):
@@ -64,12 +63,10 @@ class LogNormal(Elements):
         return dist.LogNormal(loc, log_scale.exp().clamp(min=self.floor))
 
 
-def heavy_tailed(
-    loc: Tensor, log_scale: Tensor, log_df: Tensor, floor: float, validate_args: bool | None = None
-) -> dist.TorchDistribution:
+def heavy_tailed(loc: Tensor, log_scale: Tensor, log_df: Tensor, floor: float, **checked: bool) -> ExactStudentT:
     """Return Student's t distributions at `loc` `(..., d)`, of scale >= `floor` and 1 + e^a degrees of freedom."""
     df, scale = 1 + log_df.clamp(max=LARGEST_LOG).exp(), log_scale.exp().clamp(min=floor)
-    return ExactStudentT(df.expand(loc.shape), loc, scale.expand(loc.shape), validate_args=validate_args)
+    return ExactStudentT(df.expand(loc.shape), loc, scale.expand(loc.shape), **checked)
 
 
 class StudentT(Elements):

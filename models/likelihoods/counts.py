@@ -83,7 +83,8 @@ class Counts(Likelihood):
         return 1 + (self.dispersed_by == "decoder")
 
     @property
-    def conditions(self) -> tuple[str, ...]:
+    def conditions(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Names of the entries of a row that hold the size, and the levels of dispersions, if they do."""
         return tuple(name for name in (self.size, self.dispersed_by) if name and name not in OWNERS)
 
     def within(self, shapes: Mapping[str, Shape]) -> Self:
