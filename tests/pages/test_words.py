@@ -37,7 +37,8 @@ SETTINGS = {"where", "digits", "strong", "folded", "is_appendix", "scored"}
 FIELDS: dict[str, Any] = {
     "best": Reading, "bound": Evidence, "distances": Distances, "draws": Copying, "exam": Examination,
     "fidelity": Fidelity, "first": Copying, "gap": Gap, "groups": GroupedCodes, "holes": Holes,
-    "latent": LatentCollapse, "probe": Probe, "raw": Reading, "rows": ChosenRows, "run": {"id", "started"}, "surgery": Surgery, "test": TwoSample,
+    "latent": LatentCollapse, "probe": Probe,
+    "raw": Reading, "rows": ChosenRows, "run": {"id", "started"}, "surgery": Surgery, "test": TwoSample,
     "found": Surgery, "p": {"least", "chance", "value"}, "size": SubsetInformation, "step": WaterfallStep,
     "use": CodeUse, "watched": {"rows", "split"}, **dict.fromkeys(("gains", "known", "wide"), {"items"}),
 }  # fmt: skip
