@@ -192,13 +192,8 @@ def _right(blocks: Sequence[Block], y: NDArray[Any], labels: NDArray[Any]) -> li
 # ---------------------------------------------------------------------- groups of rows
 
 
-@dataclass(frozen=True, repr=False)
 class GroupedCodes(Figures):
     """Separation and mixing of groups of rows among codes, estimates; the result of `groups`."""
-
-    heading = "GroupedCodes of rows among codes ({0.asked} of {0.split})"
-    unit = "score"
-    counts = ("split", "asked")
 
     separated: dict[str, Estimate]
     """Silhouette by what groups the rows: -1 to 1, large where codes of a group lie closer to each other than to those
