@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyro.distributions as dist
+from pydantic import PrivateAttr
 from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
 from pvae.distributions.base import Determined
+from pvae.distributions.missing import partly_missing
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.frame import Frame
 from pvae.graph.site import EMBEDDED, OBSERVED, Law, Site, embedded
 from pvae.graph.statements import data_plate, sample
-from pvae.models.likelihoods.base import Likelihood
+from pvae.models.likelihoods.base import IndicatorReader, Likelihood, ReaderModule
 from pvae.models.likelihoods.standard import Bernoulli
 from pvae.nn.network import MLP, Network
 
@@ -29,10 +31,37 @@ class Decoder(Section):
     likelihood: Likelihood = Bernoulli()
     given: Names | None = None
     """Names of the latents that the decoder reads; default: those that no other latent depends on."""
+    missingness: Literal["random", "z"] = "random"
+    """Elements that may be missing: at `random` (given the observed elements), so that the log density of x is that of
+    the observed ones; or with a probability that the decoder gives for each element, so that which are missing is data
+    too: p(x_observed, m | z) = p(x_observed | z) p(m | z), exactly.
 
-    def over(self, laws: Sequence[Law]) -> Decoder:
-        """Return this decoder with its likelihood bound to the columns of a table; unchanged if it scores no tables."""
-        return self.model_copy(update={"likelihood": self.likelihood.over(laws)})
+    References:
+        not-MIWAE: Deep Generative Modelling with Missing not at Random Data (Ipsen et al., 2021),
+        https://arxiv.org/abs/2006.12871
+    """
+    _takes_missing: bool = PrivateAttr(default=False)
+
+    def over(self, laws: Sequence[Law], masked: bool = False) -> Decoder:
+        """Return this decoder for the declared data.
+
+        Arguments:
+            laws: distributions of the columns of a table, to which a likelihood that scores tables is bound.
+            masked: True if elements of x other than a table's may be missing.
+        """
+        bound = self.model_copy(update={"likelihood": self.likelihood.over(laws)})
+        bound._takes_missing = masked or any(law.masked for law in laws)
+        return bound
+
+    @property
+    def takes_missing(self) -> bool:
+        """True if elements of x may be missing, NaN."""
+        return self._takes_missing
+
+    def reader(self, x: Shape) -> ReaderModule | None:
+        """Return the module that prepares data of event shape `x` for the guide; None if it reads them as they are."""
+        own = self.likelihood.reader(x)
+        return IndicatorReader(x, own) if self._takes_missing and not self.likelihood.of_tables else own
 
     @property
     def support(self) -> constraints.Constraint:
@@ -52,7 +81,13 @@ class DecoderModule(nn.Module):
         super().__init__()
         self.conditions = declared.likelihood.conditions
         self.likelihood = declared.likelihood.within({name: known[name] for name in self.conditions}).build(x)
-        self.network = declared.network.build({name: known[name] for name in given}, self.likelihood.inputs)
+        self.takes_missing = declared.takes_missing
+        self.parts, (first, *rest) = [], self.likelihood.inputs
+        if declared.missingness == "z":
+            if rest != [*x[1:]]:
+                raise DeclarationError.of("models.graph.missingness", likelihood=declared.likelihood, x=x)
+            self.parts, first = [first, x[0]], first + x[0]
+        self.network = declared.network.build({name: known[name] for name in given}, (first, *rest))
 
     def forward(self, seen: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return p(x | features), with batch shape `(...)`, for features `name -> (..., *shape)`.
@@ -62,8 +97,12 @@ class DecoderModule(nn.Module):
         """
         if isinstance(seen, Tensor):
             raise DataError.of("models.graph.names", inputs=self.network.inputs)
+        h, absence = self.network(seen), None
+        if self.parts:
+            h, absence = h.split(self.parts, -len(self.likelihood.x))
         beside = ({name: seen[name] for name in self.conditions},) if self.conditions else ()
-        return self.likelihood(self.network(seen), *beside)
+        fn = self.likelihood(h, *beside)
+        return partly_missing(fn, absence) if self.takes_missing else fn
 
 
 ENUMERATED: InferDict = {"enumerate": "parallel"}

@@ -11,6 +11,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import refuse, text
+from pvae.distributions.missing import Absence
 from pvae.distributions.relaxed import Discretised
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair, Unweighed, require_bound, samples
@@ -19,7 +20,7 @@ from pvae.util import seeds
 from pvae.util.memory import require_memory
 
 
-def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True) -> Tensor:
+def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True, holes: bool = False) -> Tensor:
     """Return data as the tensor that the pair scores, `(n, *event)`; refuse pairs without a likelihood.
 
     Arguments:
@@ -27,6 +28,7 @@ def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True) -> Ten
         x: data `(n, *event)`.
         guide: False for an analysis that does without the guide, whose latents may then be others than the model's.
         known: False for an analysis that infers every latent, which rows with the value of one are no data of.
+        holes: True for an analysis that takes missing values (NaN) of a declared pair whose likelihood does not.
 
     Raises:
         DeclarationError: `pair` is no `pvae.Pair`, or the guide has latents that the model lacks.
@@ -43,6 +45,9 @@ def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True) -> Ten
     pair.frame.require(rows)
     if not (guide and known) and (names := pair.frame.known(rows, every=False)):
         raise DataError(text("refused.known", names=sorted(names)))
+    takes = holes or getattr(getattr(pair.model, "decoder", None), "takes_missing", True)  # or a hand-written pair
+    if not takes and bool((x := pair.frame.split(rows)[0]).isnan().any()):
+        raise DataError(text("refused.holes", row=int(x.flatten(1).isnan().any(1).nonzero()[0])))
     return rows
 
 
@@ -103,20 +108,24 @@ def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
 def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, Tensor]]:
     """Return data and latents sampled from the model, one row for each of `like`, whose covariates are kept.
 
+    So are its missing elements (NaN), unless the model samples which are missing.
+
     Raises:
         DataError: the model observes something else than its data; the message begins with `caller`.
     """
     trace = samples(pair.simulate(like))
     values = {name: node["value"] for name, node in trace.items() if name not in pair.layout.observed}
     found = {name: trace[name]["value"] for name in pair.layout.observed if name in trace}
-    x = _placed(pair, like, found)
-    if x is not None and pair.frame.entries:
-        return x, values
-    if x is not None:
+    hides = {name: fn.hidden(found[name]) for name in found if isinstance(fn := trace[name]["fn"], Absence)}
+    x = _placed(pair, like, found := found | hides)
+    if x is not None and not pair.frame.entries:
         seen = samples(pair.model_trace(x, values))
-        if all(torch.equal(seen[name]["value"].to(v.dtype).reshape(v.shape), v) for name, v in found.items()):
-            return x, values
-    raise DataError(text("refused.parts_observed", caller=caller, found=found, like=list(like.shape)))
+        again = {name: seen[name]["value"].to(v.dtype).reshape(v.shape) for name, v in found.items()}
+        x = x if all(torch.allclose(again[name], v, 0, 0, equal_nan=True) for name, v in found.items()) else None
+    if x is None:
+        raise DataError(text("refused.parts_observed", caller=caller, found=found, like=list(like.shape)))
+    gone = like.isnan()
+    return x if hides or not bool(gone.any()) else x.masked_fill(gone, torch.nan), values
 
 
 def _placed(pair: Pair, like: Tensor, found: dict[str, Tensor]) -> Tensor | None:

@@ -16,8 +16,9 @@ from pvae.analysis.figures.estimate import refuse
 from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import summed_codes
 from pvae.analysis.samples.sample import model_samples
-from pvae.analysis.samples.score import Hidden, is_elementwise, kinds_of, takes_missing
+from pvae.analysis.samples.score import Hidden, is_elementwise, kinds_of
 from pvae.distributions.codes import Certain
+from pvae.distributions.missing import Absence, takes_missing
 from pvae.errors import DataError
 from pvae.pair import Layout, Pair, is_point, read_joint_states, terms_of, unwrapped
 from pvae.pair import samples as sample_sites
@@ -121,7 +122,7 @@ def impute(
     require_counts("impute", draws=draws, samples=samples)
     refuse(not 0 < interval < 1, f"interval: expected a probability between 0 and 1; got {interval}.")
     pair = running.opened(run_or_pair)
-    rows = accept(pair, x)
+    rows = accept(pair, x, holes=True)
     data, layout = pair.frame.split(rows)[0], pair.layout
     gone = torch.as_tensor(data.isnan() if mask is None else mask, device=rows.device)
     refuse(gone.dtype is not torch.bool or gone.shape != data.shape, "refused.mask", data=data, mask=gone)
@@ -170,6 +171,8 @@ def impute(
 
     with running.analysed(pair, rows, seed):
         fn = (node := _visit(pair, few := pair.structure.few(rows))[2])["fn"]
+        if sweeps and isinstance(fn, Absence):
+            raise DataError("impute: expected sweeps = 0 where z says which elements are missing; got sweeps.")
         hides = mask is not None and not takes_missing(fn)
         if pair.structure.rows is not None or node["value"].numel() != len(few) * prod(event) or not is_elementwise(fn):
             raise DataError("impute: expected rows of any number, each at one site, elements independent given z.")

@@ -19,6 +19,7 @@ from pvae.analysis.export.sites import rows_of
 from pvae.analysis.samples import running
 from pvae.data.split import elementwise
 from pvae.distributions.exact import log_density
+from pvae.distributions.missing import Absence, has_columns
 from pvae.errors import DataError, PvaeError, StorageError
 from pvae.pair import Layout, Pair, is_point, read_joint_states, site_shape, terms_of, unwrapped
 from pvae.pair import samples as sample_sites
@@ -78,9 +79,10 @@ def score(
 ) -> Scores:
     """Score rows of data: log p(x) of each by importance sampling from the guide, by element, and as a p-value.
 
-    log p(x) and its diagnostics are those of `evidence`. Missing values (NaN in masked columns) are integrated out
-    exactly, since their columns are independent given z. Where a guide samples global latents, p(x) is the posterior
-    predictive density, the mean over q of p(x | globals). Rows with covariates are scored given these.
+    log p(x) and its diagnostics are those of `evidence`. Missing values (NaN, where declared) are integrated out
+    exactly, since elements are independent given z; where the decoder gives their probability to be missing
+    (`missingness`), log p of which are missing is part of all terms. Where a guide samples global latents, p(x) is the
+    posterior predictive density, the mean over q of p(x | globals). Rows with covariates are scored given these.
 
     A guide without a density (the point of an autoencoder) gives no bound on log p(x): log p(x | z) at its point is
     then what rows are ranked by.
@@ -189,19 +191,14 @@ def _reference(source: Run | Pair, pair: Pair, given: Any, samples: int) -> Tens
 # ---------------------------------------------------------------------- elements of x
 
 
-def takes_missing(fn: Any) -> bool:
-    """Return True for the distribution of a table's row, which scores missing values (NaN) as absent."""
-    return hasattr(unwrapped(fn), "element_supports")
-
-
 def is_elementwise(fn: Any) -> bool:
     """Return True if the elements of x are independent under p(x | z), with densities of their own."""
-    return takes_missing(fn) or not (unwrapped(fn).event_shape or is_point(fn))
+    return has_columns(fn) or not (unwrapped(fn).event_shape or is_point(fn))
 
 
 def kinds_of(fn: Any, count: int) -> Tensor:
     """Return booleans `(3, D)`: True where an element of x is real, where it is a level (or bit), where a category."""
-    supports = unwrapped(fn).element_supports if takes_missing(fn) else [elementwise(unwrapped(fn).support)] * count
+    supports = unwrapped(fn).element_supports if has_columns(fn) else [elementwise(unwrapped(fn).support)] * count
     category = [isinstance(support, type(constraints.integer_interval(0, 1))) for support in supports]
     level = [support is constraints.boolean or c for support, c in zip(supports, category, strict=True)]
     return torch.tensor([[not support.is_discrete for support in supports], level, category])
@@ -218,7 +215,9 @@ def element_densities(traces: Any, layout: Layout, particles: int, rows: int) ->
     fn, base = node["fn"], unwrapped(node["fn"])
     if layout.eliminated or not is_elementwise(fn):
         return None
-    value = base.element_log_prob(node["value"]) if takes_missing(fn) else log_density(base, node["value"])
+    value = base.element_log_prob(node["value"]) if has_columns(fn) else log_density(base, node["value"])
+    if isinstance(fn, Absence):
+        value = value + fn.absence_log_prob(node["value"])
     for mask in masks_of(node):
         value = torch.where(mask.bool(), value, 0.0)
     value = rows_of(value, node, layout, rows)

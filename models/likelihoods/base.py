@@ -65,6 +65,29 @@ class ReaderModule(nn.Module):
     output: Shape
 
 
+class IndicatorReader(ReaderModule):
+    """Encoding of data with missing elements (NaN) for a network: as 0, and with an indicator for every element.
+
+    The indicators, 1 for a missing element and else 0, are further entries of the first dimension: of an image as many
+    channels as it has.
+
+    Arguments:
+        x: event shape of a datum.
+        own: encoding of complete data, in which a missing element is 0; None for the data as they are.
+    """
+
+    def __init__(self, x: Shape, own: ReaderModule | None = None) -> None:
+        super().__init__()
+        self.own, self.dims = own, len(x)
+        self.output = tuple(self(torch.zeros(1, *x)).shape[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the network inputs `(..., *output)` of data `(..., *x)`."""
+        missing = x.isnan()
+        filled = x.masked_fill(missing, 0.0)
+        return torch.cat([filled if self.own is None else self.own(filled), missing.to(x)], -self.dims)
+
+
 class LikelihoodModule(nn.Module):
     """Base of the modules of likelihoods: splits the decoder's output into the parameters of each element of x."""
 

@@ -46,6 +46,7 @@ class Dataset:
         notes: remarks that are not errors: files left out, rows shared between splits, constant features.
         table: transforms of a tabular data set, which has columns; None for other data.
         transforms: what was fitted to the training rows, by which new rows are prepared as these were.
+        masked: True if values may be missing, NaN.
 
     Example:
         >>> data = Dataset.of(torch.rand(100, 3))
@@ -66,6 +67,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     table: FittedTransforms | None = None
     transforms: FittedTransforms | None = None
+    masked: bool = False
 
     @property
     def splits(self) -> tuple[Split, Split, Split]:
@@ -187,7 +189,7 @@ class Dataset:
             DataError: the layer or column does not exist, or a row has no label; see `from_tensors`.
         """
         declared = declared or TensorSource()
-        return _assembled(declared, anndata_rows(adata, layer, labels, declared.split_seed))
+        return _assembled(declared, anndata_rows(adata, layer, labels, declared.split_seed, declared.masked))
 
     @classmethod
     def from_frame(
@@ -245,7 +247,7 @@ class Dataset:
             DataError: a value is outside; the message gives its split, row, element and the expected values.
         """
         for split in self.splits:
-            split.require_support(constraint, hint)
+            split.require_support(constraint, hint, holed=self.masked and self.table is None)
 
 
 def load(data: Data, *, data_dir: Path | None = None, seed: int = 0) -> Dataset:
@@ -286,6 +288,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
         **splits, shape=shape, source=str(getattr(data, data.tag)), binarize=data.binarize,
         fingerprint=fingerprint_of(splits.values(), shape, data.binarize), label_names=rows.label_names,
         table=transforms if rows.table else None, transforms=transforms, notes=(*rows.notes, *found),
+        masked=data.masked or any(column.missing == "mask" for column in rows.table.values()),
     )  # fmt: skip
 
 
@@ -330,4 +333,4 @@ def _passed(
         raise DataError("Expected data.splits or validation=... and test=...; got both.")
     arrays = {name: read(part, name) for name, part in given.items()}
     more: dict[str, Any] = {"label_names": label_names, "features": feature_names(given.get("train"))}
-    return _assembled(declared, joined(arrays, declared.split_seed, **more))
+    return _assembled(declared, joined(arrays, declared.split_seed, masked=declared.masked, **more))

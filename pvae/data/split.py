@@ -107,7 +107,8 @@ class Split:
         """
         if self.raw is None:
             return self.rows[index]
-        fresh = torch.bernoulli(self.raw[index])
+        intensity = self.raw[index]
+        fresh = torch.bernoulli(intensity.nan_to_num()).where(~intensity.isnan(), torch.nan)
         if self.event is None:
             return fresh
         columns = self.rows.columns if isinstance(self.rows, Streamed) else self.rows[:, prod(self.event) :]
@@ -172,21 +173,22 @@ class Split:
         rows: Any = self.rows
         return (self.observed(torch.as_tensor(chunk)) for _, chunk in chunks(rows, range(len(self))))
 
-    def require_support(self, constraint: Any, hint: str, of: str = "the likelihood does") -> None:
+    def require_support(self, constraint: Any, hint: str, of: str = "the likelihood does", holed: bool = False) -> None:
         """Refuse a split with an element outside a constraint.
 
         Arguments:
             constraint: support of the likelihood; one on whole events is applied to each element.
             hint: advice that ends the message, such as the transform to use instead.
             of: what expects such values.
+            holed: True if any element may be missing, NaN.
 
         Raises:
             DataError: an element is outside; the message gives its split, row, element and the support.
         """
         constraint = elementwise(constraint)
         row = 0
-        for chunk in () if constraint is constraints.real else self.chunks():  # all data are finite
-            inside = constraint.check(chunk)
+        for chunk in () if constraint is constraints.real else self.chunks():  # all data are finite, or missing
+            inside = constraint.check(chunk) | (chunk.isnan() & holed)
             if not bool(inside.all()):
                 first, *element = (int(i) for i in (~inside).nonzero()[0])
                 value, (where, wanted) = chunk[(first, *element)].flatten()[:6].tolist(), _named(constraint, element)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pvae.data.rows.files import Stored
-from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, require_unit
+from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, kept_missing, require_unit
 from pvae.data.rows.rows import NEW, SPLITS, Part, rows_of
 from pvae.errors import DataError
 from pvae.util import group, seeds
@@ -181,8 +181,8 @@ class Blocks:
 
     def _read(self, number: int) -> NDArray[Any]:
         part = self._part_of(number)
-        if self.rule is not None:
-            return self.rule(self.rows.of(part), number)
+        if (rule := self.rule) is not None:
+            return kept_missing(lambda block: rule(block, number), self.rows.of(part))
         return rows_of(self.rows.x, part) if self.rows.as_stored else self.rows.of(part)
 
     def expect(self, numbers: NDArray[np.int64]) -> None:
@@ -278,7 +278,7 @@ def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     x = {}
     for name, seen in found.items():
         low, high = data.scale(seen.low), data.scale(seen.high)
-        require_unit(name, float(low.min()), float(high.max()))
+        require_unit(name, float(np.fmin.reduce(low, None)), float(np.fmax.reduce(high, None)))
         blocks = Blocks(data, parts[name], seen, partial(fixed, (*SPLITS, NEW).index(name)))
         if binarize == "threshold":
             blocks = Blocks(data, parts[name], seen._replace(low=low > 0.5, high=high > 0.5), threshold)

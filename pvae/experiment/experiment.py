@@ -153,9 +153,9 @@ class Experiment(Plan):
     def observed(self) -> Decoder:
         """Return the decoder for the declared data.
 
-        For tabular data its likelihood has a distribution for each column.
+        For tabular data its likelihood has a distribution for each column; others take missing elements, if declared.
         """
-        return self.decoder.over([column.law(name) for name, column in self.data.table.items()])
+        return self.decoder.over([column.law(name) for name, column in self.data.table.items()], self.data.masked)
 
     def second_stage(self) -> Self:
         """Return the experiment that `refit` declares: this one with the new priors and the ELBO as its objective.
@@ -321,7 +321,7 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
     relaxed = [site.name for site in sites if site.space.values == "relaxed"]
     temperatures = {name: Scheduled(latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
     link.model = GraphModel(sites, priors, decoder, frame, codebooks, temperatures)
-    reader = declared.likelihood.reader(frame.x)
+    reader = declared.reader(frame.x)
     known[OBSERVED] = frame.x if reader is None else reader.output
     reading = [site for site in guide_sites if latents[site.name].posterior.reads_features]
     with at("encoder"):

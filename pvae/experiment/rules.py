@@ -14,7 +14,7 @@ from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
 from pvae.models.likelihoods.base import Likelihood
 from pvae.models.likelihoods.columns import support_of
-from pvae.models.likelihoods.counts import OWNERS, Counts
+from pvae.models.likelihoods.counts import LIBRARY, OWNERS, Counts
 from pvae.models.likelihoods.standard import DeterminedLikelihood
 from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.network import TableNetwork
@@ -336,6 +336,11 @@ def _columns(e: Experiment) -> Iterator[Finding]:
     likelihood, loc, columns = e.decoder.likelihood, "decoder.likelihood", e.data.table
     if likelihood.of_tables and not columns:
         yield loc, "another likelihood, unless the data are a table with data.columns", likelihood.kind
+    holed, em = e.observed().takes_missing, isinstance(e.objective, EM)
+    if e.decoder.missingness != "random" and not holed:
+        yield "decoder.missingness", text("experiment.rules.never_missing"), e.decoder.missingness
+    if holed and (likelihood.is_point or em or LIBRARY in likelihood.conditions):
+        yield "data.missing", text("experiment.rules.holes", likelihood=likelihood, em=em), "mask"
     for name, column in columns.items() if not likelihood.of_tables else ():
         if (law := column.law(name)).masked or support_of(law) is not likelihood.support:
             yield loc, text("experiment.rules.columns", name=name, law=law, column=column), likelihood.kind

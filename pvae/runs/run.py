@@ -208,7 +208,7 @@ class Run(Applied):
             found = rows_of_new(data, declared, self.transforms, folder, labelled=labelled)
         split = self.transforms.split(found, closed=labelled)
         if plan is not None:
-            split.require_support(plan.observed().support, plan.decoder.likelihood.hint)
+            split.require_support(plan.observed().support, plan.decoder.likelihood.hint, holed=plan.data.masked)
             split = plan.conditioned(split)
         return split.to(self._device)
 

@@ -176,6 +176,8 @@ def _declared(
         else:
             source = passed_source(plan)
             plan, dataset = plan.model_copy(update={"data": source}), Dataset.of(data, source)
+    if dataset.masked and not plan.observed().takes_missing:
+        raise DataError.of("training.fit.missing", kind=plan.decoder.likelihood.kind)
     dataset = plan.conditioned(dataset)
     dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
     return plan, dataset, plan.build(dataset.shape, min(plan.train.batch_size, len(dataset.train)), device)

@@ -18,7 +18,9 @@ import argparse
 import itertools
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas
@@ -42,6 +44,7 @@ CHOSEN = {
     "breast_cancer": "dim 4, hidden [64], student_t",
     "iris": "dim 2, hidden [64], normal",
 }
+MIWAE: Mapping[str, Any] = {"kind": "iwae", "particles": 20}
 EXPOSURES = 60_000
 """Number of rows that a fit sees, with repetitions."""
 
@@ -56,7 +59,12 @@ def cells(name: str, mask: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def fitted(
-    x: np.ndarray, choice: tuple[int, tuple[int, ...], str], folder: str, validation: np.ndarray, seed: int = 0
+    x: np.ndarray,
+    choice: tuple[int, tuple[int, ...], str],
+    folder: str,
+    validation: np.ndarray,
+    seed: int = 0,
+    objective: Mapping[str, Any] = MIWAE,
 ) -> pvae.Run:
     """Return the run of a fit to rows with missing cells."""
     dim, hidden, likelihood = choice
@@ -69,7 +77,7 @@ def fitted(
         "latents": {"z": {"dim": dim}},
         "encoder": {"network": {"kind": "mlp", "hidden": [64]}},
         "decoder": {"network": decoder, "likelihood": {"kind": "columns", "floor": 0.05}},
-        "objective": {"kind": "iwae", "particles": 20},
+        "objective": dict(objective),
         "train": {"epochs": round(EXPOSURES / len(x)), "batch_size": 64, "engine": "eager",
                   "optimizer": {"kind": "adam", "lr": 5e-3}, "schedule": {"kind": "cosine"}, "validate_every": 10},
     })  # fmt: skip

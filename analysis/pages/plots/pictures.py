@@ -29,11 +29,13 @@ SHEET = 100
 def tiles(images: Array, columns: int, low: float, high: float) -> Array:
     """Return images `(n, 1|3, H, W)` or `(n, H, W)` tiled in a grid, as one RGB image with white gaps.
 
-    Values from `low` to `high` are scaled to 0 to 1; the result is `(height, width, 3)`.
+    Values from `low` to `high` are scaled to 0 to 1, missing ones (NaN) are a pale orange; the result is
+    `(height, width, 3)`.
     """
     images = images[:, None] if images.ndim == 3 else images
     grey = np.clip((images - low) / ((high - low) or 1.0), 0, 1)
     colour = np.broadcast_to(grey, (len(grey), 3, *grey.shape[2:])).transpose(0, 2, 3, 1)
+    colour = np.where(np.isnan(colour), (1.0, 0.8, 0.6), colour)
     gap = max(1, round(grey.shape[-1] / 10))
     padded = np.pad(colour, ((0, -len(colour) % columns), (0, gap), (0, gap), (0, 0)), constant_values=1.0)
     lines = padded.reshape(-1, columns, *padded.shape[1:]).swapaxes(1, 2)
@@ -197,7 +199,7 @@ def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | Non
     picks = best_to_worst(log_p, 8)
     titles = list(picks) if len(picks) > 1 else ["Reconstructions"]
     parts = [Rebuilt(name, x[i], made[i], log_p[i]) for name, i in zip(titles, picks.values(), strict=True)]
-    sheet = reconstructions(parts, float(data.min()), float(data.max()), what)
+    sheet = reconstructions(parts, float(np.nanmin(data)), float(np.nanmax(data)), what)
     base.set_caption(sheet, caption)
     return sheet
 
@@ -243,7 +245,7 @@ def _drawn(
     h, w = x.shape[-2:]
     rows = math.ceil(len(x) / columns)
     made, (axes,) = panels(rows * image_width(columns) * h / w * 1.08 + 0.75, title=title)
-    show_tiles(axes, x, columns, float(data.min()), float(data.max()), *names)
+    show_tiles(axes, x, columns, float(np.nanmin(data)), float(np.nanmax(data)), *names)
     base.set_caption(made, caption)
     return made
 

@@ -160,7 +160,8 @@ class Examination:
     @cached_property
     def scale_of_grey(self) -> tuple[float, float]:
         """Smallest and largest value of the training rows used, which images show as black and white."""
-        low, high = self.data.train.observed(self.rows["train"].x).aminmax()
+        x = self.data.train.observed(self.rows["train"].x)
+        low, high = x[~x.isnan()].aminmax()
         return float(low), float(high)
 
     @cached_property

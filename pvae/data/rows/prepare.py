@@ -15,7 +15,7 @@ from scipy.special import expit, logit
 from torch import Tensor
 
 from pvae.data.rows.columns import Column
-from pvae.data.rows.files import AnyArray
+from pvae.data.rows.files import AnyArray, Index, Stored
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError
 from pvae.util.types import Array
@@ -74,6 +74,27 @@ class Scaled:
         return torch.from_numpy(out)
 
 
+class Holed(Stored):
+    """Rows with NaN where a mask is True.
+
+    Arguments:
+        x: rows of numbers, `(n, *row)`.
+        mask: booleans of the same shape.
+        where: name of the mask in messages.
+
+    Raises:
+        DataError: the mask is not of booleans, or of another shape.
+    """
+
+    def __init__(self, x: AnyArray, mask: AnyArray, where: str) -> None:
+        if mask.dtype.kind != "b" or mask.shape != x.shape:
+            raise DataError(f"{where}: expected booleans {list(x.shape)}; got {mask.dtype} {list(mask.shape)}.")
+        self.x, self.mask, self.shape, self.dtype = x, mask, x.shape, np.result_type(x.dtype, np.float32)
+
+    def read(self, index: Index) -> Array:
+        return np.where(self.mask[index], np.nan, self.x[index]).astype(self.dtype)
+
+
 def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
     """Return the stored rows with the declared scaling, whose statistics come from the training rows.
 
@@ -90,7 +111,7 @@ def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
         return Scaled(x, divisor=rows.largest)
     low, high = extremes(x, train)
     mean, deviation, flat = _moments(Scaled(x), train)
-    if constant := np.argwhere(np.atleast_1d((low == high) | flat)).tolist():
+    if constant := np.argwhere(np.atleast_1d((low == high) | flat | np.isnan(low))).tolist():
         where = constant[0][0] if len(constant[0]) == 1 else tuple(constant[0])
         raise DataError.of("data.rows.constant", where=where, count=len(constant))
     return Scaled(x, mean, deviation)
@@ -124,12 +145,12 @@ def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats, NDArray[np.bool_
     for _, chunk in data.chunks(part):
         total += np.nansum(chunk, 0)
         count += len(chunk) - np.isnan(chunk).sum(0)
-    mean = total / count
+    mean = total / np.maximum(count, 1)
     for _, chunk in data.chunks(part):
         chunk -= mean
         chunk **= 2
         squares += np.nansum(chunk, 0)
-    deviation = np.sqrt(squares / count)
+    deviation = np.sqrt(squares / np.maximum(count, 1))
     return mean, deviation, deviation <= 1e-12 * np.maximum(np.abs(mean), np.finfo(np.float32).tiny)
 
 
@@ -192,11 +213,17 @@ def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
         rules = dict.fromkeys(rules, lambda p: p > 0.5)
 
     def binarized(name: str, chunk: Floats) -> Array:
-        require_unit(name, chunk.min(), chunk.max())
-        return rules[name](chunk)
+        require_unit(name, np.fmin.reduce(chunk, None), np.fmax.reduce(chunk, None))
+        return kept_missing(rules[name], chunk)
 
     x = {name: data.apply(parts[name], partial(binarized, name)) for name in rules if name in parts}
     return x, data.apply(parts["train"]) if binarize == "dynamic" and "train" in parts else None
+
+
+def kept_missing(rule: Rule, chunk: Floats) -> Array:
+    """Return the values of a rule of binarisation for a chunk of intensities; missing ones (NaN) stay missing."""
+    missing = np.isnan(chunk)
+    return np.where(missing, np.nan, rule(np.where(missing, 0.0, chunk))) if missing.any() else rule(chunk)
 
 
 def require_unit(name: str, low: float, high: float) -> None:

@@ -45,6 +45,7 @@ class Rows:
         table: declared columns by name if x is a table (n, columns), whose masked columns may be NaN; else empty.
         ids: (n,) name of each row as text, or None; names may repeat.
         features: names of the features of x (n, features), by which new rows find theirs; None if they have none.
+        masked: True if values of x may be missing, NaN; of a table the columns say so.
         read: matrix (`layer`) and column of labels (`labels`) that were read of an AnnData object or file; else empty.
 
     Raises:
@@ -62,6 +63,7 @@ class Rows:
     ids: Array | None = None
     features: tuple[str, ...] | None = None
     read: Mapping[str, str | None] = field(default_factory=dict)
+    masked: bool = False
 
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name
@@ -70,7 +72,8 @@ class Rows:
         if not x.shape or 0 in x.shape:
             raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
         if x.dtype.kind == "f":
-            require_finite(x, name, [column.missing == "mask" for column in self.table.values()])
+            columns = [column.missing == "mask" for column in self.table.values()]
+            require_finite(x, name, columns or [self.masked])
         if y is not None and (y.ndim != 1 or len(y) != len(x)):
             raise DataError.of("data.rows.labels", name=name, x=x, y=y)
         if y is not None and y.dtype.kind not in "biu":
@@ -100,7 +103,7 @@ def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
     Arguments:
         x: array of floats to check.
         name: name of the array in messages.
-        masked: one flag for each column of a table, True if it may be NaN.
+        masked: one flag for each column of a table, or one for all of x, True if it may be NaN.
 
     Raises:
         DataError: a value is refused; the message gives its row and column, and the number of such values.
@@ -117,7 +120,7 @@ def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
             first = f"{chunk[(row, *column)]} in row {start + row}, column {place}"
         count += int(bad.sum())
     if first:
-        raise DataError.of("data.rows.finite", name=name, first=first, count=count)
+        raise DataError.of("data.rows.finite", name=name, first=first, count=count, missing=first.startswith("nan"))
 
 
 def reshape(x: AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> AnyArray:
@@ -227,7 +230,7 @@ def joined(given: Mapping[str, tuple[AnyArray, Array | None]], seed: int, name: 
     label_names, notes = more.pop("label_names", None) or words or (), (*more.pop("notes", ()), *remarks)
     first, labels = given["train"]
     for split, (x, y) in given.items() if len(given) > 1 else ():
-        Rows(x, y, {}, name=split)
+        Rows(x, y, {}, name=split, masked=more.get("masked", False))
         if x.shape[1:] != first.shape[1:]:
             raise DataError(f"{split}: expected rows of shape {first.shape[1:]}, as in train; got {x.shape[1:]}.")
         if (y is None) != (labels is None):

@@ -20,6 +20,7 @@ import numpy as np
 from pvae.data.rows import files
 from pvae.data.rows.cache import decoded, texts
 from pvae.data.rows.files import AnyArray, ArrayLayout, FileArray
+from pvae.data.rows.prepare import Holed
 from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, near, printable
@@ -197,6 +198,9 @@ class NamedArrays(FileData):
     y: str | None = None
     """Name of the array of labels in the file, without the name of a split; None for data without labels."""
 
+    mask: str | None = None
+    """Name of an array of booleans, of the shape of the rows, True where a value is missing, without the name of a
+    split; for values that cannot be NaN, such as bytes. None for no such array."""
     id: str | None = None
     """Name of the array with the name of each row (text or numbers), without the name of a split; None for no names."""
 
@@ -212,7 +216,8 @@ class NamedArrays(FileData):
         path = files.located(self.path, data_dir)
         names = self.names(path)
         wanted = self.x or next((name for name in USUAL_NAMES if _by_split(name, names, path)), "x")
-        known = {want: _by_split(want, names, path) or {"train": want} for want in (wanted, self.y, self.id) if want}
+        wants = filter(None, (wanted, self.y, self.id, self.mask))
+        known = {want: _by_split(want, names, path) or {"train": want} for want in wants}
         found, used = known[wanted], [name for arrays in known.values() for name in arrays.values()]
         for name in used:
             if name not in names:
@@ -227,14 +232,19 @@ class NamedArrays(FileData):
         def text(name: str | None, split: str) -> Array | None:
             return np.asarray(self.array(path, known[name][split], True)) if name else None
 
-        given = {split: (self.array(path, name, False), text(self.y, split)) for split, name in found.items()}
+        def rows(name: str, split: str) -> AnyArray:
+            x, mask = self.array(path, name, False), known[self.mask][split] if self.mask else None
+            held = x if mask is None else Holed(x, self.array(path, mask, False), f"{path}, {mask!r}")
+            return held if self.stream else held[:]
+
+        given = {split: (rows(name, split), text(self.y, split)) for split, name in found.items()}
         ids = [texts(text(self.id, split)) for split in SPLITS if self.id and split in found]
         left = [name for name in names if name not in used]
         notes = [f"{path.name}: arrays that are not read: {', '.join(map(printable, left))}"] if left else []
         if self.x is None and wanted != "x":
             notes.append(f"{path.name}: rows are read from {', '.join(found.values())}")
         more: dict[str, Any] = {"notes": tuple(notes), "ids": np.concatenate(ids) if ids else None}
-        return joined(given, self.split_seed, wanted, largest=self.largest, **more)
+        return joined(given, self.split_seed, wanted, largest=self.largest, masked=self.masked, **more)
 
 
 class Npz(NamedArrays):

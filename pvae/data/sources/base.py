@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -54,6 +54,9 @@ class Data(Component):
     """`unit`: divide by the largest possible value; `raw`: no scaling; `standardise`: training mean and deviation."""
     shape: Ints | None = None
     """Shape to which each row is reshaped, for example `[1, 28, 28]`."""
+    missing: Literal["error", "mask"] = "error"
+    """Missing values, NaN: `error` refuses them; `mask` leaves them out of the likelihood, and gives the guide's
+    networks 0 in their place and an indicator for every element. Columns of a table have a `missing` of their own."""
     splits: Table[Splits] = Splits()
     """Row ranges of the splits, such as `train = [0, 50000]`."""
     labelled: Annotated[int, Field(gt=0)] | None = None
@@ -66,6 +69,11 @@ class Data(Component):
     def table(self) -> Mapping[str, Column]:
         """Declared columns of a tabular source by name, in the order of x; empty for other sources."""
         return getattr(self, "columns", {})
+
+    @property
+    def masked(self) -> bool:
+        """True if values may be missing; those of a table's columns are not meant."""
+        return self.missing == "mask"
 
     @abstractmethod
     def read(self, data_dir: Path | None, seed: int) -> Rows:
@@ -110,7 +118,7 @@ class FileData(Data):
         Raises:
             DataError: see `Rows` and `joined`.
         """
-        return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, **more)
+        return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, masked=self.masked, **more)
 
 
 SIGNATURES: Mapping[bytes, str] = {

@@ -20,7 +20,7 @@ from scipy import sparse
 from pvae.data.rows import files
 from pvae.data.rows.cache import Writer, decoded, texts
 from pvae.data.rows.files import AnyArray, ArrayLayout, Index, SparseRows, Stored
-from pvae.data.rows.rows import Rows, joined
+from pvae.data.rows.rows import Rows
 from pvae.data.sources.arrays import NamedArrays, unpacked
 from pvae.data.sources.base import FileData
 from pvae.data.sources.python import LARGEST_GAP, column_labels
@@ -245,7 +245,7 @@ class H5ad(FileData):
         notes = [f"{path.name}: matrices that are not read: {', '.join(map(printable, left))}"] if left else []
         more: dict[str, Any] = {"ids": ids, "features": None if features is None else tuple(features.tolist())}
         more |= {"label_names": names, "notes": notes, "read": {"layer": self.layer, "labels": self.labels}}
-        return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, **more)
+        return self.to_rows(x, y, name, **more)
 
     def _matrix(self, file: h5py.File, name: str, path: Path) -> AnyArray:
         node, where = node_of(file, name, str(path)), f"{path}, {name!r}"

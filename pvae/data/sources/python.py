@@ -56,7 +56,8 @@ class TensorSource(PassedData):
 
     def rows_of(self, data: Any, name: str = "train") -> Rows:
         read = partial(collected, stream=False) if isinstance(data, TorchDataset) else tensors
-        return joined({"train": read(data, name)}, self.split_seed, name, features=feature_names(data))
+        more: dict[str, Any] = {"features": feature_names(data), "masked": self.masked}
+        return joined({"train": read(data, name)}, self.split_seed, name, **more)
 
 
 def as_array(values: Any, name: str) -> AnyArray:
@@ -74,6 +75,8 @@ def as_array(values: Any, name: str) -> AnyArray:
     if isinstance(values, Tensor):
         values = values.detach().cpu()
         return np.asarray(values.float() if values.dtype is torch.bfloat16 else values)
+    if isinstance(values, np.ma.MaskedArray):  # of numbers in general, NaN where masked
+        return np.ma.filled(values.astype(np.result_type(values.dtype, np.float32)), np.nan)
     try:
         return np.asarray(values)
     except (ValueError, TypeError) as error:
@@ -239,7 +242,7 @@ def is_anndata(data: Any) -> bool:
     return hasattr(data, "X") and hasattr(data, "obs")
 
 
-def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -> Rows:
+def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int, holed: bool = False) -> Rows:
     """Return the rows of an AnnData-like object with random splits: 80 % train, 10 % validation, 10 % test.
 
     Arguments:
@@ -247,6 +250,7 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -
         layer: name of the layer that holds x; None for the matrix `X`.
         labels: column of `obs` that holds the labels, or None.
         seed: seed of the permutation that makes the splits.
+        holed: True if values may be missing, NaN.
 
     Raises:
         DataError: the layer or column does not exist; labels are missing, or are neither integers nor names; see
@@ -260,7 +264,7 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int) -
             raise DataError(f"Expected a column of obs, {', '.join(names)}; got {labels!r}{near(labels, names)}.")
         y, words = column_labels(adata.obs[labels], labels)
     more: dict[str, Any] = {"ids": None if ids is None else texts(ids), "read": {"layer": layer, "labels": labels}}
-    return joined({"train": (x, y)}, seed, name, label_names=words, features=feature_names(adata), **more)
+    return joined({"train": (x, y)}, seed, name, label_names=words, features=feature_names(adata), masked=holed, **more)
 
 
 def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:

@@ -34,6 +34,8 @@ class Tabular(Data):
     """Name of the column that contains the labels, which is not part of x; None for data without labels."""
     id: str | None = None
     """Name of the column with the name of each row, which is kept as text and is not part of x; names may repeat."""
+    missing: Literal["error"] = "error"
+    """Always `error`: each column says for itself, by a `missing` of its own."""
     na: Names = NA
     """Strings that mean a missing value."""
     decimal: Literal[".", ","] = "."
