@@ -206,10 +206,12 @@ def _h5ad(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None) 
 
 def _put(group: Any, name: str, values: Array) -> None:
     """Write an array into a group of an h5ad file, in place of what had its name."""
+    import h5py
+
     is_text = values.dtype.kind == "U"
     if name in group:
         del group[name]
-    made = group.create_dataset(name, data=values.tolist() if is_text else values)
+    made = group.create_dataset(name, data=values.astype(h5py.string_dtype()) if is_text else values)
     made.attrs.update({"encoding-type": "string-array" if is_text else "array", "encoding-version": "0.2.0"})
 
 

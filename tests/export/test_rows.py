@@ -86,6 +86,13 @@ def test_h5ad_read_back_has_latents_scores_and_layers(origin: Origin, tmp_path: 
     np.testing.assert_array_equal(found.layers["pvae_x"], whole["x"].flatten(1))
 
 
+def test_h5ad_of_codes_alone_has_no_variables(origin: Origin, tmp_path: Path) -> None:
+    write(tmp_path / "codes.h5ad", in_parts(part_of(LATENTS)), origin)
+    found = anndata.read_h5ad(tmp_path / "codes.h5ad")
+    assert found.n_vars == 0
+    assert "X_pvae" in found.obsm
+
+
 @pytest.mark.parametrize("few", [False, True])
 def test_h5ad_keeps_all_of_the_file_that_the_rows_are_from(few: bool, tmp_path: Path) -> None:
     names = pd.Index([f"cell{i}" for i in range(N)], dtype=object)  # anndata 0.12 writes no text of pandas 3
