@@ -28,6 +28,7 @@ from pvae.experiment.experiment import Experiment, reading
 from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.pair.running import run
+from pvae.training.evaluation import classified
 from tests.runs_shared import assert_resumes_exactly, fit, tiny
 
 ROWS, PIXELS, NAN = 7, 5, torch.nan
@@ -406,3 +407,18 @@ def test_the_report_says_what_is_hidden(fitted: pvae.Run):
     assert row["training_labels"] == 40
     codes = fitted.encode(fitted.data.test, mean=True)["y"]
     assert row["accuracy"] == pytest.approx(float((codes == fitted.data.test.y).double().mean()))
+
+
+def test_m2_is_stacked_on_the_codes_of_m1(tmp_path: Path):
+    """As analysis/results/README.md shows it: both see the same labelled rows."""
+    m1 = fit(tiny(epochs=1), tmp_path)
+    codes = {split.name: (m1.encode(split, mean=True)["z"], split.y) for split in m1.data.splits}
+    data = Dataset.from_tensors(*codes["train"], validation=codes["validation"], test=codes["test"])
+    normal = "decoder.likelihood={kind='normal', scale='per_datum'}"
+    run = fit("semi_supervised", tmp_path, normal, "data.binarize=none", "train.epochs=1", data=data)
+    ((probs, label),) = classified(run.plan, run.pair, run.data.test).values()
+    assert probs.shape == (len(label), 10)
+    assert torch.equal(label, data.test.y)
+    seen = run.experiment.known(run.data.train)["y"].squeeze(1)
+    assert int((~seen.isnan()).sum()) == 50
+    assert torch.equal(~seen.isnan(), chosen_labels(m1.data.train.y, len(seen), 50, 0))

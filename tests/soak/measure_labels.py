@@ -37,7 +37,7 @@ def trained(epochs: int, lr: float, **more: Any) -> dict[str, Any]:
 
 
 def images(path: Path) -> dict[str, Any]:
-    kept = {"scale": "unit", "binarize": "dynamic", "splits": SPLITS}
+    kept = {"scale": "unit", "binarize": "threshold", "splits": SPLITS}
     return {"source": "npz", "path": str(path), "x": "x", "y": "y", **kept}
 
 
@@ -87,7 +87,7 @@ def of_codes(path: Path, labels: int, seed: int) -> Experiment:
 
 
 METHODS = {"M2": of_images, "M1 + M2": of_codes}
-EPOCHS = {"M1": 15, "M2": 10, "M1 + M2": 20}
+EPOCHS = {"M1": 10, "M2": 10, "M1 + M2": 15}
 
 
 def main() -> None:
