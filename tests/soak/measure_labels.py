@@ -37,7 +37,7 @@ def trained(epochs: int, lr: float, **more: Any) -> dict[str, Any]:
 
 
 def images(path: Path) -> dict[str, Any]:
-    kept = {"scale": "unit", "binarize": "threshold", "splits": SPLITS}
+    kept = {"scale": "unit", "binarize": "dynamic", "splits": SPLITS}
     return {"source": "npz", "path": str(path), "x": "x", "y": "y", **kept}
 
 
@@ -59,18 +59,22 @@ def of_images(path: Path, labels: int, seed: int) -> Experiment:
 
 
 def codes(path: Path, folder: Path, kept: Path) -> Path:
-    """Return the archive `kept`, made unless it is there: codes of a VAE fitted to the images, with their labels."""
+    """Return the archive `kept`, made unless it is there: codes of a VAE fitted to the images, with their labels.
+
+    They are those of the intensities, which have less noise than binary images drawn from them.
+    """
     if kept.exists():
         return kept
     plan = Experiment.from_dict({
         "data": images(path), "latents": {"z": {"dim": 50}}, "encoder": dense(600), "decoder": dense(600),
-        "train": trained(EPOCHS["M1"], 2e-3, batch_size=200),
+        "train": trained(EPOCHS["M1"], 2e-3, batch_size=100),
     })  # fmt: skip
     run = pvae.fit(plan, run_dir=folder, device="cpu", progress=False)
     found: dict[str, Any] = {}
     used = None
-    for split in run.data.splits:
-        z = run.encode(split, mean=True)["z"]
+    grey = pvae.data.load(plan.data.model_copy(update={"binarize": "none"}))
+    for split in grey.splits:
+        z = pvae.analysis.encode(run, split.x, mean=True)["z"]
         used = z.var(0) > USED if used is None else used
         found |= {f"x_{split.name}": z[:, used].numpy(), f"y_{split.name}": split.y.numpy()}  # type: ignore[union-attr]
     np.savez(kept, **found)
@@ -87,7 +91,7 @@ def of_codes(path: Path, labels: int, seed: int) -> Experiment:
 
 
 METHODS = {"M2": of_images, "M1 + M2": of_codes}
-EPOCHS = {"M1": 10, "M2": 10, "M1 + M2": 15}
+EPOCHS = {"M1": 20, "M2": 10, "M1 + M2": 25}
 
 
 def main() -> None:
