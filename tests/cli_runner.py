@@ -40,7 +40,7 @@ def run_cli(*arguments: str, code: int = 0, terminal: bool = False) -> tuple[str
         stream.seek(0)
     written = out.read(), err.read()
     assert (caught.value.code or 0) == code, written[1]
-    assert "--traceback" in arguments or "Traceback" not in written[1]
+    assert "--traceback" in arguments or "Traceback" not in written[1], written[1]
     return written
 
 
