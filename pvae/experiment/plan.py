@@ -13,7 +13,8 @@ from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
 from pvae.models.priors.base import BernoulliPrior, CategoricalPrior, Prior, StandardNormal
-from pvae.nn.schedules import Adam, Constant, Optimizer, Precision, Schedule
+from pvae.nn.precision import Precision
+from pvae.nn.schedules import Adam, Constant, Optimizer, Schedule
 from pvae.objectives.base import Objective
 from pvae.objectives.elbo import TraceELBO
 from pvae.util import digest, toml

@@ -15,7 +15,8 @@ from pvae.data import Split
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
 from pvae.models.graph import GraphModel
-from pvae.nn.schedules import Constant, Schedule, products_in
+from pvae.nn.precision import products_in
+from pvae.nn.schedules import Constant, Schedule
 from pvae.pair import Dependencies, Pair, Terms
 
 FITTED = "train_log_p"

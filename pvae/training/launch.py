@@ -16,7 +16,7 @@ from pvae.component import IMPORTED
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError, DeviceError
 from pvae.experiment.plan import Plan
-from pvae.nn.schedules import resolved
+from pvae.nn.precision import resolved
 from pvae.objectives.base import ranked_by
 from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, find, seal

@@ -21,7 +21,8 @@ from pvae.data import Dataset
 from pvae.errors import is_refused_draw, printable
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
-from pvae.nn.schedules import Scheduled, resolved
+from pvae.nn.precision import resolved
+from pvae.nn.schedules import Scheduled
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, seal

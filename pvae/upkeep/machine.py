@@ -89,7 +89,7 @@ def precision(_: CheckArguments) -> Iterator[Check]:
     """Yield a check that says what `train.precision = "auto"` is on the CPU and, if there is one, on the GPU."""
     import torch
 
-    from pvae.nn.schedules import resolved
+    from pvae.nn.precision import resolved
 
     names = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     found = {name: resolved("auto", torch.device(name)) for name in names}

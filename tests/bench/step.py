@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae import Experiment
-from pvae.nn.schedules import Precision
+from pvae.nn.precision import Precision
 from pvae.objectives.base import Loss
 from pvae.training.step import Step, make_capturable
 from pvae.util.seeds import set_noise

@@ -22,7 +22,7 @@ from pvae.graph.site import Law
 from pvae.models.likelihoods import LikelihoodModule
 from pvae.models.likelihoods.columns import ColumnsModule
 from pvae.models.likelihoods.counts import LOWEST_LOG_RATE, NegativeBinomial, Poisson
-from pvae.nn.schedules import products_in
+from pvae.nn.precision import products_in
 from pvae.objectives.base import Loss
 from pvae.util.types import Array
 

@@ -18,8 +18,8 @@ import pvae
 from pvae.analysis.pages.sections.fit import environment_of
 from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.nn import schedules
-from pvae.nn.schedules import ROUNDED, BFloat16Products, Precision, products_in, resolved
+from pvae.nn import precision
+from pvae.nn.precision import ROUNDED, BFloat16Products, Precision, products_in, resolved
 from pvae.objectives.base import Loss
 from pvae.runs import checkpoint
 from pvae.training.evaluation import evaluate
@@ -48,7 +48,7 @@ WITHOUT = "a processor without bfloat16"
 def _processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products as this processor makes them, and as one without bfloat16 does."""
     if request.param == WITHOUT:
-        monkeypatch.setattr(schedules, "multiplies_bfloat16", lambda: False)
+        monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: False)
 
 
 @pytest.mark.usefixtures("_processor")
@@ -87,20 +87,20 @@ def test_factors_are_rounded_as_a_cast_rounds_them(compiling: bool, monkeypatch:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     torch.manual_seed(0)
     x = torch.randn(10_000) * torch.randn(10_000).mul(10).exp()
-    assert torch.equal(schedules.rounded(x), x.bfloat16().float())
-    assert torch.equal(torch.func.grad(lambda x: schedules.rounded(x).sum())(x), torch.ones_like(x))
+    assert torch.equal(precision.rounded(x), x.bfloat16().float())
+    assert torch.equal(torch.func.grad(lambda x: precision.rounded(x).sum())(x), torch.ones_like(x))
 
 
 def test_inductor_keeps_the_rounding() -> None:
     torch.manual_seed(0)
     x = torch.randn(40, 50)
-    compiled = torch.compile(lambda x: 1.5 * schedules.rounded(x), fullgraph=True)
+    compiled = torch.compile(lambda x: 1.5 * precision.rounded(x), fullgraph=True)
     assert torch.equal(compiled(x), 1.5 * x.bfloat16().float())
 
 
 def test_a_processor_without_avx512_is_known() -> None:
     """Asked in a process of its own, which torch and oneDNN are told to run on AVX2 alone."""
-    code = "from pvae.nn.schedules import multiplies_bfloat16; print(multiplies_bfloat16())"
+    code = "from pvae.nn.precision import multiplies_bfloat16; print(multiplies_bfloat16())"
     only_avx2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **only_avx2}, capture_output=True, text=True, check=True
@@ -196,8 +196,8 @@ def test_auto_takes_bfloat16_only_where_the_processor_has_it(
     asked: str, native: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The choice is recorded and said once; another processor goes on with it, and its other bits are said."""
-    monkeypatch.setattr(schedules, "multiplies_bfloat16", lambda: native)
-    monkeypatch.setattr(schedules, "_product", lambda func, *args, **options: func(*args, **options))
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: native)
+    monkeypatch.setattr(precision, "_product", lambda func, *args, **options: func(*args, **options))
     run = pvae.fit(spec_of(precision=asked, epochs=1), run_dir=tmp_path, device="cpu", progress=False)
     taken = {"float32": "float32", "auto": "bfloat16" if native else "float32"}.get(
         asked, "bfloat16" if native else ROUNDED
@@ -211,7 +211,7 @@ def test_auto_takes_bfloat16_only_where_the_processor_has_it(
     def go_on(**given: Any) -> pvae.Run:
         return pvae.resume(run.path, "train.epochs=2", allow_changes=True, device="cpu", progress=False, **given)
 
-    monkeypatch.setattr(schedules, "multiplies_bfloat16", lambda: not native)
+    monkeypatch.setattr(precision, "multiplies_bfloat16", lambda: not native)
     other = {ROUNDED: "bfloat16", "bfloat16": ROUNDED}.get(taken, taken)
     if other != taken:
         run.files.update_status(state="interrupted")  # a finished run has nothing to go on with

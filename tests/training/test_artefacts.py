@@ -9,7 +9,7 @@ import torch
 import pvae
 from pvae.data.rows.cache import cache_folder
 from pvae.experiment.experiment import Experiment
-from pvae.nn.schedules import resolved
+from pvae.nn.precision import resolved
 from pvae.objectives.base import Loss
 from pvae.training import artefacts, step
 from pvae.training.step import choose_engine, compile_forward
