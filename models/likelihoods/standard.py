@@ -140,7 +140,7 @@ class MixtureOfLogistics(Elements):
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
         logits, loc, log_scale = torch.stack(parameters, -1).chunk(3, -1)
-        spread = (torch.arange(self.components).to(loc) + 0.5) / self.components
+        spread = (torch.arange(self.components, dtype=loc.dtype, device=loc.device) + 0.5) / self.components
         parts = DiscretizedLogistic(loc + spread, (log_scale - 2.0).clamp(min=self.floor), self.levels)
         return dist.MixtureSameFamily(dist.Categorical(logits=logits), parts)
 
