@@ -3,7 +3,8 @@
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
@@ -134,3 +135,15 @@ def out_of_memory(error: BaseException) -> bool:
     """Return True if an error says that memory ran out: Python's, torch's on a GPU, or torch's on a CPU."""
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or on_cpu
+
+
+@contextmanager
+def at(path: str) -> Iterator[None]:
+    """Put the path of a table before the problems of a DeclarationError, unless they name a latent themselves."""
+    try:
+        yield
+    except DeclarationError as error:
+        below = [f"{path}." if re.match(r"\w+: ", problem) else f"{path}: " for problem in error.problems]
+        pairs = zip(below, error.problems, strict=True)
+        found = [problem if problem.startswith("latents.") else place + problem for place, problem in pairs]
+        raise DeclarationError(found) from None

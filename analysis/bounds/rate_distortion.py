@@ -157,7 +157,9 @@ def _conditions(run: Run) -> dict[str, str]:
     found = {"fingerprint": str(data.get("fingerprint"))[:16], "source": str(data.get("source"))}
     if not isinstance(plan, Experiment):
         return found
-    covariates = ", ".join(f"{name} ({covariate.labels} values)" for name, covariate in plan.covariates.items())
+    covariates = ", ".join(
+        f"{name} ({covariate.labels or 'real'} values)" for name, covariate in plan.covariates.items()
+    )
     splits = ", ".join(f"{name} {low} .. {high}" for name, (low, high) in plan.data.splits.declared.items())
     declared = {"data.binarize": plan.data.binarize, "data.splits": splits or "the source's own"}
     given = any(entry.source == "sum" for entry in plan.entries().values())

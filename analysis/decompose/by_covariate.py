@@ -6,7 +6,7 @@ And of rows that have other latents or, in a model written by hand, other priors
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ def by_group(
 ) -> Surgery | None:
     """Return the mean of the surgeries of all groups of rows with the same covariates; None for a single group.
 
+    None, too, for more than `GROUPS_AT_MOST` groups of fewer than two rows on average: q_agg(z | y) is then unknown.
+    Covariates that are real numbers are in no group, but count as a part of x.
+
     E_y KL(q(z|x, y) || p(z|y)) = I_q[x, z | y] + E_y KL(q_agg(z|y) || p(z|y)), with y as it occurs in the data.
 
     Arguments:
@@ -48,11 +51,16 @@ def by_group(
         take_apart: function that returns the surgery of one group from its rows, `labels`, `train` and `seed`.
         seed: seed of the samples; groups have seeds of their own, so that their errors are independent.
     """
-    if (groups := pair.groups(x)) is None or len(groups.unique()) < 2:
+    if (groups := pair.groups(x)) is None or len(groups.unique()) < 2 or _scattered(groups):
         return None
     others = None if train is None else pair.groups(train)
     note = "conditioned: q_agg(z | y) and I_q[x, z | y] within each of {} groups"
     return _pooled(groups, x, labels, (train, others), take_apart, seed, note)
+
+
+def _scattered(groups: Tensor) -> bool:
+    """Return True for too many groups of too few rows."""
+    return (count := len(groups.unique())) > GROUPS_AT_MOST and 2 * count > len(groups)
 
 
 def settled(first: Draw, pair: Pair, x: Tensor) -> bool:
@@ -198,9 +206,14 @@ def priors_by_row(pair: Pair, x: Tensor) -> frozenset[str]:
     """Return the latents whose prior p(z | parents) differs between rows where all latents have the same values.
 
     Their aggregated posterior has no one prior to be compared with. The model is run on all rows, with the latents of
-    every row set to those of the first; call it in `quiet`. Empty for a declared pair, whose covariates are known.
+    every row set to those of the first; call it in `quiet`. In a declared pair they are those whose prior is given a
+    covariate that is a real number, or that has too many values for groups of rows.
     """
-    if pair.declared or not pair.layout.latents or pair.layout.enumerated:
+    if pair.declared:
+        frame, groups, model = pair.frame, pair.groups(x), cast(Any, pair.model)
+        alone = set(frame.covariates if groups is not None and _scattered(groups) else frame.continuous)
+        return frozenset(site.name for site in model.sites if alone.intersection(site.given))
+    if not pair.layout.latents or pair.layout.enumerated:
         return frozenset()
     found: set[str] = set()
     with same_globals(pair, x):

@@ -11,6 +11,7 @@ from torch.distributions import Categorical, LowRankMultivariateNormal, Multivar
 from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.export.sites import parameters_of, rows_of
 from pvae.analysis.samples import running
+from pvae.analysis.samples.sample import Covariates, given_values
 from pvae.pair import JointStates, Layout, Pair, log_prob, read_joint_states, samples, sum_over, unwrapped
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
@@ -155,14 +156,24 @@ def summed_codes(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> It
 
 
 def reconstruct(
-    run_or_pair: Run | Pair, x: Any, *, mean: bool = True, seed: int = 0, on_progress: Progress = silent
+    run_or_pair: Run | Pair,
+    x: Any,
+    *,
+    mean: bool = True,
+    given: Covariates | None = None,
+    seed: int = 0,
+    on_progress: Progress = silent,
 ) -> Reconstructions:
     """Encode rows of data with a sample z ~ q(z | x), and decode them again.
+
+    With `given` they are decoded under other covariates than those they are encoded with: p(x | z, y = given), the
+    counterfactual of a model that gives its decoder y. The log densities are then those of the data under these.
 
     Arguments:
         run_or_pair: a run, or any pair.
         x: rows of data `(n, *row)`; with covariates, the datum flattened and followed by them.
         mean: return E[x | z], else a sample of p(x | z).
+        given: covariates to change, by name: one value for all rows; see `sample`.
         seed: seed of the samples; the same seed gives the same z for both values of `mean`.
         on_progress: called with (rows done, n).
 
@@ -182,11 +193,14 @@ def reconstruct(
     """
     pair = running.opened(run_or_pair)
     x = accept(pair, x)
-    layout = pair.layout
+    layout, frame, changed = pair.layout, pair.frame, given_values(run_or_pair, pair, given or {}, 1)
 
     def decoded(start: int, stop: int) -> Reconstructions:
         part, count = x[start:stop], stop - start
         codes, values = _encoded(pair, part, mean=False)
+        if changed:
+            under = {name: t.expand(count, *t.shape[1:]) for name, t in changed.items()}
+            part = frame.assemble(frame.split(part)[0], {**frame.columns(part), **under})
         nodes = samples(pair.model_trace(part, values))
         log_p = sum_over([log_prob(nodes[name], layout, 0, len(x)).double() for name in layout.observed])
         if mean:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import require_room
-from pvae.analysis.figures.estimate import misdeclared, refuse, text
+from pvae.analysis.figures.estimate import refuse, text
 from pvae.analysis.samples import running
-from pvae.errors import DeclarationError
+from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.graph.frame import Entry
 from pvae.nn.schedules import Constant
@@ -19,7 +19,7 @@ from pvae.pair import Layout, Pair, samples
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
 
-Covariates = Mapping[str, int | str | Sequence[int] | Tensor]
+Covariates = Mapping[str, int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | Tensor]
 
 
 class Samples(running.Generated):
@@ -52,8 +52,9 @@ def sample(
         run_or_pair: a run, or any pair that has seen data.
         n: number of samples.
         mean: return E[x | z] (Bernoulli probabilities, the location of a normal) instead of samples of x.
-        given: values of the covariates of a conditional model: an integer each, or n of them; for a prompt, a text of
-            its vocabulary. By default a run samples them from its training rows.
+        given: values of the covariates of a conditional model, one each, or n of them: an integer, or the word of a
+            level; numbers, of a run in the units of its data; for a prompt, a text of its vocabulary. A run samples
+            those that are not given from its training rows.
         seed: seed of the samples; the same seed gives the same numbers.
         on_progress: called with (samples done, n).
 
@@ -121,45 +122,34 @@ class Template:
     ) -> None:
         self.pair, self.frame, self.row = pair, pair.frame, row
         require_room(pair, "samples", n, 0, f"{n:,} samples")
-        needed = not pair.declared or (pair.frame.covariates and not given and row is None)
+        self.given, known = given_values(source, pair, given or {}, n), self.frame.covariates
+        needed = not pair.declared or (known.keys() - self.given.keys() and row is None)
         self.data = source.data.train.rows if isinstance(source, Run) and needed else None
         self.n, self.numbers = n, max(1, prod(self.frame.row))
-        self.covariates = self._covariates(n, given, seed)
+        self.covariates = self._covariates(n, seed)
 
-    def _covariates(self, n: int, given: Covariates | None, seed: int) -> dict[str, Tensor]:
+    def _covariates(self, n: int, seed: int) -> dict[str, Tensor]:
         known = self.frame.covariates
-        for name in given or {}:
-            misdeclared(not known, f"given: expected nothing, for the model has no covariates; got {name!r}.")
-            running.known_name(name, known, "given")
-        if not known or given:
-            return {name: self._given(name, entry, n, given or {}) for name, entry in known.items()}
+        if not (left := [name for name in known if name not in self.given]):
+            return {name: self.given[name] for name in known}
         if self.row is not None:
             found = self.row.flatten().expand(n, -1)
         elif self.data is not None:
             generator = seeds.generator(seed, seeds.ANALYSIS, 3)
             found = self.data[torch.randint(len(self.data), (n,), generator=generator).to(self.data.device)]
         else:
-            raise DeclarationError(text("refused.nothing_given", known=known))
+            raise DeclarationError(text("refused.nothing_given", known={name: known[name] for name in left}))
         drawn = self.frame.columns(found)
-        return {n: (drawn[n].long() if entry.codes else drawn[n]).cpu() for n, entry in known.items()}
-
-    def _given(self, name: str, entry: Entry, n: int, given: Covariates) -> Tensor:
-        """Return the values of a covariate, `(n, *entry.shape)`: labels, numbers, or the token indices of a prompt."""
-        if (vocabulary := entry.vocabulary) is None:
-            return _values(name, entry, n, given)
-        if not isinstance(prompt := given.get(name), str):
-            words = ", ".join(vocabulary.words[1:])
-            raise DeclarationError(f"given.{name}: expected a text of {words}; got {str(prompt)[:60]}.")
-        return torch.tensor(vocabulary.encode(prompt)).expand(n, -1).clone()
+        drawn = {n: (drawn[n].long() if entry.codes else drawn[n]).cpu() for n, entry in known.items()}
+        return {**drawn, **self.given}
 
     def at(self, start: int, stop: int) -> Tensor:
         """Return rows start .. stop - 1 as the pair accepts them; past the end the last covariates are repeated."""
         count = stop - start
         if self.frame.entries:
             at = torch.arange(start, stop).clamp(max=self.n - 1)
-            unknown = {n: torch.full((self.n, e.width), torch.nan) for n, e in self.frame.entries.items() if e.latent}
-            columns = [{**unknown, **self.covariates}[name][at].reshape(count, -1) for name in self.frame.entries]
-            return self.pair.accept(torch.cat([torch.zeros(count, prod(self.frame.x)), *columns], 1))
+            columns = {name: column[at] for name, column in self.covariates.items()}
+            return self.pair.accept(self.frame.assemble(torch.zeros(count, *self.frame.x), columns))
         if self.row is not None:
             return self.row.expand(count, *self.row.shape[1:])
         if self.data is not None:
@@ -167,12 +157,43 @@ class Template:
         return self.pair.accept(torch.zeros(count, *self.frame.row))
 
 
-def _values(name: str, entry: Entry, n: int, given: Covariates) -> Tensor:
+def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> dict[str, Tensor]:
+    """Return the values that covariates are set to, `(n, *entry.shape)` by name, as rows of the model have them.
+
+    Arguments:
+        source: a run, in whose units numbers are given, and levels by their words; or the pair, for values of rows.
+        pair: the pair.
+        given: a value of each covariate, or n of them; of a prompt, a text.
+        n: number of rows.
+
+    Raises:
+        DeclarationError: `given` names no covariate of the model, or a value or level is none that it can have.
+    """
+    known, found = pair.frame.covariates, dict[str, Tensor]()
+    for name, value in given.items():
+        if not known:
+            raise DeclarationError(f"given: expected nothing, for the model has no covariates; got {name!r}.")
+        entry = known[running.known_name(name, known, "given")]
+        if (vocabulary := entry.vocabulary) is None:
+            if isinstance(source, Run) and (entry.source == "side" or isinstance(value, str)):
+                try:
+                    value = source.transforms.given(name, value)
+                except DataError as error:
+                    raise DeclarationError(f"given.{name}: {error}") from None
+            found[name] = _values(name, entry, n, value)
+        elif isinstance(value, str):
+            found[name] = torch.tensor(vocabulary.encode(value)).expand(n, -1).clone()
+        else:
+            words = ", ".join(vocabulary.words[1:])
+            raise DeclarationError(f"given.{name}: expected a text of {words}; got {str(value)[:60]}.")
+    return found
+
+
+def _values(name: str, entry: Entry, n: int, value: Any) -> Tensor:
     """Return the values of a label or of numbers, `(n, *entry.shape)`, after checking that the entry can have them."""
     values = f"0 .. {entry.codes - 1}" if entry.codes else "numbers"
-    misdeclared(name not in given, f"given: expected a value of {name} too, {values}; got none.")
     try:
-        found = torch.as_tensor(given[name]).cpu()
+        found = torch.as_tensor(value).cpu()
     except (TypeError, ValueError, RuntimeError):
         found = torch.tensor(False)
     if entry.width == 1 and not entry.codes and found.shape in ((), (n,)):
@@ -180,7 +201,7 @@ def _values(name: str, entry: Entry, n: int, given: Covariates) -> Tensor:
     kind = "an integer" if entry.codes else f"{entry.width} numbers"
     is_wrong = found.dtype is torch.bool or (entry.codes > 0 and found.is_floating_point())
     if is_wrong or found.shape not in (entry.shape, (n, *entry.shape)):
-        raise DeclarationError(f"given.{name}: expected {kind}, or {n} of them; got {str(given[name])[:60]}.")
+        raise DeclarationError(f"given.{name}: expected {kind}, or {n} of them; got {str(value)[:60]}.")
     if (wrong := entry.wrong(found)).any():
         raise DeclarationError(f"given.{name}: expected {values}; got {found[wrong][0]:g}.")
     return (found.long() if entry.codes else found.float()).expand(n, *entry.shape).clone()

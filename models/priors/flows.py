@@ -25,56 +25,69 @@ class FlowModule(nn.Module):
     """Normalising flow: bijections from u ~ N(0, I) to z, with the order of coordinates reversed after each.
 
     Arguments:
-        steps: the bijections, in the order from u to z.
+        steps: the bijections, in the order from u to z; with parents, Pyro's conditional ones.
         dim: number of coordinates, D.
         inward: True if the fast direction of each bijection is from z to u.
+        parents: shapes of the parents' features, which together are the context that the bijections read.
     """
 
-    def __init__(self, steps: list[nn.Module], dim: int, inward: bool) -> None:
+    def __init__(self, steps: list[nn.Module], dim: int, inward: bool, parents: Mapping[str, Shape]) -> None:
         super().__init__()
+        self.parents = dict(parents)
         self.steps: Any = nn.ModuleList(Bijection(step) for step in steps)
         self.inward = inward
         self.loc = nn.Buffer(torch.zeros(dim), persistent=False)
         self.scale = nn.Buffer(torch.ones(dim), persistent=False)
 
-    def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
-        """Return the distribution of z, with batch shape `()`."""
-        return Flow(self)
+    def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
+        """Return the distribution of z, with batch shape `()`, or that of the parents' features."""
+        seen = [flatten(given[name], shape) for name, shape in self.parents.items()]
+        shape = torch.broadcast_shapes(*(t.shape[:-1] for t in seen))  # of particles, which covariates lack
+        return Flow(self, torch.cat([t.expand(*shape, -1) for t in seen], -1) if seen else None)
 
-    def push(self, u: Tensor) -> Tensor:
-        """Return z for u, `(..., D)`: the direction of sampling."""
-        for step in self.steps:
+    def at(self, context: Tensor) -> Any:
+        """Return the bijections for a context `(..., C)`; as they are without one."""
+        return [step.given(context) for step in self.steps] if self.parents else self.steps
+
+    def push(self, u: Tensor, context: Tensor | None = None) -> Tensor:
+        """Return z for u, `(..., D)`, given a context `(..., C)` if there are parents: the direction of sampling."""
+        for step in self.steps if context is None else self.at(context):
             u = (step.invert(u) if self.inward else step.call(u))[0].flip(-1)
         return u
 
-    def pull(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def pull(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return u for z, `(..., D)`, and log|det du/dz|, nats, `(...)`: the direction of density evaluation."""
         total = torch.zeros_like(z[..., 0])
-        for step in reversed(self.steps):
+        for step in reversed(self.steps if context is None else self.at(context)):
             z, log_det = step.call(z.flip(-1)) if self.inward else step.invert(z.flip(-1))
             total = total + (log_det if self.inward else -log_det)
         return z, total
 
 
 class Flow(Batched):
-    """Distribution p(z) of a normalising flow `FlowModule`, for any batch shape."""
+    """Distribution p(z) of a normalising flow `FlowModule` for any batch shape, or p(z | context) for each context."""
 
     support = constraints.real_vector
 
-    def __init__(self, module: FlowModule) -> None:
-        self.module = module
-        super().__init__(torch.Size(), module.loc.shape, validate_args=False)
+    def __init__(self, module: FlowModule, context: Tensor | None = None) -> None:
+        self.module, self.context = module, context
+        self.widened = () if context is None else ("context",)  # type: ignore[misc]
+        batch = torch.Size() if context is None else context.shape[:-1]
+        super().__init__(batch, module.loc.shape, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(z) = log N(u; 0, I) + log|det du/dz| of z `(..., D)`, nats, `(...)`; exact."""
-        u, log_det = self.module.pull(value)
+        if self.context is not None:
+            value = value.expand(torch.broadcast_shapes(value.shape[:-1], self.batch_shape) + self.event_shape)
+        u, log_det = self.module.pull(value, self.context)
         return log_det + dist.Normal(self.module.loc, self.module.scale, validate_args=False).log_prob(u).sum(-1)
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return samples `sample_shape + batch_shape + (D,)`, pushed forward from u ~ N(0, I)."""
         shape, base = torch.Size(sample_shape) + self.batch_shape, self.module
         with torch.no_grad():
-            return base.push(torch.normal(base.loc.expand(*shape, -1), base.scale.expand(*shape, -1)))
+            u = torch.normal(base.loc.expand(*shape, -1), base.scale.expand(*shape, -1))
+            return base.push(u, self.context)
 
 
 class RelaxedFlowModule(nn.Module):
@@ -92,9 +105,13 @@ class RelaxedFlowModule(nn.Module):
 
 
 class FlowPrior(Prior):
-    """Base of normalising-flow priors: declares the number of bijections and the widths of their networks."""
+    """Base of normalising-flow priors: declares the number of bijections and the widths of their networks.
+
+    p(z | parents) is made of Pyro's conditional transforms, whose networks read the parents' features too.
+    """
 
     values: ClassVar[tuple[Values, ...]] = ("real", "relaxed")
+    reads_parents: ClassVar[bool] = True
     inward: ClassVar[bool] = False
     """True if the fast direction of the bijections is from z to u: fast densities and slow samples."""
     masked: ClassVar[bool] = False
@@ -105,8 +122,14 @@ class FlowPrior(Prior):
     """Hidden widths of the network of each bijection."""
 
     @abstractmethod
-    def bijection(self, dim: int) -> nn.Module:
-        """Return a new bijection over `dim` coordinates, one of Pyro's transforms."""
+    def bijection(self, dim: int, context: int) -> nn.Module:
+        """Return a new bijection over `dim` coordinates, one of Pyro's transforms; a conditional one with a context."""
+
+    def named(self, name: str, dim: int, context: int, **options: Any) -> nn.Module:  # noqa: ANN401
+        """Return Pyro's transform of a name, or its conditional counterpart if there is a context."""
+        make, sizes = (f"conditional_{name}", (dim, context)) if context else (name, (dim,))
+        transform: nn.Module = getattr(bijections, make)(*sizes, list(self.hidden), **options)
+        return transform
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
         """Build the flow; for relaxed codes it acts on the K - 1 free coordinates of every position."""
@@ -116,7 +139,9 @@ class FlowPrior(Prior):
             raise DeclarationError(f"latents.{site.name}.dim: expected at least 2 coordinates for a flow; got {dim}.")
         if self.masked and min(self.hidden) < dim:
             raise DeclarationError.of("models.priors.narrow", dim=dim, hidden=self.hidden)
-        flow = FlowModule([near_identity(self.bijection(dim)) for _ in range(self.layers)], dim, self.inward)
+        context = sum(prod(shape) for shape in given.values())
+        steps = [near_identity(self.bijection(dim, context)) for _ in range(self.layers)]
+        flow = FlowModule(steps, dim, self.inward, given)
         return RelaxedFlowModule(flow, site.event) if relaxed else flow
 
 
@@ -129,8 +154,8 @@ class RealNVP(FlowPrior):
 
     kind: Literal["realnvp"] = "realnvp"
 
-    def bijection(self, dim: int) -> nn.Module:
-        return bijections.affine_coupling(dim, list(self.hidden))
+    def bijection(self, dim: int, context: int) -> nn.Module:
+        return self.named("affine_coupling", dim, context)
 
 
 class MAF(FlowPrior):
@@ -145,8 +170,8 @@ class MAF(FlowPrior):
     masked: ClassVar[bool] = True
     inward: ClassVar[bool] = True
 
-    def bijection(self, dim: int) -> nn.Module:
-        return bijections.affine_autoregressive(dim, list(self.hidden))
+    def bijection(self, dim: int, context: int) -> nn.Module:
+        return self.named("affine_autoregressive", dim, context)
 
 
 class IAF(FlowPrior):
@@ -160,8 +185,8 @@ class IAF(FlowPrior):
     kind: Literal["iaf"] = "iaf"
     masked: ClassVar[bool] = True
 
-    def bijection(self, dim: int) -> nn.Module:
-        return bijections.affine_autoregressive(dim, list(self.hidden))
+    def bijection(self, dim: int, context: int) -> nn.Module:
+        return self.named("affine_autoregressive", dim, context)
 
 
 class SplineCoupling(FlowPrior):
@@ -172,10 +197,11 @@ class SplineCoupling(FlowPrior):
     """
 
     kind: Literal["spline_coupling"] = "spline_coupling"
+    reads_parents: ClassVar[bool] = False  # Pyro has no conditional one
     bins: int = Field(default=8, gt=1)
     bound: float = Field(default=5.0, gt=0)
 
-    def bijection(self, dim: int) -> nn.Module:
+    def bijection(self, dim: int, context: int) -> nn.Module:
         return bijections.spline_coupling(dim, dim // 2, list(self.hidden), count_bins=self.bins, bound=self.bound)
 
 
@@ -192,9 +218,10 @@ class SplineAutoregressive(FlowPrior):
     bins: int = Field(default=8, gt=1)
     bound: float = Field(default=5.0, gt=0)
 
-    def bijection(self, dim: int) -> nn.Module:
-        transform = bijections.spline_autoregressive(dim, list(self.hidden), count_bins=self.bins, bound=self.bound)
-        del transform.arn  # its spline holds the same network: registered twice, it would be saved twice
+    def bijection(self, dim: int, context: int) -> nn.Module:
+        transform = self.named("spline_autoregressive", dim, context, count_bins=self.bins, bound=self.bound)
+        if not context:
+            del transform.arn  # its spline holds the same network: registered twice, it would be saved twice
         return transform
 
 
@@ -210,11 +237,12 @@ class BlockAutoregressive(FlowPrior):
     """
 
     kind: Literal["block_autoregressive"] = "block_autoregressive"
+    reads_parents: ClassVar[bool] = False  # Pyro has no conditional one
     inward: ClassVar[bool] = True
     hidden: Ints = Field(default=(8, 8), min_length=1)
     """Number of hidden units of each coordinate, for every hidden layer."""
 
-    def bijection(self, dim: int) -> nn.Module:
+    def bijection(self, dim: int, context: int) -> nn.Module:
         return bijections.block_autoregressive(dim, hidden_factors=list(self.hidden), residual="gated")
 
 
@@ -234,8 +262,8 @@ class NeuralAutoregressive(FlowPrior):
     units: int = Field(default=16, gt=1)
     """Number of logistic units of each coordinate."""
 
-    def bijection(self, dim: int) -> nn.Module:
-        return bijections.neural_autoregressive(dim, list(self.hidden), width=self.units)
+    def bijection(self, dim: int, context: int) -> nn.Module:
+        return self.named("neural_autoregressive", dim, context, width=self.units)
 
 
 class BijectionModule(NetworkModule):

@@ -74,7 +74,7 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
     from pvae.training.evaluation import evaluate
 
     with reading(experiment):
-        data = pvae.data.load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed)
+        data = pvae.data.load(experiment.source, data_dir=shared.data_dir, seed=experiment.seed)
     data = experiment.conditioned(data)
     data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)
     pair, rows = experiment.build(data.shape), data.train.rows[:4]
@@ -95,7 +95,7 @@ def show(shared: Shared, name: str, overrides: list[str] | None = None, pyro: bo
     from pvae.experiment.readback import described, render
 
     experiment = load_declaration(name, overrides)
-    shape = pvae.data.load(experiment.data, data_dir=shared.data_dir, seed=experiment.seed).shape
+    shape = pvae.data.load(experiment.source, data_dir=shared.data_dir, seed=experiment.seed).shape
     if pyro:
         script = experiment.to_pyro(shape)
         shared.answer({"script": script}, script.rstrip())

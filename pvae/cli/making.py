@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def sample(shared: Shared, run: str, n: int = 64, mean: bool = False, given: list[str] | None = None) -> None:
     """Sample z from the prior and x from the decoder; write both, and x as a picture where it is one."""
     opened = shared.open(run)
-    asked = partial(pvae.analysis.sample, mean=mean, given=_given(given), seed=shared.seed)
+    asked = partial(pvae.analysis.sample, mean=mean, given=given_of(given), seed=shared.seed)
     found = shared.watched("sample", asked, opened, n, total=n)
     keep(shared, opened, "sample", found, _over_data(opened, "sampled"))
 
@@ -39,7 +39,7 @@ def traverse(
     """Vary one coordinate of a latent at a time, and decode each value."""
     opened, places = shared.open(run), None if dims is None else _integers("--dims", dims)
     start = _row(opened, shared.split, "--row", row)
-    asked = partial(pvae.analysis.traverse, given=_given(given), seed=shared.seed)
+    asked = partial(pvae.analysis.traverse, given=given_of(given), seed=shared.seed)
     found = shared.watched("traverse", asked, opened, None if prior else start, latent, places, steps, span)
     keep(shared, opened, f"traverse-{found.latent}", found, _over_data(opened, "traversed"))
 
@@ -73,11 +73,19 @@ def _row(run: Run, split: str, name: str, row: int) -> Tensor:
     return part.rows[row : row + 1]
 
 
-def _given(given: list[str] | None) -> dict[str, int | str] | None:
+def given_of(given: list[str] | None) -> dict[str, Any] | None:
     """Return the values of `--given` by covariate, such as `y=3` or `words=ankle boot`; None if there are none."""
-    pairs, number = [text.partition("=") for text in given or ()], re.compile(r"\s*[+-]?\d+\s*")
-    found = {name.strip(): int(value) if number.fullmatch(value) else value.strip() for name, _, value in pairs}
-    return found or None
+    pairs = [text.partition("=") for text in given or ()]
+    return {name.strip(): _value(value.strip()) for name, _, value in pairs} or None
+
+
+def _value(text: str) -> Any:
+    """Return the number that a text is, or the numbers that it lists (`1.5,2`); else the text."""
+    for kind in (int, float):
+        with suppress(ValueError):
+            found = [kind(part) for part in text.split(",")]
+            return found if len(found) > 1 else found[0]
+    return text
 
 
 def _integers(option: str, text: str) -> list[int]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pvae
 from pvae.cli.app import Shared, command, tell
-from pvae.cli.making import background, keep
+from pvae.cli.making import background, given_of, keep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,9 +29,9 @@ def _planes(blocks: RowBlocks[Any], found: Any) -> Mapping[str, Figure]:
 
 
 @command("on_rows")
-def reconstruct(shared: Shared, run: str, draw: bool = False) -> None:
-    """Encode rows and decode them again, with log p(x | z) of each."""
-    _apply(shared, pvae.analysis.reconstruct, run, _rebuilt, mean=not draw)
+def reconstruct(shared: Shared, run: str, draw: bool = False, given: list[str] | None = None) -> None:
+    """Encode rows and decode them again, with log p(x | z) of each; with --given, under other covariates."""
+    _apply(shared, pvae.analysis.reconstruct, run, _rebuilt, mean=not draw, given=given_of(given))
 
 
 def _rebuilt(blocks: RowBlocks[Any], found: Any) -> Figure | None:

@@ -189,7 +189,8 @@ class Dataset:
             DataError: the layer or column does not exist, or a row has no label; see `from_tensors`.
         """
         declared = declared or TensorSource()
-        return _assembled(declared, anndata_rows(adata, layer, labels, declared.split_seed, declared.masked))
+        more = declared.split_seed, declared.masked, declared.side
+        return _assembled(declared, anndata_rows(adata, layer, labels, *more))
 
     @classmethod
     def from_frame(
@@ -222,18 +223,24 @@ class Dataset:
         return _assembled(source, source.rows_of(frame))
 
     @classmethod
-    def of(cls, data: Any, declared: PassedData | None = None) -> Dataset:
+    def of(cls, data: Any, declared: PassedData | None = None, covariates: Mapping[str, Any] | None = None) -> Dataset:
         """Make a data set of any supported object.
 
         Supported are a `Dataset`, which is returned unchanged; a torch `Dataset`; AnnData; a tensor, an array or a
-        sparse matrix; if a table is declared, a DataFrame; and the path of a file of any of them.
+        sparse matrix; a dictionary of `x`, labels `y` and the values that are declared beside x (`side`); if a table is
+        declared, a DataFrame; and the path of a file of any of them.
+
+        Arguments:
+            data: the object.
+            declared: declaration of scale, columns, splits and so on.
+            covariates: values beside x by name, `(n,)` or `(n, d)`, with tensors, arrays and torch datasets.
 
         Raises:
             DataError: see `from_torch`, `from_anndata`, `from_frame` and `from_tensors`.
         """
         if isinstance(data, Dataset):
             return data
-        declared = declared or TensorSource()
+        data, declared = {"x": data, **covariates} if covariates else data, declared or TensorSource()
         return _assembled(declared, rows_of(data, source_of(data, declared)))
 
     def require_support(self, constraint: constraints.Constraint, hint: str) -> None:
@@ -274,15 +281,20 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     parts = partition(data.splits.declared, rows)
     x = reshape(rows.x, data.shape, rows.name)
     ready = scaled(data.scale, rows, x, parts["train"])
+    side = None
+    if rows.side is not None:
+        side = FittedTransforms.of(scaled("raw", rows.side, rows.side.x, parts["train"]), rows.side, "none")
+    elif data.side:
+        raise DataError.of("data.side.none", source=getattr(data, data.tag), names=data.side)
+    transforms = FittedTransforms.of(ready, rows, data.binarize, side)
     prepared, raw = (streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
-    splits = {name: _split(name, prepared[name], rows, parts[name]) for name in SPLITS}
+    splits = {name: _split(name, prepared[name], rows, parts[name], transforms) for name in SPLITS}
     splits["train"] = replace(splits["train"], raw=raw)
     shared = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
     repeated = [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in shared.items() if n]
     found = [*_constant_features(splits["train"], rows.notes), *_dim(rows, data, ready, parts), *repeated]
     if rows.ids is not None and (many := len(rows.ids) - len(np.unique(rows.ids))):
         found.append(f"{many} of {len(rows.ids)} ids repeat that of another row")
-    transforms = FittedTransforms.of(ready, rows, data.binarize)
     shape = tuple(x.shape[1:])
     return Dataset(
         **splits, shape=shape, source=str(getattr(data, data.tag)), binarize=data.binarize,
@@ -292,11 +304,12 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     )  # fmt: skip
 
 
-def _split(name: str, x: Any, rows: Rows, part: Part) -> Split:
+def _split(name: str, x: Any, rows: Rows, part: Part, fitted: FittedTransforms) -> Split:
     numbers = np.asarray(part)
     y = None if rows.y is None else torch.from_numpy(rows.y[numbers].astype(np.int64))
     ids = None if rows.ids is None else rows.ids[numbers]
-    return Split(name, x, y, part=part, ids=ids, label_names=rows.label_names)
+    side = fitted.beside(rows.side, part)
+    return Split(name, x, y, part=part, ids=ids, label_names=rows.label_names, side=side)
 
 
 def _constant_features(train: Split, notes: tuple[str, ...]) -> list[str]:

@@ -26,6 +26,7 @@ from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, is_
 from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.data.split import Split
 from pvae.data.streamed import streams
+from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near
 from pvae.util.types import Array
 
@@ -59,15 +60,64 @@ class FittedTransforms(Section):
     """Names of the features, in the order of x, where the source names them."""
     read: dict[str, str | None] = {}
     """Matrix and column of labels that were read of an AnnData object or file."""
+    side: FittedTransforms | None = None
+    """Those of the values beside x, a table of its own; None if there are none."""
 
     @classmethod
-    def of(cls, ready: Scaled, rows: Rows, binarize: Binarize) -> Self:
-        """Return the transforms of scaled rows of a source."""
+    def of(cls, ready: Scaled, rows: Rows, binarize: Binarize, side: Self | None = None) -> Self:
+        """Return the transforms of scaled rows of a source, and of the values beside them."""
         numbers = {"shift": ready.shift, "divisor": ready.divisor}
         scaling: Any = {k: float(n) if np.ndim(n) == 0 else tuple(np.ravel(n).tolist()) for k, n in numbers.items()}
         known: Any = {name: getattr(rows, name) for name in ("label_names", "features", "read")}
         shape, dtype = tuple(ready.x.shape[1:]), ready.x.dtype.name
-        return cls(shape=shape, dtype=dtype, binarize=binarize, columns=dict(rows.table), **scaling, **known)
+        known |= {"columns": dict(rows.table), "side": side}
+        return cls(shape=shape, dtype=dtype, binarize=binarize, **scaling, **known)
+
+    def given(self, name: str, value: Any) -> torch.Tensor:
+        """Return values of a covariate in the units of the data, words or numbers, as the rows of a model have them.
+
+        Arguments:
+            name: name of the covariate.
+            value: a value, `()` or `(d,)`, or several, `(n,)` or `(n, d)`.
+
+        Raises:
+            DataError: a level is unknown, or a number is none that its column allows.
+        """
+        columns = {} if self.side is None else self.side.columns
+        places = [i for i, key in enumerate(columns) if key.split("[")[0] == name]
+        if self.side is None or not places:
+            known = self.label_names or ()
+            if value not in known:
+                raise DataError.of("data.new.label", name="given", row=0, known=known, word=value, hint="")
+            return torch.tensor(known.index(value))
+        column, cells = list(columns.values())[places[0]], np.asarray(value)
+        many = cells if cells.ndim == 1 + (len(places) > 1) else cells[None]
+        rows = side_rows({column.of or name: many}, {name: column}, len(many), "given")
+        if rows is None or rows.x.shape[1] != len(places):
+            raise DataError(f"given: expected {len(places)} numbers of {name}; got shape {list(cells.shape)}.")
+        full = np.full((len(many), len(columns)), np.nan)
+        full[:, places] = rows.x[:]
+        found = torch.from_numpy(self.side.on(full).of(range(len(full)))[:, places]).float()
+        found = found if column.is_standardised else found[:, 0].long()
+        return found if many is cells else found[0]
+
+    def beside(self, rows: Rows | None, part: Part) -> dict[str, torch.Tensor]:
+        """Return values beside x as the model reads them, by name, `(m,)` float32, of the rows numbered in `part`.
+
+        Values of latents that new rows lack are missing.
+
+        Raises:
+            DataError: values of a covariate are absent.
+        """
+        if self.side is None:
+            return {}
+        read = [] if rows is None else list(rows.table)
+        if lacking := [name for name, c in self.side.columns.items() if c.missing == "error" and name not in read]:
+            raise DataError.of("data.side.none", source="data", names=lacking)
+        full = np.full((len(part) if rows is None else len(rows.x), len(self.side.columns)), np.nan)
+        if rows is not None:
+            full[:, [list(self.side.columns).index(name) for name in read]] = rows.x[:]
+        return dict(zip(self.side.columns, self.side.on(full).apply(part).T.contiguous(), strict=True))
 
     @classmethod
     def parse(cls, text: bytes, origin: str) -> Self:
@@ -119,7 +169,13 @@ class FittedTransforms(Section):
         part: dict[str, Part] = {NEW: range(len(ready.x))}
         prepared: Any = (streams if isinstance(ready.x, Stored) else prepare)(ready, part, self.binarize)[0]
         y, label_names = self._labels(rows, closed)
-        return Split(NEW, prepared[NEW], y, ids=rows.ids, label_names=label_names, notes=rows.notes)
+        known: Any = {
+            "ids": rows.ids,
+            "label_names": label_names,
+            "notes": rows.notes,
+            "side": self.beside(rows.side, range(len(rows.x))),
+        }
+        return Split(NEW, prepared[NEW], y, **known)
 
     def _arranged(self, rows: Rows) -> AnyArray:
         """Return the stored values with the features in the order of the fit; raises DataError if they do not fit."""
@@ -257,7 +313,8 @@ def rows_of(data: Any, source: Data, data_dir: Path | None = None, name: str = "
         with named(source, data_dir):
             return source.read(data_dir, 0)
     if isinstance(source, H5ad):
-        return anndata_rows(data, source.layer, source.labels, source.split_seed, source.masked)
+        more = source.split_seed, source.masked, source.side
+        return anndata_rows(data, source.layer, source.labels, *more)
     assert isinstance(source, PassedData)  # noqa: S101 - no other reads objects
     return source.rows_of(data, name)
 

@@ -36,7 +36,7 @@ class Split:
         label_names: name of each label, or None.
         origin: (n,) name of the split that each row is from, as NumPy text; None if all are from this one.
         notes: remarks on how the rows were read.
-        side: values beside x by name, float32: codes of levels `(n,)`, standardised numbers `(n, d)`; NaN if missing.
+        side: values beside x by name, `(n,)` float32: codes of levels, standardised numbers; NaN if missing.
     """
 
     name: str
@@ -150,10 +150,13 @@ class Split:
         if entry.source == "sum":
             found: Tensor | None = torch.cat([chunk.flatten(1).nansum(1) for chunk in self.chunks()])
         else:
-            found = self.y if entry.source == "label" else self.side.get(name)
+            known = [part for key, part in self.side.items() if key == name or key.startswith(f"{name}[")]
+            found = self.y if entry.source == "label" else torch.stack(known, 1).squeeze(1) if known else None
         if found is None:
             what = "labels" if entry.source == "label" else f"values of {name!r}"
             raise DataError(f"{self.name}: expected {what}, on which the model is conditioned; got none.")
+        if (width := found[:1].numel()) not in (0, 1 if entry.codes else entry.width):
+            raise DataError(f"{self.name}: expected {entry.width} values of {name!r} in each row; got {width}.")
         if entry.latent and entry.codes:
             found = found.float().masked_fill(found < 0, torch.nan)
         codes = entry.codes if entry.tokens is None else len(entry.tokens)

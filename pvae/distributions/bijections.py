@@ -1,12 +1,14 @@
 """Pyro's flow transforms without caches, with stable log determinants, and inverses in any precision."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyro.distributions.transforms as bijections
 import torch
-from pyro.nn import AutoRegressiveNN, DenseNN
+from pyro.nn import ConditionalAutoRegressiveNN, ConditionalDenseNN
 from torch import Tensor, nn
 
 from pvae.errors import NonFiniteError
@@ -21,6 +23,10 @@ class Bijection(nn.Module):
     def __init__(self, transform: nn.Module) -> None:
         super().__init__()
         self.transform = transform
+
+    def given(self, context: Tensor) -> Bijection:
+        """Return the bijection that a transform of Pyro's conditional ones is for a context `(..., C)`."""
+        return Bijection(self.transform.condition(context))  # type: ignore[operator]
 
     def call(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return y = T(x), `(..., D)`, and log|det dy/dx|, nats, `(...)`."""
@@ -166,17 +172,18 @@ def near_identity(transform: nn.Module) -> nn.Module:
     """Return the flow transform reinitialised in place near the identity, as random starts may distort space."""
     small: list[Tensor] = []
     for module in transform.modules():
-        if isinstance(module, AutoRegressiveNN | DenseNN):
+        if isinstance(module, ConditionalAutoRegressiveNN | ConditionalDenseNN):  # and those without a context
             small += module.layers[-1].parameters()
         if isinstance(module, bijections.Spline):
             small += module.parameters()
     with torch.no_grad():
         for parameter in small:
             parameter.mul_(START_SCALE)
-        if isinstance(transform, bijections.NeuralAutoregressive):
-            slope, _, shift = transform.arn.layers[-1].bias.view(3, transform.hidden_units, -1)
+        if isinstance(transform, bijections.NeuralAutoregressive | bijections.ConditionalNeuralAutoregressive):
+            network: Any = getattr(transform, "arn", None) or transform.nn
+            slope, _, shift = network.layers[-1].bias.view(3, network.param_dims[0], -1)
             slope += math.log(math.e - 1)
-            shift += spread(transform.hidden_units)[:, None]
+            shift += spread(network.param_dims[0])[:, None]
         if isinstance(transform, bijections.BlockAutoregressive):
             transform.gate.fill_(math.log(1 / START_SCALE - 1))
             layers = list[Any](transform.layers)

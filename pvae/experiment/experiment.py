@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -17,9 +17,9 @@ from pvae.data.rows.rows import labels_may_be_missing
 from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
 from pvae.data.split import Split, chosen_labels
-from pvae.errors import DeclarationError, is_refused_draw
+from pvae.errors import DeclarationError, at, is_refused_draw
 from pvae.experiment import zoo
-from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides
+from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides, side_columns
 from pvae.experiment.rules import findings
 from pvae.graph.frame import Entry, Frame
 from pvae.graph.site import OBSERVED, Link, Site, topological
@@ -77,8 +77,8 @@ class Experiment(Plan):
     """
 
     data: Data = Digits()
-    covariates: dict[str, Table[Covariate]] = Field(default={}, max_length=1)
-    """Label of every datum, under a name that `given` may list beside latents; at most one is allowed."""
+    covariates: dict[str, Table[Covariate]] = {}
+    """Values beside x of every datum, under names that `given` may list beside latents, in the order of a row."""
     latents: dict[str, Table[Latent]] = Field(min_length=1)
     encoder: Encoder = SharedEncoder()
     decoder: Table[Decoder] = Decoder()
@@ -190,6 +190,11 @@ class Experiment(Plan):
         """Return data as the pair takes them: with a covariate, every row ends with its label or prompt tokens."""
         return data.conditioned(self.entries())
 
+    @property
+    def source(self) -> Data:
+        """Declared data, read with the values beside x of which covariates and seen latents are made."""
+        return self.data.with_side(side_columns(self.covariates, self.latents))
+
     def entries(self) -> dict[str, Entry]:
         """Return the entries of a row behind its datum, by name: covariates, then latents that some rows observe.
 
@@ -258,7 +263,7 @@ class Experiment(Plan):
         """
         from pvae.experiment.pyro_script.programs import pyro_script
 
-        return pyro_script(self, load(self.data, seed=self.seed).shape if x is None else x)
+        return pyro_script(self, load(self.source, seed=self.seed).shape if x is None else x)
 
     def _repr_html_(self) -> str:
         from pvae.experiment.readback import experiment_html
@@ -336,15 +341,3 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
     weight = experiment.objective.classification or 0.0
     link.guide = GraphGuide(guide_sites, encoder, posteriors, frame, link, reader, weight)
     return link
-
-
-@contextmanager
-def at(path: str) -> Iterator[None]:
-    """Put the path of a table before the problems of a DeclarationError, unless they name a latent themselves."""
-    try:
-        yield
-    except DeclarationError as error:
-        below = [f"{path}." if re.match(r"\w+: ", problem) else f"{path}: " for problem in error.problems]
-        pairs = zip(below, error.problems, strict=True)
-        found = [problem if problem.startswith("latents.") else place + problem for place, problem in pairs]
-        raise DeclarationError(found) from None

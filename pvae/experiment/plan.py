@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import tomli_w
 from pydantic import BaseModel, Field, model_validator
 
 from pvae.component import Component, Ints, Names, Section, Table, from_table, table_at
+from pvae.data.rows.columns import CategoricalColumn, Column, ContinuousColumn, CountColumn, Levels
 from pvae.graph.frame import Entry, Vocabulary, split
 from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
@@ -87,6 +88,13 @@ class Latent(Section):
         source: Any = "label" if self.observed == "label" else "side"
         return None if self.observed is None else Entry(self.codes or 0, self.dim or 1, source=source, latent=True)
 
+    @property
+    def column(self) -> Column | None:
+        """Column of the values beside x that the latent is seen to have in some rows; None if they are labels."""
+        if self.observed in (None, "label"):
+            return None
+        return CountColumn(missing="mask") if self.dim is None else ContinuousColumn(missing="mask", transform="none")
+
     def site(self, name: str) -> Site:
         """Return the latent as a node of the graph that model and guide are built from."""
         q, twin = self.posterior, "index" in self.prior.values
@@ -99,35 +107,72 @@ class Latent(Section):
 
 
 class Covariate(Section):
-    """A label that is observed for every datum and not modelled: a class number, or a text prompt."""
+    """A value that is observed for every datum and not modelled: a label, real numbers, or a text prompt.
 
+    Networks read a label as a one-hot, or as a thermometer if it is ordinal, and numbers standardised.
+
+    Example:
+        >>> Covariate(levels=("low", "high"), of="dose").entry().codes
+        2
+    """
+
+    of: str | None = None
+    """Column of a table, array of an archive, key of `obs`, or entry of a dictionary that it is made of; by default the
+    label of the data, which otherwise stays free for reports."""
     codes: int | None = Field(default=None, gt=1, le=100_000)
     """Number of values of the label, which are 0 .. codes - 1."""
+    levels: Annotated[Levels, Field(min_length=2, max_length=10_000)] | None = None
+    """All values of a label as the data write them, in their order, which the codes 0, 1, 2, ... stand for."""
+    ordinal: bool = False
+    """Networks read label k as a thermometer: k >= 1, .., k >= codes - 1."""
+    dim: int | None = Field(default=None, gt=0, le=100_000)
+    """Number of real numbers, standardised by mean and standard deviation of the training rows."""
     words: Names | None = Field(default=None, min_length=2)
     """A text (prompt) for each label; the model reads its words, and after training any prompt of the same
     vocabulary."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        if (self.codes is None) == (self.words is None):
-            found = "neither" if self.codes is None else "both"
-            raise ValueError(f"either codes (a label) or words (a text for each label); got {found}")
+        forms = {name: getattr(self, name) for name in ("codes", "levels", "dim", "words")}
+        if len(found := [name for name, value in forms.items() if value is not None]) != 1:
+            raise ValueError(text("experiment.plan.covariate", found=found))
+        if self.of is None and (self.levels or self.dim):
+            raise ValueError(f"of, the column or array that has the {found[0]}; got none")
+        if self.ordinal and not (self.codes or self.levels):
+            raise ValueError(f"ordinal with codes or levels; got it with {found[0]}")
         if self.words is not None and not all(map(split, self.words)):
             raise ValueError(f"words: at least one word or number in every text; got {list(self.words)}")
         return self
 
     @property
     def labels(self) -> int:
-        """Number of different labels."""
-        return len(self.words) if self.words is not None else self.codes or 0
+        """Number of different labels; 0 of real numbers."""
+        return len(self.words or self.levels or ()) or self.codes or 0
+
+    @property
+    def column(self) -> Column | None:
+        """Column of the values beside x that it is made of; None if it is the label of the data."""
+        if self.of is None:
+            return None
+        if self.levels is not None:
+            return CategoricalColumn(of=self.of, levels=self.levels)
+        return CountColumn(of=self.of) if self.dim is None else ContinuousColumn(of=self.of)
 
     def entry(self) -> Entry:
         """Return the covariate as an entry of a row."""
+        source: Literal["label", "side"] = "label" if self.of is None else "side"
         if self.words is None:
-            return Entry(self.labels)
+            return Entry(self.labels, self.dim or 1, ordinal=self.ordinal, source=source)
         vocabulary = Vocabulary.of(self.words)
         tokens = tuple(tuple(vocabulary.encode(words)) for words in self.words)
-        return Entry(len(vocabulary), vocabulary.length, vocabulary, tokens)
+        return Entry(len(vocabulary), vocabulary.length, vocabulary, tokens, source=source)
+
+
+def side_columns(covariates: Mapping[str, Covariate], latents: Mapping[str, Latent] = {}) -> dict[str, Column]:
+    """Return the columns beside x of which covariates are made, and that latents are seen to have in some rows."""
+    known: dict[str, Column | None] = {name: covariate.column for name, covariate in covariates.items()}
+    known |= {latent.observed or "": latent.column for latent in latents.values()}
+    return {name: column for name, column in known.items() if column is not None}
 
 
 class Train(Section):

@@ -173,6 +173,12 @@ class Frame:
         """Return rows `(n, *row)` with their data points replaced by `x` `(n, *x)` and their entries kept."""
         return torch.cat([x.reshape(len(rows), -1).to(rows), rows[:, prod(self.x) :]], 1) if self.entries else x
 
+    def assemble(self, x: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+        """Return rows `(n, *row)` of data points `(n, *x)` and numbers of entries; those left out are unknown, NaN."""
+        named = [(columns.get(name), entry.width) for name, entry in self.entries.items()]
+        parts = [x.new_full((len(x), w), torch.nan) if t is None else t.reshape(len(x), w).to(x) for t, w in named]
+        return torch.cat([x.flatten(1), *parts], 1) if self.entries else x
+
     def require(self, rows: Tensor) -> None:
         """Check that every entry of the rows has a value that it can have, and that of a latent all or no rows have it.
 

@@ -17,7 +17,7 @@ from pvae.data.rows.files import CONFINED
 from pvae.data.sources.python import PassedData, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError
 from pvae.experiment.experiment import Experiment, reading
-from pvae.experiment.plan import Plan
+from pvae.experiment.plan import Plan, side_columns
 from pvae.objectives.base import named
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
@@ -98,7 +98,7 @@ class Run(Applied):
 
     def _passed(self, data: Any) -> Dataset:
         bare = self.files.manifest.get("data", {}).get("shape") == []
-        declared = self.plan.data if isinstance(self.plan, Experiment) else TensorSource(shape=() if bare else None)
+        declared = self.plan.source if isinstance(self.plan, Experiment) else TensorSource(shape=() if bare else None)
         with reading(self.plan):
             return Dataset.of(data, declared if isinstance(declared, PassedData) else None)
 
@@ -149,7 +149,7 @@ class Run(Applied):
             token = CONFINED.set(self._foreign)
             try:
                 with reading(self.plan):
-                    data = load(self.experiment.data, data_dir=self._data_dir, seed=self.plan.seed)
+                    data = load(self.experiment.source, data_dir=self._data_dir, seed=self.plan.seed)
             finally:
                 CONFINED.reset(token)
         if (wanted := self.files.manifest.get("data", {}).get("fingerprint")) and data.fingerprint != wanted:
@@ -202,8 +202,9 @@ class Run(Applied):
         plan = self.plan if isinstance(self.plan, Experiment) else None
         if self._given_pair is not None and not isinstance(data, str | Path):
             data = self._given_pair.pack(data)
-        labelled = plan is not None and bool(plan.covariates)
-        declared, folder = None if plan is None else plan.data, Path(data_dir) if data_dir else None
+        labelled = plan is not None and any(known.of is None for known in plan.covariates.values())
+        folder = Path(data_dir) if data_dir else None
+        declared = None if plan is None else plan.data.with_side(side_columns(plan.covariates))
         with reading(self.plan):
             found = rows_of_new(data, declared, self.transforms, folder, labelled=labelled)
         split = self.transforms.split(found, closed=labelled)

@@ -1,7 +1,7 @@
 """Entry point of stochastic variational inference: `fit`."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ BATCHES_LOOKED_AT = 100
 
 
 def fit(
-    what: str | Path | Experiment | Pair, *overrides: str, data: Any = None, objective: Objective | None = None,
+    what: str | Path | Experiment | Pair, *overrides: str, data: Any = None,
+    covariates: Mapping[str, Any] | None = None, objective: Objective | None = None,
     loss: Any = None, train: Train | None = None, seed: int | None = None, name: str | None = None,
     run_dir: str | Path = "runs", data_dir: str | Path | None = None, device: str = "auto", export: Sequence[str] = (),
     progress: bool = True,
@@ -46,6 +47,8 @@ def fit(
         data: replaces the declared source: anything that `Dataset.of` takes, such as a `Dataset`, a tensor or array
             `(n, *event)`, a torch `Dataset`, AnnData; for a hand-written pair of several arguments a tuple or a
             dictionary of tensors.
+        covariates: values beside x by name, `(n,)` or `(n, d)`, with data that are a tensor, an array or a torch
+            dataset: those that the `of` of a declared covariate names. `{"x": data, **covariates}` as data is the same.
         objective: objective of a hand-written pair; default `trace_elbo`.
         loss: an ELBO of `pyro.infer` for a hand-written pair, such as `TraceEnum_ELBO()`. Where pvae's own step has the
             same loss and gradient, found on a batch, it is taken; elsewhere Pyro's runs as it stands.
@@ -95,7 +98,7 @@ def fit(
         raise DeclarationError.of("training.fit.declared")
     else:
         read = what.with_overrides(*overrides) if isinstance(what, Experiment) else Experiment.load(what, overrides)
-        plan, dataset, pair = _declared(read.with_changes(changes), data, data_dir, where)
+        plan, dataset, pair = _declared(read.with_changes(changes), data, covariates, data_dir, where)
     attended(pair, lambda: dataset.train)
     rows = min(plan.train.batch_size, len(dataset.train))
     step = partial(weigh_step, plan.objective, row=dataset.train.rows.shape[1:], rows=rows)
@@ -167,15 +170,15 @@ def objective_of(loss: Any, pair: Pair, dataset: Dataset) -> Objective:
 
 
 def _declared(
-    plan: Experiment, data: Any, data_dir: str | Path | None, device: torch.device
+    plan: Experiment, data: Any, covariates: Mapping[str, Any] | None, data_dir: str | Path | None, device: torch.device
 ) -> tuple[Experiment, Dataset, Pair]:
     """Return the data set to fit, the pair built for it, and the declaration with the source of data passed in."""
     with reading(plan):
         if data is None:
-            dataset = load(plan.data, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
+            dataset = load(plan.source, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
         else:
-            source = passed_source(plan)
-            plan, dataset = plan.model_copy(update={"data": source}), Dataset.of(data, source)
+            plan = plan.model_copy(update={"data": passed_source(plan)})
+            dataset = Dataset.of({"x": data, **covariates} if covariates else data, plan.source)  # type: ignore[arg-type]
     if dataset.masked and not plan.observed().takes_missing:
         raise DataError.of("training.fit.missing", kind=plan.decoder.likelihood.kind)
     dataset = plan.conditioned(dataset)

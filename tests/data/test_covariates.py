@@ -1,13 +1,21 @@
 """Covariates: entries of a row beside x, from the label, from values beside x, or from x itself."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
+import anndata
+import numpy as np
+import pandas
 import pytest
 import torch
 
-from pvae.data import Dataset
-from pvae.errors import DataError
+import pvae
+from pvae import Experiment, Run
+from pvae.data import Dataset, load
+from pvae.errors import DataError, DeclarationError
 from pvae.graph.frame import Entry, Frame
+from tests.data.writers import h5ad, npz
 
 ENTRIES = {
     "batch": Entry(codes=3),
@@ -36,7 +44,9 @@ def test_a_row_holds_all_entries_behind_its_datum():
     assert frame.shapes == {"batch": (3,), "stage": (3,), "age": (2,), "size": (1,)}  # a latent is no covariate
     assert torch.equal(seen["stage"].sum(1), data.train.side["stage"])  # a thermometer
     torch.testing.assert_close(seen["size"][:, 0], x.flatten(1).sum(1))
-    torch.testing.assert_close(frame.columns(split.rows)["kind"], data.train.side["kind"], equal_nan=True)
+    assert frame.columns(split.rows)["kind"].isnan().all()  # known to a fit alone
+    found = data.train.values("kind", ENTRIES["kind"])[:, 0]
+    torch.testing.assert_close(found, data.train.side["kind"], equal_nan=True)
     frame.require(split.rows)
     number = data.train.y * 4 + data.train.side["stage"]
     assert torch.equal(frame.groups(split.rows), number.long())
@@ -64,3 +74,138 @@ def test_a_row_holds_all_entries_behind_its_datum():
 def test_what_an_entry_cannot_have_is_refused(name, entry, match):
     with pytest.raises(DataError, match=match):
         beside().conditioned({name: entry})
+
+
+# Fits
+
+
+N = 60
+COLUMNS = {name: {"type": "continuous"} for name in "ab"}
+COVARIATES: dict[str, Any] = {
+    "batch": {"levels": ["one", "two", "three"], "of": "plate"},
+    "age": {"dim": 1, "of": "years"},
+    "stage": {"codes": 4, "ordinal": True, "of": "stage"},
+}
+
+
+def table(n: int = N, seed: int = 0) -> pandas.DataFrame:
+    rng = np.random.default_rng(seed)
+    plate = rng.choice(["one", "two", "three"], n)
+    x = {"a": rng.normal(size=n) + 2.0 * (plate == "two"), "b": rng.normal(size=n)}
+    beside = {"plate": plate, "years": rng.normal(50, 10, n), "stage": rng.integers(0, 4, n)}
+    return pandas.DataFrame({**x, **beside, "kind": rng.choice(["u", "v"], n)})
+
+
+def declared(data: dict[str, Any], **changes: Any) -> Any:
+    given = ["z", "batch", "age", "stage"]
+    network = {"kind": "mlp", "hidden": [8]}
+    return Experiment.from_dict(
+        {
+            "name": "covariates",
+            "data": data,
+            "covariates": COVARIATES,
+            "latents": {"z": {"dim": 2, "posterior": {"kind": "normal", "given": ["x", "batch", "age"]}}},
+            "encoder": {"kind": "per_latent", "network": network},
+            "decoder": {"given": given, "network": network, "likelihood": {"kind": "columns"}},
+            "train": {"epochs": 2, "batch_size": 16},
+            **changes,
+        }
+    )
+
+
+def csv(path: Path) -> dict[str, Any]:
+    table().to_csv(path / "t.csv", index=False)
+    return {"source": "csv", "path": str(path / "t.csv"), "columns": COLUMNS, "label": "kind"}
+
+
+def test_a_table_with_covariates_is_fitted_encoded_and_sampled(tmp_path):
+    run = pvae.fit(declared(csv(tmp_path)), run_dir=tmp_path / "runs", progress=False)
+    run = Run.load(run.path)
+    assert run.data.label_names == ("u", "v")  # the label stays free
+    frame, whole = run.pair.frame, run.data.whole()
+    columns, raw = frame.columns(whole.x), table()
+    assert [COVARIATES["batch"]["levels"][int(i)] for i in columns["batch"]] == raw["plate"].tolist()
+    train = raw["years"][run.data.train.numbers]
+    want = (raw["years"] - train.mean()) / train.std(ddof=0)
+    np.testing.assert_allclose(columns["age"][:, 0], want, atol=1e-5)
+
+    new = table(7, seed=1).drop(columns="kind")
+    rows = run.rows(new)
+    np.testing.assert_allclose(
+        frame.columns(rows.x)["age"][:, 0], (new["years"] - train.mean()) / train.std(ddof=0), atol=1e-5
+    )
+    assert run.encode(new, mean=True).latents["z"].value.shape == (7, 2)
+    found = run.sample(3, given={"batch": "two", "age": 40, "stage": 3})
+    assert found.covariates["batch"].tolist() == [1, 1, 1]
+    torch.testing.assert_close(
+        found.covariates["age"][0, 0], torch.tensor((40 - train.mean()) / train.std(ddof=0)).float()
+    )
+    drawn = run.sample(50, given={"batch": "three"}).covariates  # the others from the training rows
+    assert set(drawn["stage"].tolist()) == {0, 1, 2, 3}
+    one, other = (run.reconstruct(new, given={"batch": word}).x for word in ("one", "two"))
+    assert not torch.allclose(one, other)
+    same = run.reconstruct(new)
+    own = torch.tensor((new["plate"] == "two").tolist())
+    torch.testing.assert_close(same.x[own], other[own])
+
+    wrongs: list[tuple[dict[str, Any], str]] = [
+        ({"plate": "four"}, r"row 2, column 'batch': expected one of 'one', 'two', 'three'; got 'four'"),
+        ({"years": np.nan}, r"row 2, column 'age': expected a value; got none. Leave the row out, or fill it in"),
+        ({"stage": 9}, r"row 2: expected a value of stage, an integer 0 \.\. 3; got 9"),
+    ]
+    for change, match in wrongs:
+        wrong = new.copy()
+        for name, value in change.items():
+            wrong.loc[2, name] = value
+        with pytest.raises(DataError, match=match):
+            run.rows(wrong)
+    with pytest.raises(DataError, match=r"expected .*'plate'"):
+        run.rows(new.drop(columns="plate"))
+    with pytest.raises(DeclarationError, match=r"given.batch: .*expected one of 'one', 'two', 'three'; got 'ten'"):
+        run.sample(2, given={"batch": "ten"})
+
+
+def test_values_beside_x_come_from_every_kind_of_source(tmp_path):
+    frame = table()
+    x = np.ascontiguousarray(frame[["a", "b"]], np.float32)
+    side = {
+        "plate": frame["plate"].to_numpy(str),
+        "years": frame["years"].to_numpy(),
+        "stage": frame["stage"].to_numpy(),
+    }
+    frame.to_parquet(tmp_path / "x.parquet")
+    obs = frame[["plate", "years", "stage"]].astype({"plate": "category"})
+    h5ad(tmp_path / "x.h5ad", x, obs)
+    adata = anndata.AnnData(x, obs=obs.set_axis([f"c{i}" for i in range(N)]))
+    gauss = {"decoder": {"given": ["z", "batch", "age", "stage"], "likelihood": {"kind": "normal"}}}
+    arrays = npz(tmp_path, np.savez, x=x, **side)
+    plain = [{"source": "npz", "path": arrays}, {"source": "h5ad", "path": str(tmp_path / "x.h5ad")}]
+    datasets = [load(declared(data, **gauss).source) for data in plain]
+    datasets.append(load(declared({**plain[0], "stream": True}, **gauss).source))
+    of = declared({"source": "tensor"}, **gauss).source
+    datasets += [Dataset.of(data, of) for data in (adata, {"x": x, **side})]
+    datasets.append(Dataset.of(torch.from_numpy(x), of, covariates={k: v.tolist() for k, v in side.items()}))
+    parquet = {"source": "parquet", "path": str(tmp_path / "x.parquet"), "columns": COLUMNS}
+    datasets.append(load(declared(parquet).source))
+    datasets.append(Dataset.of(frame, declared({"source": "frame", "columns": COLUMNS}).source))
+    first = datasets[0].whole().side
+    assert first.keys() == {"batch", "age", "stage"}
+    for data in datasets[1:]:
+        for name, values in data.whole().side.items():
+            torch.testing.assert_close(values, first[name], msg=f"{data.source}: {name}")
+    with pytest.raises(DataError, match=r"expected 60 values of 'years', one for each row; got .* \[59\]"):
+        Dataset.of({"x": x, **side, "years": side["years"][1:]}, of)
+    with pytest.raises(DataError, match=r"expected values of 'years' beside x"):
+        Dataset.of({"x": x, "plate": side["plate"], "stage": side["stage"]}, of)
+    with pytest.raises(DataError, match=r"expected a source with values of batch, age, stage beside x"):
+        load(declared({"source": "digits"}, **gauss).source)
+
+
+def test_a_fit_with_covariates_resumes_bit_for_bit(tmp_path):
+    experiment, runs = declared(csv(tmp_path)), tmp_path / "runs"
+    whole = pvae.fit(experiment, "train.epochs=3", "train.shards=2", run_dir=runs, progress=False)
+    begun = pvae.fit(experiment, "train.shards=2", run_dir=runs, progress=False)
+    again = pvae.resume(Run.load(begun.path), "train.epochs=3", allow_changes=True, progress=False)
+    tensors, others = again.checkpoint.tensors, whole.checkpoint.tensors
+    for part, found in tensors.items():
+        assert all(torch.equal(t, others[part][name]) for name, t in found.items()), part

@@ -3,6 +3,7 @@
 # Attributes of Modules have no types, and a figure that may be None fails its test if it is.
 # mypy: disable-error-code="union-attr, attr-defined, arg-type, dict-item, operator"
 
+import copy
 from typing import Any
 
 import pyro.poutine as poutine
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import pvae
-from pvae.analysis import bracket, evidence, surgery
+from pvae.analysis import bracket, encode, evidence, sample, surgery
 from pvae.analysis.decompose.by_covariate import GROUP_SEEDS
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
@@ -20,6 +21,7 @@ from pvae.graph.frame import Entry, Frame
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import seeds
+from tests.laws import require_trainable, shake
 
 NETWORK = {"network": {"kind": "mlp", "hidden": [16]}}
 PRIOR = {"kind": "conditional_normal", **NETWORK}
@@ -187,7 +189,14 @@ BAD = {
     "unknown": ({"covariates": {}}, r"latents\.z\.given: expected names among .*; got \"y\""),
     "taken": ({"covariates": {"z": {"codes": 3}}}, "covariates: expected names that no latent has"),
     "reserved": ({"covariates": {"x": {"codes": 3}}}, r"covariates: expected names in lower case"),
-    "two": ({"covariates": {"y": {"codes": 3}, "w": {"codes": 3}}}, "covariates: .*at most 1"),
+    "two": ({"covariates": {"y": {"codes": 3}, "w": {"codes": 3}}}, "covariates.w: expected a covariate that"),
+    "forms": ({"covariates": {"y": {"codes": 3, "dim": 1}}}, "one of codes .* got codes and dim"),
+    "of": ({"covariates": {"y": {"dim": 1}}}, "of, the column or array that has the dim; got none"),
+    "ordinal": ({"covariates": {"y": {"dim": 1, "of": "y", "ordinal": True}}}, "ordinal with codes or levels"),
+    "spline": (
+        {"latents": {"z": {"dim": 2, "given": ["y"], "prior": {"kind": "spline_coupling"}}}},
+        "reads y, such as",
+    ),
     "one code": ({"covariates": {"y": {"codes": 1}}}, r"covariates\.y\.codes: expected greater than 1"),
     "no latent": ({"decoder": {"given": ["y"]}}, r"decoder\.given: expected at least one latent"),
     "guided": (
@@ -273,3 +282,105 @@ def test_a_covariate_that_nothing_reads_is_refused():
     table = {**TABLE, "latents": {"z": {"dim": 2}}, "decoder": {**NETWORK, "likelihood": {"kind": "bernoulli"}}}
     with pytest.raises(DeclarationError, match=r"covariates\.y: expected a covariate that a prior, a posterior or"):
         Experiment.from_dict(table)
+
+
+# ---------------------------------------------------------------------- several covariates
+
+LINEAR: dict[str, Any] = {
+    "name": "linear",
+    "latents": {"z": {"dim": 2, "posterior": {"kind": "normal"}}},
+    "encoder": {"kind": "shared", "network": {"kind": "mlp", "hidden": []}},
+    "decoder": {
+        "network": {"kind": "mlp", "hidden": []},
+        "likelihood": {"kind": "normal", "scale": "fixed", "value": 0.5},
+    },
+}
+
+
+def linear(covariates: dict[str, Any], **latent: Any) -> Pair:
+    table = copy.deepcopy(LINEAR) | {"covariates": covariates}
+    table["decoder"]["given"] = ["z", *covariates]
+    table["latents"]["z"] |= latent
+    return Experiment.from_dict(table).build((4,))
+
+
+def test_two_labels_are_their_joint_code():
+    two = linear({"a": {"codes": 2}, "b": {"codes": 3}})
+    one = linear({"y": {"codes": 6}})
+    weight = two.model.decoder.network.head.weight.detach()
+    z, a, b = weight.split([2, 2, 3], 1)
+    joint = (a[:, :, None] + b[:, None, :]).flatten(1)
+    one.load_state_dict({**two.state_dict(), "model.decoder.network.head.weight": torch.cat([z, joint], 1)})
+    x, labels = torch.randn(60, 4), torch.stack([torch.arange(60) % 2, torch.arange(60) % 3], 1)
+    both = torch.cat([x, labels.float()], 1)
+    code = torch.cat([x, (labels[:, :1] * 3 + labels[:, 1:]).float()], 1)
+    assert torch.equal(two.groups(both), one.groups(code))
+    found, want = surgery(two, both, seed=3), surgery(one, code, seed=3)
+    for name in ("elbo", "kl", "mutual_information", "marginal_kl"):
+        assert getattr(found, name).value == pytest.approx(getattr(want, name).value, rel=1e-5)
+    assert "within each of 6 groups" in " ".join(found.notes)
+
+
+def test_covariates_change_nothing_where_nothing_is_given_them():
+    pair = linear({"a": {"codes": 3}, "age": {"dim": 1, "of": "age"}})
+    x = torch.randn(50, 4)
+    beside = torch.cat([(torch.arange(50) % 3)[:, None].float(), torch.randn(50, 1)], 1)
+    rows, shuffled = (torch.cat([x, beside[order]], 1) for order in (torch.arange(50), torch.randperm(50)))
+    z = torch.randn(50, 2)
+    one, other = (pair.model_trace(part, {"z": z}) for part in (rows, shuffled))
+    assert torch.equal(one.nodes["z"]["fn"].log_prob(z), other.nodes["z"]["fn"].log_prob(z))
+    assert not torch.equal(one.nodes["x"]["fn"].log_prob(x), other.nodes["x"]["fn"].log_prob(x))
+    torch.testing.assert_close(encode(pair, rows, mean=True).latents["z"].loc, encode(pair, shuffled).latents["z"].loc)
+
+
+def test_a_prior_given_a_number_has_no_marginal_kl_and_says_why():
+    """The decoder alone reading a number leaves the surgery whole: x and the number are the data."""
+    of = {"age": {"dim": 1, "of": "age"}}
+    rows = torch.cat([torch.randn(80, 4), torch.linspace(-1, 1, 80)[:, None]], 1)
+    read = surgery(linear(of), rows)
+    assert read.marginal_kl is not None
+    assert read.mutual_information.value + read.marginal_kl.value == pytest.approx(read.kl.value, abs=1e-6)
+    assert "age: real numbers, which rows do not share" in " ".join(read.notes)
+    given = surgery(linear(of, given=["age"], prior={"kind": "conditional_normal"}), rows)
+    assert given.marginal_kl is None
+    assert given.population is None
+    assert "z: the prior differs from row to row" in " ".join(given.notes)
+    many = linear({"y": {"codes": 200}}, given=["y"], prior={"kind": "conditional_normal"})
+    found = surgery(many, torch.cat([torch.randn(150, 4), torch.arange(150.0)[:, None]], 1))
+    assert found.marginal_kl is None
+
+
+CONDITIONAL_FLOWS = ("realnvp", "maf", "iaf", "spline_autoregressive", "neural_autoregressive")
+
+
+@pytest.mark.parametrize("kind", CONDITIONAL_FLOWS)
+def test_a_flow_given_parents_has_a_density_for_each(kind):
+    torch.manual_seed(0)
+    pair = linear({"y": {"codes": 2}}, given=["y"], prior={"kind": kind, "layers": 2, "hidden": [8]}).double()
+    module = pair.model.priors["z"]
+    shake(module, 0.1)
+    grid = torch.linspace(-12, 12, 481).double()
+    cells = torch.cartesian_prod(grid, grid)
+    with torch.no_grad():
+        density = [module({"y": y}).log_prob(cells).exp() for y in torch.eye(2).double()]
+        for y, p in zip(torch.eye(2).double(), density, strict=True):
+            mass = float(p.sum()) * 0.05**2
+            assert mass == pytest.approx(1, abs=0.003)
+            drawn = module({"y": y.expand(500, 2)}).sample()
+            mean = (p[:, None] * cells).sum(0) * 0.05**2 / mass
+            spread = ((p[:, None] * (cells - mean) ** 2).sum(0) * 0.05**2 / mass).sqrt()
+            assert float(((drawn.mean(0) - mean) / spread).abs().max()) < 4.5 / 500**0.5
+            assert float((drawn.std(0) / spread - 1).abs().max()) < 0.3
+    assert float((density[0] - density[1]).abs().sum()) * 0.05**2 > 0.01  # the context is read
+    require_trainable(pair, torch.cat([torch.randn(20, 4), torch.arange(20)[:, None] % 2], 1).double())
+
+
+def test_a_flow_reads_a_latent_and_a_covariate():
+    table = copy.deepcopy(LINEAR) | {"covariates": {"y": {"codes": 2}}, "encoder": {"kind": "per_latent"}}
+    latent = {"dim": 2, "given": ["z2", "y"], "prior": {"kind": "maf", "hidden": [8]}}
+    table["latents"] = {"z2": {"dim": 2}, "z1": {**latent, "posterior": {"kind": "normal", "given": ["x", "z2"]}}}
+    pair = Experiment.from_dict(table).build((4,))
+    rows = torch.cat([torch.randn(30, 4), torch.arange(30)[:, None] % 2], 1)
+    require_trainable(pair, rows)
+    assert pair.terms(rows, particles=3).reconstruction.shape == (3, 30)
+    assert sample(pair, 5, given={"y": 1}).latents["z1"].shape == (5, 2)

@@ -201,7 +201,7 @@ def test_cli_sample(folder, tmp_path, moons):
 def test_cli_says_what_is_wrong(folder, tmp_path):
     for line, message in {
         "sample moons --given yy=1": "did you mean 'y'",
-        "sample moons --given y=one": "or 64 of them; got one",
+        "sample moons --given y=one": "expected a label of the fit, upper, lower; got 'one'",
         "traverse digits --row 9999": "expected a row of test",
         "traverse digits --dims a": "expected an integer",
         "encode digits --split tset": "Expected a split",

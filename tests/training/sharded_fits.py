@@ -70,9 +70,11 @@ def fitted(name: str, folder: Path) -> Run:
         patch = pytest.MonkeyPatch()
         patch.setattr(streamed, "BLOCK_BYTES", 7 * 4 * 64)
         patch.setattr(streamed, "WINDOW", 3)
-        name = f"x{int(follows())}.npy"
-        np.save(folder / name, np.random.RandomState(0).randint(0, 256, (300, 8, 8)).astype(np.uint8))
-        few += [f"data={{source='npy', path='{name}', scale='unit', binarize='dynamic', stream=true}}"]
+        name = f"x{int(follows())}.npz"
+        grey = np.random.RandomState(0).randint(0, 256, (300, 8, 8)).astype(np.uint8)
+        np.savez(folder / name, x=grey, years=grey.mean((1, 2)))
+        few += [f"data={{source='npz', path='{name}', scale='unit', binarize='dynamic', stream=true}}"]
+        few += ["covariates={age={dim=1, of='years'}}", "decoder.given=['z', 'age']"]
         run = pvae.fit(declared("vae", *few), run_dir=folder, data_dir=folder, progress=False)
         patch.undo()
         return run

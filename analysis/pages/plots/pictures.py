@@ -179,8 +179,8 @@ def sampled(found: Samples, data: Array) -> Figure | None:
 
 
 def _range(values: Array) -> str:
-    low, high = int(values.min()), int(values.max())
-    return str(low) if low == high else f"{low} to {high}"
+    low, high = f"{values.min():g}", f"{values.max():g}"
+    return low if low == high else f"{low} to {high}"
 
 
 @style()

@@ -23,7 +23,6 @@ UNKNOWN = ("", "unknown")
 """Words for a missing label, where labels may be missing."""
 Part = range | NDArray[np.int64]
 """Row numbers of a split: a range, which a declaration may replace, or the indices of a random permutation."""
-
 SPLITS = ("train", "validation", "test")
 NEW = "new"
 """Name of the split of rows that are no part of the data of a fit."""
@@ -47,6 +46,7 @@ class Rows:
         features: names of the features of x (n, features), by which new rows find theirs; None if they have none.
         masked: True if values of x may be missing, NaN; of a table the columns say so.
         read: matrix (`layer`) and column of labels (`labels`) that were read of an AnnData object or file; else empty.
+        side: values beside x, of which covariates are made, as a table (n, columns) of its own; None if there are none.
 
     Raises:
         DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
@@ -64,6 +64,7 @@ class Rows:
     features: tuple[str, ...] | None = None
     read: Mapping[str, str | None] = field(default_factory=dict)
     masked: bool = False
+    side: "Rows | None" = None
 
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name

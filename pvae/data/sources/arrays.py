@@ -23,6 +23,7 @@ from pvae.data.rows.files import AnyArray, ArrayLayout, FileArray
 from pvae.data.rows.prepare import Holed
 from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
+from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near, printable
 from pvae.util.types import Array
 
@@ -216,7 +217,8 @@ class NamedArrays(FileData):
         path = files.located(self.path, data_dir)
         names = self.names(path)
         wanted = self.x or next((name for name in USUAL_NAMES if _by_split(name, names, path)), "x")
-        wants = filter(None, (wanted, self.y, self.id, self.mask))
+        side = [column.of or name for name, column in self.side.items()]
+        wants = filter(None, (wanted, self.y, self.id, self.mask, *side))
         known = {want: _by_split(want, names, path) or {"train": want} for want in wants}
         found, used = known[wanted], [name for arrays in known.values() for name in arrays.values()]
         for name in used:
@@ -244,6 +246,8 @@ class NamedArrays(FileData):
         if self.x is None and wanted != "x":
             notes.append(f"{path.name}: rows are read from {', '.join(found.values())}")
         more: dict[str, Any] = {"notes": tuple(notes), "ids": np.concatenate(ids) if ids else None}
+        raw = {name: np.concatenate([text(name, split) for split in SPLITS if split in found]) for name in side}
+        more["side"] = side_rows(raw, self.side, sum(len(x) for x, _ in given.values()), str(path))
         return joined(given, self.split_seed, wanted, largest=self.largest, masked=self.masked, **more)
 
 

@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -64,6 +64,9 @@ class Data(Component):
     labels are hidden from it. All are seen by default."""
     label_seed: Seed | None = None
     """Seed of the choice of the labelled rows, 0 by default."""
+    side: dict[str, Column] = {}
+    """Values read beside x, by name and type: columns of a table, arrays of an archive, keys of `obs`, entries of a
+    dictionary passed in Python. Those that the covariates of an experiment are made of need not be declared here."""
 
     @property
     def table(self) -> Mapping[str, Column]:
@@ -74,6 +77,10 @@ class Data(Component):
     def masked(self) -> bool:
         """True if values may be missing; those of a table's columns are not meant."""
         return self.missing == "mask"
+
+    def with_side(self, side: Mapping[str, Column]) -> Self:
+        """Return the declaration with more values beside x; the same without any."""
+        return self.model_copy(update={"side": {**self.side, **side}}) if side else self
 
     @abstractmethod
     def read(self, data_dir: Path | None, seed: int) -> Rows:

@@ -24,6 +24,7 @@ from pvae.data.rows.rows import Rows
 from pvae.data.sources.arrays import NamedArrays, unpacked
 from pvae.data.sources.base import FileData
 from pvae.data.sources.python import LARGEST_GAP, column_labels
+from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near, printable
 from pvae.util.types import Array
 
@@ -241,10 +242,12 @@ class H5ad(FileData):
                 y, names = column_labels(_column(file, self.labels, path), self.labels)
             inner = [f"{group}/{key}" for group in ("layers", "obsm", "obsp") for key in file.get(group, ())]
             left = [key for key in ("X", *inner, "raw/X") if key != name and key in file]
+            raw = {of: _column(file, of, path) for of in (c.of or name for name, c in self.side.items())}
             ids, features = (_index(file, table, path) for table in ("obs", "var"))
         notes = [f"{path.name}: matrices that are not read: {', '.join(map(printable, left))}"] if left else []
         more: dict[str, Any] = {"ids": ids, "features": None if features is None else tuple(features.tolist())}
         more |= {"label_names": names, "notes": notes, "read": {"layer": self.layer, "labels": self.labels}}
+        more["side"] = side_rows(raw, self.side, x.shape[0], str(path))
         return self.to_rows(x, y, name, **more)
 
     def _matrix(self, file: h5py.File, name: str, path: Path) -> AnyArray:

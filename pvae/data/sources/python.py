@@ -16,10 +16,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.data.rows.cache import cache_folder, created, room, texts
+from pvae.data.rows.columns import Column
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources.base import Data, Seed
+from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near
 from pvae.util.types import Array
 
@@ -55,9 +57,16 @@ class TensorSource(PassedData):
     """Scaling of the values; `unit` needs unsigned bytes (divided by 255)."""
 
     def rows_of(self, data: Any, name: str = "train") -> Rows:
+        raw: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
+        if isinstance(data, Mapping):
+            if "x" not in data:
+                raise DataError(f'{name}: expected "x", perhaps "y", and covariates; got {", ".join(map(str, data))}.')
+            data = (data["x"], data["y"]) if "y" in data else data["x"]
         read = partial(collected, stream=False) if isinstance(data, TorchDataset) else tensors
-        more: dict[str, Any] = {"features": feature_names(data), "masked": self.masked}
-        return joined({"train": read(data, name)}, self.split_seed, name, **more)
+        x, y = read(data, name)
+        side = side_rows(raw, self.side, x.shape[0] if x.shape else 0, name)
+        more: dict[str, Any] = {"features": feature_names(data), "masked": self.masked, "side": side}
+        return joined({"train": (x, y)}, self.split_seed, name, **more)
 
 
 def as_array(values: Any, name: str) -> AnyArray:
@@ -242,7 +251,9 @@ def is_anndata(data: Any) -> bool:
     return hasattr(data, "X") and hasattr(data, "obs")
 
 
-def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int, holed: bool = False) -> Rows:
+def anndata_rows(
+    adata: Any, layer: str | None, labels: str | None, seed: int, holed: bool = False, side: Mapping[str, Column] = {}
+) -> Rows:
     """Return the rows of an AnnData-like object with random splits: 80 % train, 10 % validation, 10 % test.
 
     Arguments:
@@ -251,6 +262,7 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int, h
         labels: column of `obs` that holds the labels, or None.
         seed: seed of the permutation that makes the splits.
         holed: True if values may be missing, NaN.
+        side: columns of `obs` to read beside x, by name.
 
     Raises:
         DataError: the layer or column does not exist; labels are missing, or are neither integers nor names; see
@@ -264,6 +276,7 @@ def anndata_rows(adata: Any, layer: str | None, labels: str | None, seed: int, h
             raise DataError(f"Expected a column of obs, {', '.join(names)}; got {labels!r}{near(labels, names)}.")
         y, words = column_labels(adata.obs[labels], labels)
     more: dict[str, Any] = {"ids": None if ids is None else texts(ids), "read": {"layer": layer, "labels": labels}}
+    more["side"] = side_rows(adata.obs, side, x.shape[0], "obs")
     return joined({"train": (x, y)}, seed, name, label_names=words, features=feature_names(adata), masked=holed, **more)
 
 

@@ -19,7 +19,19 @@ from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
 from pvae.errors import DataError
 
-DECODED_FIELDS = {"source", "columns", "label", "id", "na", "decimal", "thousands", "separator", "encoding", "header"}
+DECODED_FIELDS = {
+    "source",
+    "columns",
+    "label",
+    "id",
+    "na",
+    "decimal",
+    "thousands",
+    "separator",
+    "encoding",
+    "header",
+    "side",
+}
 """Fields of a declaration on which the decoded numbers of a table depend."""
 
 
@@ -45,7 +57,9 @@ class Tabular(Data):
 
     def decoder(self, origin: str) -> CellDecoder:
         """Return the converter of this table's cells; `origin` names the table in messages."""
-        return CellDecoder(self.columns, self.label, self.na, origin, Spelling(self.decimal, self.thousands), self.id)
+        return CellDecoder(
+            self.columns, self.label, self.na, origin, Spelling(self.decimal, self.thousands), self.id, self.side
+        )
 
     @model_validator(mode="after")
     def _a_table(self) -> Self:
@@ -88,6 +102,8 @@ class TableFile(Tabular, FileData):
         y = None
         if self.label is not None:
             y, more["label_names"] = in_order(kept.arrays["y"][:], kept.notes["labels"])
+        if self.side:
+            more["side"] = Rows(kept.arrays["side"][:], None, {}, name=str(path), table=self.side)
         return self.to_rows(held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
 
     def _decode(self, writer: Writer, path: Path) -> None:
@@ -99,6 +115,8 @@ class TableFile(Tabular, FileData):
                 writer.append("y", y)
             if decoder.ids is not None:
                 writer.append_texts("id", decoder.ids)
+            if decoder.beside is not None:
+                writer.append("side", decoder.beside)
             rows += len(x)
         if not rows:
             raise DataError(f"{path}: expected rows below the names of the columns; got none.")
@@ -166,4 +184,6 @@ class FrameSource(Tabular, PassedData):
             raise DataError(f"data: expected numbers and words; got something else: {brief(error)}.") from error
         y, words = (None, None) if y is None else in_order(y, list(decoder.labels))
         more: dict[str, Any] = {"label_names": words, "notes": decoder.notes, "table": self.columns}
+        if decoder.beside is not None:
+            more["side"] = Rows(decoder.beside, None, {}, name="data", table=self.side)
         return joined({"train": (x, y)}, self.split_seed, "data", ids=decoder.ids, **more)

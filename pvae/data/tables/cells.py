@@ -189,6 +189,7 @@ class CellDecoder:
         origin: name of the table in messages.
         spelling: marks of numbers written as text.
         id: name of the column with the names of the rows, or None.
+        side: columns read beside x, by name.
     """
 
     columns: Mapping[str, Column]
@@ -197,6 +198,9 @@ class CellDecoder:
     origin: str
     spelling: Spelling = Spelling()
     id: str | None = None
+    side: Mapping[str, Column] = field(default_factory=dict)
+    beside: Floats | None = None
+    """Values of the columns beside x of the last chunk, `(m, columns)`; None without such columns."""
     ids: Array | None = None
     """Names of the rows of the last chunk, `(m,)` text; None without a column of them."""
     labels: dict[str, int] = field(default_factory=dict)
@@ -207,13 +211,14 @@ class CellDecoder:
     @property
     def names(self) -> list[str]:
         """Names of the table's columns to read: those of x, then the columns of labels and ids if there are some."""
-        read = [column.of or name for name, column in self.columns.items()]
+        read = [column.of or name for name, column in (*self.columns.items(), *self.side.items())]
         return list(dict.fromkeys([*read, *(name for name in (self.label, self.id) if name is not None)]))
 
     @property
     def plain_numbers(self) -> list[str]:
         """Names of the table's columns that are read as plain numbers alone, which pandas can parse."""
-        words = {c.of or name for name, c in self.columns.items() if c.words or getattr(c, "time", None)}
+        read = (*self.columns.items(), *self.side.items())
+        words = {c.of or name for name, c in read if c.words or getattr(c, "time", None)}
         return [name for name in self.names if name not in words and name not in (self.label, self.id)]
 
     def require_columns(self, found: Sequence[str]) -> None:
@@ -236,9 +241,13 @@ class CellDecoder:
         Raises:
             DataError: a value is not allowed; the message gives its row and column.
         """
-        x = np.empty((len(frame), len(self.columns)))
-        for place, (name, column) in enumerate(self.columns.items()):
-            x[:, place] = self._column(frame[column.of or name], name, column, where)
+        x, beside = (
+            np.stack([self._column(frame[c.of or name], name, c, where) for name, c in columns.items()], 1)
+            if columns
+            else np.empty((len(frame), 0))
+            for columns in (self.columns, self.side)
+        )
+        self.beside = beside if self.side else None
         self.ids = None if self.id is None else texts(frame[self.id])
         return x, None if self.label is None else self._labels(frame[self.label], self.label, where)
 
@@ -246,7 +255,8 @@ class CellDecoder:
         values = (self._coded if column.words else self._numbers)(cells, name, column, where)
         missing = np.isnan(values)
         if column.missing == "error" and missing.any():
-            todo = f'Set data.columns.{name!r}.missing = "mask", or leave the row out.'
+            mask = "" if name in self.side else f'Set data.columns.{name!r}.missing = "mask", or leave the row out.'
+            todo = mask or "Leave the row out, or fill it in."
             raise self._wrong(int(missing.argmax()), name, "a value", "none", where, todo)
         if (wrong := ~missing & ~column.inside(values)).any():
             at = int(wrong.argmax())

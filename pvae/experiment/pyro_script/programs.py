@@ -48,7 +48,7 @@ class PlainScript(Script):
     def batch(self) -> dict[str, str]:
         found = {OBSERVED: "data.train.draw(index)"}
         for name, covariate in self.experiment.covariates.items():
-            if covariate.words is not None:
+            if covariate.words is not None or covariate.of is not None or covariate.ordinal:
                 raise parts.NotPlainError
             found[name] = f"F.one_hot(data.train.y[index].long(), {covariate.codes}).float()"
         return found
@@ -203,7 +203,7 @@ class PairScript(Script):
         if begun := f"\nbegin(pair, data.train, BATCH, {self.experiment.seed})" if self.has(Begun) else "":
             self.imports["pvae.training.begin"] = {"begin"}
         self.parts["pair"] = f"experiment.build(data.shape).attend(data.train.data){begun}"
-        loaded = "data = experiment.conditioned(pvae.data.load(experiment.data, seed=experiment.seed))"
+        loaded = "data = experiment.conditioned(pvae.data.load(experiment.source, seed=experiment.seed))"
         return [f"experiment = pvae.Experiment.from_toml('''\n{toml}''')", loaded]
 
     def has(self, kind: type) -> bool:
