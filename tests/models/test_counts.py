@@ -6,6 +6,7 @@
 from pathlib import Path
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas
 import pytest
@@ -14,6 +15,7 @@ import torch
 
 import pvae
 from pvae.analysis import compare, evidence, sample
+from pvae.analysis.samples.probe import groups
 from pvae.data import Dataset
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
@@ -213,3 +215,22 @@ def test_an_owner_that_is_no_entry_of_the_row_is_refused(likelihood: dict[str, s
                 "likelihood": {"kind": "negative_binomial", **likelihood},
             },
         )
+
+
+def test_cells_are_fitted_to_a_layer_with_labels(tmp_path: Path):
+    """The zoo entry, from an AnnData object and from its file."""
+    x, kind = counts()
+    cells, genes = (pandas.Index([f"{i}" for i in range(n)], dtype=object) for n in x.shape)  # no text of pandas 3
+    obs = pandas.DataFrame({"kind": kind}, index=cells)
+    adata = anndata.AnnData(x + 1, obs, pandas.DataFrame(index=genes), layers={"counts": x})
+    adata.write_h5ad(tmp_path / "cells.h5ad")
+    few = ("train.epochs=1", "train.engine=eager")
+    passed = Dataset.from_anndata(adata, layer="counts", labels="kind")
+    file = [f"data={{source='h5ad',path='{tmp_path}/cells.h5ad',layer='counts',labels='kind'}}"]
+    one = pvae.fit("cells", *few, data=passed, run_dir=tmp_path / "one", progress=False)
+    two = pvae.fit("cells", *few, *file, run_dir=tmp_path / "two", progress=False)
+    assert torch.equal(one.data.train.rows, two.data.train.rows)
+    assert torch.equal(one.data.train.y, two.data.train.y)
+    other = pvae.fit("cells", *few, data=adata, run_dir=tmp_path / "three", progress=False)  # the matrix X, no labels
+    assert other.data.train.y is None
+    assert groups(two).separated.keys() == {"label"}
