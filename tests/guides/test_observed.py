@@ -356,6 +356,28 @@ def test_an_empty_cell_is_a_missing_label_where_a_latent_observes_it(tmp_path: P
         fit(tiny().with_changes({"data": data, "decoder": {**PLAIN, "likelihood": "columns"}}), tmp_path)
 
 
+def test_a_number_is_read_of_a_column_and_seen_where_it_is_known(tmp_path: Path):
+    """A latent that is the column `age` of a table, in rows where that is not empty: values as they are, not scaled."""
+    age = np.arange(40) / 10
+    frame = pandas.DataFrame({"a": X[:, 0], "b": X[:, 1], "age": np.where(GONE, np.nan, age)})
+    frame.to_csv(tmp_path / "t.csv", index=False)
+    data = {"source": "csv", "path": str(tmp_path / "t.csv"), "columns": {"a": "binary", "b": "binary"}}
+    latents = {"t": {"dim": 1, "observed": "age"}, "z": {"dim": 2}}
+    e = Experiment.from_dict({
+        "data": data, "latents": latents, "encoder": PLAIN, "objective": {"classification": 1.0},
+        "decoder": {**PLAIN, "given": ["t", "z"], "likelihood": "columns"}, "train": {"epochs": 2, "batch_size": 20},
+    })  # fmt: skip
+    run = fit(e, tmp_path)
+    for split in run.data.splits:
+        want = torch.tensor(np.where(GONE, np.nan, age)[split.numbers]).float()
+        torch.testing.assert_close(run.experiment.known(split)["t"].squeeze(1), want, equal_nan=True)
+        assert split.rows[:, -1].isnan().all()
+    rows = run.labelled(run.data.train)
+    assert len(rows) == int((~GONE[run.data.train.numbers]).sum())
+    assert torch.equal(run.pair.guide_trace(rows).nodes["t"]["value"], rows[:, -1:])
+    assert analysis.evidence(run.pair, rows, 20).iwae.value > -math.inf
+
+
 # ---------------------------------------------------------------------- declarations
 
 WRONG = {

@@ -149,8 +149,11 @@ class Examination:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """Labels of the rows `x`, `(n,)`; None for data without labels."""
-        return None if self.part.y is None else self.part.y.cpu()[self.rows[self.split].chosen.cpu()]
+        """Labels of the rows `x`, `(n,)`; None for data without labels, or where some of those observed are missing."""
+        observed = any(entry.latent for entry in self.pair.frame.entries.values())
+        if self.part.y is None or (observed and bool((self.part.y < 0).any())):
+            return None
+        return self.part.y.cpu()[self.rows[self.split].chosen.cpu()]
 
     @property
     def classes(self) -> Tensor | None:
