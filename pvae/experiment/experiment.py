@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Self, TypeVar
@@ -17,7 +17,7 @@ from pvae.data.rows.rows import labels_may_be_missing
 from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
 from pvae.data.split import Split, chosen_labels
-from pvae.errors import DeclarationError, at, is_refused_draw
+from pvae.errors import DataError, DeclarationError, at, is_refused_draw
 from pvae.experiment import zoo
 from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides, side_columns
 from pvae.experiment.rules import findings
@@ -188,6 +188,13 @@ class Experiment(Plan):
 
     def conditioned(self, data: D) -> D:
         """Return data as the pair takes them: with a covariate, every row ends with its label or prompt tokens."""
+        transforms = data.transforms if isinstance(data, Dataset) else None
+        there: Mapping[str, Any] = (
+            transforms.side.columns if transforms is not None and transforms.side is not None else {}
+        )
+        for name, column in side_columns(self.covariates).items():
+            if (found := there.get(name, column).words) != column.words:
+                raise DataError(f"{name}: expected data with the levels {column.words}; got {found}.")
         return data.conditioned(self.entries())
 
     @property

@@ -188,6 +188,9 @@ def test_values_beside_x_come_from_every_kind_of_source(tmp_path):
     parquet = {"source": "parquet", "path": str(tmp_path / "x.parquet"), "columns": COLUMNS}
     datasets.append(load(declared(parquet).source))
     datasets.append(Dataset.of(frame, declared({"source": "frame", "columns": COLUMNS}).source))
+    other = {"covariates": {**COVARIATES, "batch": {"levels": ["two", "one", "three"], "of": "plate"}}}
+    with pytest.raises(DataError, match=r"batch: expected data with the levels \('two', 'one', 'three'\); got"):
+        declared(plain[0], **gauss, **other).conditioned(datasets[0])
     first = datasets[0].whole().side
     assert first.keys() == {"batch", "age", "stage"}
     for data in datasets[1:]:
