@@ -127,6 +127,8 @@ class Covariate(Section):
     """Networks read label k as a thermometer: k >= 1, .., k >= codes - 1."""
     dim: int | None = Field(default=None, gt=0, le=100_000)
     """Number of real numbers, standardised by mean and standard deviation of the training rows."""
+    transform: Literal["none"] | None = None
+    """`none`: real numbers as they are, as the size of counts needs them; by default they are standardised."""
     words: Names | None = Field(default=None, min_length=2)
     """A text (prompt) for each label; the model reads its words, and after training any prompt of the same
     vocabulary."""
@@ -156,7 +158,8 @@ class Covariate(Section):
             return None
         if self.levels is not None:
             return CategoricalColumn(of=self.of, levels=self.levels)
-        return CountColumn(of=self.of) if self.dim is None else ContinuousColumn(of=self.of)
+        kept = self.transform or "standardise"
+        return CountColumn(of=self.of) if self.dim is None else ContinuousColumn(of=self.of, transform=kept)
 
     def entry(self) -> Entry:
         """Return the covariate as an entry of a row."""

@@ -277,7 +277,8 @@ def _sizes(e: Experiment) -> Iterator[Finding]:
     single = {name: entry.codes > 0 for name, entry in e.entries().items() if entry.width == 1 and not entry.latent}
     wanted = [("size", likelihood.size, ("learned",), False), ("dispersion", likelihood.dispersed_by, OWNERS[1:], True)]
     for field, name, words, coded in wanted:
-        allowed = [*words, *(entry for entry, codes in single.items() if codes == coded)]
+        raw = {name for name, c in e.covariates.items() if coded or c.transform == "none"} | {LIBRARY}
+        allowed = [*words, *(entry for entry, codes in single.items() if codes == coded and entry in raw)]
         if name and name not in allowed:
             yield f"decoder.likelihood.{field}", text("experiment.rules.size", field=field, allowed=allowed), name
     if likelihood.size and isinstance(e.objective, EM):

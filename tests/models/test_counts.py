@@ -199,7 +199,7 @@ def test_dispersions_differ_between_the_levels_of_a_label(tmp_path: Path):
 @pytest.mark.parametrize(
     ("likelihood", "match"),
     [
-        ({"size": "batch"}, "decoder.likelihood.size: expected 'library', or a covariate of one number: learned"),
+        ({"size": "batch"}, "decoder.likelihood.size: expected 'library', or a covariate of one number, with tran"),
         ({"size": "y"}, "decoder.likelihood.size"),
         ({"dispersion": "cell"}, "decoder.likelihood.dispersion: expected a categorical covariate, or one of shared, "),
     ],
@@ -234,3 +234,20 @@ def test_cells_are_fitted_to_a_layer_with_labels(tmp_path: Path):
     other = pvae.fit("cells", *few, data=adata, run_dir=tmp_path / "three", progress=False)  # the matrix X, no labels
     assert other.data.train.y is None
     assert groups(two).separated.keys() == {"label"}
+
+
+def test_a_covariate_holds_the_size(tmp_path: Path):
+    x, kind = counts()
+    total = {"depth": x.sum(1), "batch": kind}
+    given: Any = {"depth": 30.0, "batch": 1}
+    covariates: dict[str, Any] = {"depth": {"dim": 1, "of": "depth", "transform": "none"}}
+    covariates["batch"] = {"codes": 3, "of": "batch"}
+    likelihood = {"kind": "negative_binomial", "size": "depth", "dispersion": "batch"}
+    plan = declared(likelihood, covariates=covariates)
+    found = pvae.fit(plan, data=x, covariates=total, run_dir=tmp_path, progress=False)
+    rows = found.data.train.rows
+    assert torch.equal(rows[:, -2], rows[:, :-2].sum(1))
+    assert sample(found, n=3, mean=True, given=given).x.sum(1).tolist() == pytest.approx([30.0] * 3, rel=1e-5)
+    covariates["depth"].pop("transform")
+    with pytest.raises(DeclarationError, match="with transform = 'none'"):
+        declared(likelihood, covariates=covariates)
