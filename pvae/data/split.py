@@ -234,9 +234,7 @@ def chosen_labels(y: Tensor | None, rows: int, count: int, seed: int) -> Tensor:
     starts = np.searchsorted(classes[order], classes[order])
     turn = np.argsort(np.arange(rows) - starts, kind="stable")  # the first of every class, then the second, ...
     turn = order[turn][classes[order][turn] >= 0]
-    chosen = torch.zeros(rows, dtype=torch.bool)
-    chosen[torch.from_numpy(turn[:count])] = True
-    return chosen
+    return torch.from_numpy(np.isin(np.arange(rows), turn[:count]))
 
 
 def fingerprint_of(splits: Iterable[Split], shape: tuple[int, ...], binarize: str) -> str:

@@ -403,6 +403,9 @@ def test_values_beside_x_are_those_of_a_latent():
     assert rows.rows.shape == (3, PIXELS + 1)
     assert rows.rows[:, -1].isnan().all()
     torch.testing.assert_close(e.known(rows)["a"], age[:, None], equal_nan=True)
+    few = e.with_overrides("data.labelled=1").known(rows)["a"]
+    assert int((~few.isnan()).sum()) <= 1
+    torch.testing.assert_close(split.side["age"], torch.tensor([1.0, NAN, 3.0]), equal_nan=True)
     with pytest.raises(DataError, match="expected values of 'age'"):
         e.known(Split("train", torch.zeros(3, PIXELS)))
 
