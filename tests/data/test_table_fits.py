@@ -86,7 +86,7 @@ def test_unsound_tables_are_refused_with_a_path(case: str) -> None:
 )  # fmt: skip
 def test_a_table_of_one_kind_may_have_that_likelihood(column: str, likelihood: str) -> None:
     pair = experiment({"a": column, "b": column}, likelihood).build((2,))
-    assert pair.guide.reader is None
+    assert type(pair.guide.reader).__name__ == ("CountsReader" if column == "count" else "NoneType")
     assert not pair.check(torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 1.0]]))
 
 
