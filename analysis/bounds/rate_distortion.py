@@ -162,6 +162,5 @@ def _conditions(run: Run) -> dict[str, str]:
     )
     splits = ", ".join(f"{name} {low} .. {high}" for name, (low, high) in plan.data.splits.declared.items())
     declared = {"data.binarize": plan.data.binarize, "data.splits": splits or "the source's own"}
-    given = any(entry.source == "sum" for entry in plan.entries().values())
-    declared["log density"] = "of x given its sum" if given else "of x"
+    declared["log density"] = "of x" + " given its sum" * any(e.source == "sum" for e in plan.entries().values())
     return {**found, **declared, "covariates": covariates or "none"}
