@@ -34,8 +34,15 @@ def inputs_of(pair: Pair, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     x = torch.randint(17, (rows, *pair.frame.x)) / 16
     x = x.round() if pair.model.decoder.likelihood.__class__.__name__ == "ElementsModule" else x
     codes = {name: torch.randint(entry.codes, (rows, *entry.shape)) for name, entry in pair.frame.covariates.items()}
-    columns = [t.reshape(rows, -1).float() for t in codes.values()]
-    whole = torch.cat([x.flatten(1), *columns], 1) if columns else x
+    whole = pair.frame.blank(rows)  # in which no value of a latent is known
+    if pair.frame.entries:
+        given = [
+            codes[name].reshape(rows, -1) if name in codes else t[:, None]
+            for name, t in pair.frame.columns(whole).items()
+        ]
+        whole = torch.cat([x.flatten(1), *given], 1)
+    else:
+        whole = x
     return whole.to(next(pair.parameters())), x, codes
 
 
