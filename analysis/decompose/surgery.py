@@ -15,7 +15,7 @@ from pvae.analysis.decompose.account import Account
 from pvae.analysis.decompose.by_covariate import by_group, by_presence, priors_by_row, settled
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery, side_by_side
-from pvae.analysis.decompose.surgery_figures import Asked, close, on_new_data
+from pvae.analysis.decompose.surgery_figures import Asked, close, labels_of, on_new_data
 from pvae.analysis.figures.estimate import Estimate, over_draws, refuse, text
 from pvae.analysis.population.interval import Population
 from pvae.data import Dataset
@@ -80,7 +80,7 @@ def surgery(
         x: data `(n, *event)`.
         samples: samples of the latents per row.
         seed: seed of the samples; the same seed gives the same numbers.
-        labels: class labels, integers `(n,)`; the terms are then also given by class.
+        labels: class labels, integers `(n,)`, NaN where a row has none; the terms are then also given by class.
         train: other (training) rows `(m, *event)`, whose q_agg is evaluated as a prior for `x`.
         components: number of rows, chosen at random, whose posteriors form q_agg; information and marginal KL are then
             bounds; default: as many as time allows.
@@ -135,15 +135,16 @@ def surgery(
 
 
 def _labels(labels: Any, x: Tensor) -> Tensor | None:
-    """Return class labels as a tensor of integers `(n,)` on the device of `x`; refuse any other shape or type."""
+    """Return class labels `(n,)` on the device of `x`, NaN where there is none; refuse any other shape or type."""
     if labels is None:
         return None
     try:
         y = torch.as_tensor(labels, device=x.device)
     except (TypeError, ValueError, RuntimeError):
         raise DataError(f"labels: expected {len(x)} integers; got something else: {type(labels).__name__}.") from None
-    refuse(y.shape != (len(x),) or y.is_floating_point(), "refused.labels", n=len(x), y=y)
-    refuse((k := len(y.unique())) > CLASSES_AT_MOST, f"labels: expected at most {CLASSES_AT_MOST} classes; got {k}.")
+    odd = y.shape != (len(x),) or bool((y != y.round())[~y.isnan()].any())
+    refuse(odd or (y.is_floating_point() and not y.isnan().any()), "refused.labels", n=len(x), y=y)
+    refuse((k := len(labels_of(y))) > CLASSES_AT_MOST, f"labels: expected at most {CLASSES_AT_MOST} classes; got {k}.")
     return y
 
 

@@ -70,13 +70,18 @@ def _global_kl(account: Account) -> Estimate | None:
     return exact(found.value) if account.first.points else replace(found, data_error=None)
 
 
+def labels_of(y: Tensor) -> list[float]:
+    """Return the distinct labels among `y`, in order, without those that are missing (NaN)."""
+    return y[~y.isnan()].unique().tolist()
+
+
 def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
     """Return the terms of the surgery by class label, each a mean over the rows of that label."""
     reconstruction, kl = torch.stack(account.reconstruction), account.kl_terms().reshape(-1, len(y))
     joint = account.joint_codes(account.names)
     scored = account.scored.get(account.names)
     out = {}
-    for label in y.unique().tolist():
+    for label in labels_of(y):
         mine = y == label
         information = None
         if joint is not None:
@@ -100,21 +105,25 @@ def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
 def _label_information(account: Account, y: Tensor) -> Estimate | None:
     """Return the mutual information of labels and latents, I_q[y, z] = E[log q_agg(z | y) - log q_agg(z)], nats.
 
-    It is estimated on the first sample; q_agg(z | y) is the mixture of the posteriors of all rows with label y. None
-    where the posterior parameters of all rows are not kept in memory.
+    It is estimated on the first sample; q_agg(z | y) is the mixture of the posteriors of all rows with label y,
+    q_agg(z) that of all rows with a label. None where there is none, or the posterior parameters of all rows are not
+    kept in memory.
     """
     scored, value = account.scored.get(account.names), account.first.flat(account.names)
     known = [q for name in account.names if (q := account.first.latents[name].q) is not None]
-    if scored is None or not scored.whole or scored.once or len(known) < len(account.names):
+    if scored is None or not scored.whole or scored.once or len(known) < len(account.names) or y.isnan().all():
         return None
     q, terms = product(known), torch.empty(len(scored.rows), dtype=torch.float64, device=y.device)
-    labels = y[scored.rows]
-    for label in labels.unique().tolist():
+    labels, value = y[scored.rows], value[scored.rows]
+    for label in labels_of(labels):
         mine = labels == label
         within = AggregatedPosterior(q.rows((y == label).nonzero()[:, 0]), memory=account.memory)
-        terms[mine] = within.log_prob(value[scored.rows[mine]])
-    own = torch.stack([account.levels[name].log_q[0][scored.rows] for name in account.names]).sum(0)
-    return over_draws((terms - (own - scored.upper[0]))[None])
+        terms[mine] = within.log_prob(value[mine])
+    if (have := ~labels.isnan()).all():
+        own = torch.stack([account.levels[name].log_q[0][scored.rows] for name in account.names]).sum(0)
+        return over_draws((terms - (own - scored.upper[0]))[None])
+    whole = AggregatedPosterior(q.rows((~y.isnan()).nonzero()[:, 0]), memory=account.memory)
+    return over_draws((terms[have] - whole.log_prob(value[have]))[None]) if have.any() else None
 
 
 def _train_gain(account: Account, train: Tensor) -> Estimate | None:

@@ -133,14 +133,15 @@ def probe(
     refuse(not 1 < len(there) <= MAX_CLASSES, "refused.probed_labels", most=MAX_CLASSES, found=there)
     refuse(not np.isin(labels, there).any(), "probe: expected rows of labels that train has; got none.")
     y, labels = (np.where(np.isin(side, there), np.searchsorted(there, side), len(there)) for side in (y, labels))
-    refuse(not all(side.isfinite().all() for side in (x, asked)), "refused.no_components")
+    data = [split.observed(side) for split, side in ((train, x), (part, asked))]
+    refuse(not all(side.isfinite().all() for side in data), "refused.no_components")
     codes = [encode(run, side, mean=True, seed=seed).latents for side in (x, asked)]
     read: dict[str, list[Block]] = {name: [(codes[0][name].value, codes[1][name].value)] for name in codes[0]}
     refuse(not read, "probe: expected latents of single data; got a model without any.")
     if len(read) > 1:
         read[TOGETHER] = [block for blocks in read.values() for block in blocks]
-    loc, directions = principal(x)
-    learnt, seen = ((side.flatten(1).double().cpu() - loc) @ directions for side in (x, asked))
+    loc, directions = principal(data[0])
+    learnt, seen = ((side.flatten(1).double().cpu() - loc) @ directions for side in data)
     read[RAW] = [(learnt, seen)]
     right = {}
     for done, (name, blocks) in enumerate(read.items()):
@@ -157,10 +158,11 @@ def probe(
 
 def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
     """Return at most `most` random rows of a split `(m, *row)`, and their labels `(m,)`."""
-    if split.y is None:
+    if (y := split.labels) is None or y.isnan().all():
         raise DataError(f"probe: expected labels; got none in {split.name}.")
     index = seeds.subset(len(split), affordable(most, tuple(split.rows.shape[1:])), seed)
-    return split.rows[index.to(split.rows.device)], split.y[index.to(split.y.device)].cpu().numpy()
+    index = index[~y[index.to(y.device)].isnan().cpu()]
+    return split.rows[index.to(split.rows.device)], y[index.to(y.device)].long().cpu().numpy()
 
 
 def _right(blocks: Sequence[Block], y: NDArray[Any], labels: NDArray[Any]) -> list[Tensor]:

@@ -231,14 +231,16 @@ def space_of(run: Run, seed: int = 0) -> Features:
     """Return the feature space learned by `features` from at most `FEATURE_TRAINING_ROWS` training rows of a run.
 
     With 2 to `MAX_CLASSES` labels it is that of a classifier of the labels, otherwise principal components.
+    Rows without a label are left out of the classifier's.
     """
     train = run.data.train
     kept = seeds.subset(len(train), affordable(FEATURE_TRAINING_ROWS, tuple(train.rows.shape[1:])), seed)
     x = observed_rows(train, kept)
-    if train.y is not None:
-        there, labels = torch.unique(train.y[kept.to(train.y.device)].cpu(), return_inverse=True)
+    if (y := train.labels) is not None:
+        y = y[kept.to(y.device)].cpu()
+        there, labels = torch.unique(y[~y.isnan()].long(), return_inverse=True)
         if 1 < len(there) <= MAX_CLASSES:
             own = run.data.label_names
             names = tuple(own[i] if own and 0 <= i < len(own) else str(i) for i in there.tolist())
-            return features(x, labels, names, seed)
+            return features(x[~y.isnan().to(x.device)], labels, names, seed)
     return features(x, seed=seed)

@@ -243,7 +243,7 @@ def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, 
 
     part = run.data.split(split)
     chosen = seeds.subset(len(part), rows, seed)
-    return chosen, part.rows[chosen], None if part.y is None else part.y[chosen]
+    return chosen, part.rows[chosen], None if (y := part.labels) is None else y[chosen]
 
 
 def beside(path: Path, suffix: str) -> Path:

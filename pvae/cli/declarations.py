@@ -92,10 +92,12 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
 @command("data_dir", "as_json")
 def show(shared: Shared, name: str, overrides: list[str] | None = None, pyro: bool = False) -> None:
     """Print a declaration with its graph, formulas, shapes and parameter counts, or as a Pyro script."""
+    from pvae.experiment.experiment import reading
     from pvae.experiment.readback import described, render
 
     experiment = load_declaration(name, overrides)
-    shape = pvae.data.load(experiment.source, data_dir=shared.data_dir, seed=experiment.seed).shape
+    with reading(experiment):
+        shape = pvae.data.load(experiment.source, data_dir=shared.data_dir, seed=experiment.seed).shape
     if pyro:
         script = experiment.to_pyro(shape)
         shared.answer({"script": script}, script.rstrip())

@@ -24,7 +24,7 @@ def encode(shared: Shared, run: str, mean: bool = False) -> None:
 
 def _planes(blocks: RowBlocks[Any], found: Any) -> Mapping[str, Figure]:
     prior, part = pvae.analysis.sample(blocks.run, 1000, seed=blocks.seed), blocks.split
-    labels = None if part.y is None else part.y[blocks.chosen].cpu().numpy()
+    labels = None if (y := part.labels) is None else y[blocks.chosen].cpu().numpy()
     return pvae.analysis.pages.plots.pictures.encoded(found, prior, labels, part.label_names)
 
 

@@ -201,7 +201,7 @@ class FittedTransforms(Section):
             return None, self.label_names
         codes, known, words = rows.y.astype(np.int64), self.label_names or (), rows.label_names
         if words is None:  # codes of the fit
-            return torch.from_numpy(codes), self.label_names if 0 <= codes.min() <= codes.max() < len(known) else None
+            return torch.from_numpy(codes), self.label_names if -1 <= codes.min() <= codes.max() < len(known) else None
         if closed and (odd := [i for i in np.unique(codes).tolist() if words[i] not in known]):
             word, said = words[odd[0]], {"name": rows.name, "row": (codes == odd[0]).argmax()}
             raise DataError.of("data.new.label", **said, known=known, word=word, hint=near(word, known))

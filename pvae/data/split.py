@@ -82,6 +82,13 @@ class Split:
         return np.array([*self.label_names, ""])[self.y.cpu()]  # -1: no label
 
     @property
+    def labels(self) -> Tensor | None:
+        """Labels `(n,)`: integers or, where some of the rows have none, floats with NaN there; None without labels."""
+        if self.y is None or self.label_names is None or not (self.y < 0).any():
+            return self.y
+        return self.y.double().masked_fill(self.y < 0, torch.nan)
+
+    @property
     def data(self) -> Tensor:
         """All data of the split without covariates, one tensor (n, *shape); see `x` for streamed rows."""
         return self.observed(self.x)
@@ -154,15 +161,17 @@ class Split:
             found = self.y if entry.source == "label" else torch.stack(known, 1).squeeze(1) if known else None
         if found is None:
             what = "labels" if entry.source == "label" else f"values of {name!r}"
-            raise DataError(f"{self.name}: expected {what}, on which the model is conditioned; got none.")
+            of = "as which a latent is observed" if entry.latent else "on which the model is conditioned"
+            raise DataError(f"{self.name}: expected {what}, {of}; got none.")
         if (width := found[:1].numel()) not in (0, 1 if entry.codes else entry.width):
             raise DataError(f"{self.name}: expected {entry.width} values of {name!r} in each row; got {width}.")
-        if entry.latent and entry.codes:
-            found = found.float().masked_fill(found < 0, torch.nan)
+        if entry.latent and (entry.codes or entry.source == "label"):
+            found = found.float().masked_fill(found < 0 if entry.codes else found == -1, torch.nan)
         codes = entry.codes if entry.tokens is None else len(entry.tokens)
         wrong = replace(entry, codes=codes).wrong(found)
         if wrong.any() and entry.source == "label":
-            raise DataError.of("data.split.codes", name=self.name, y=found[~found.isnan()], codes=codes)
+            y = found[~found.isnan()]
+            raise DataError.of("data.split.codes", name=self.name, y=y, codes=codes, latent=entry.latent)
         if wrong.any():
             row, *_ = wrong.nonzero()[0].tolist()
             said = {"split": self.name, "row": row, "name": name, "value": found[row].tolist()}

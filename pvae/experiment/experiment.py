@@ -269,7 +269,8 @@ class Experiment(Plan):
         """
         from pvae.experiment.pyro_script.programs import pyro_script
 
-        return pyro_script(self, load(self.source, seed=self.seed).shape if x is None else x)
+        with reading(self):
+            return pyro_script(self, load(self.source, seed=self.seed).shape if x is None else x)
 
     def _repr_html_(self) -> str:
         from pvae.experiment.readback import experiment_html

@@ -237,9 +237,11 @@ def _observed(e: Experiment) -> Iterator[Finding]:
         for parent in posterior.given:
             if parent in e.latents and _is_summed(e.latents[parent]) and e.objective.classification:
                 yield f"{loc}.posterior.given", text("experiment.rules.classified", parent=parent), parent
-    if e.objective.classification and not names:
-        wanted = "a latent with observed = 'label', whose log q(y | x) it weighs; or none"
-        yield "objective.classification", wanted, e.objective.classification
+    settings = {"data.labelled": e.data.labelled, "train.labelled": e.train.labelled}
+    settings["objective.classification"] = e.objective.classification or None
+    for loc, value in settings.items():
+        if value is not None and not names:
+            yield loc, "a latent with observed = 'label', which is known in some rows; or none", value
 
 
 # ---------------------------------------------------------------------- objective, schedules, data

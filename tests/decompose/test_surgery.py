@@ -250,6 +250,11 @@ def test_label_information_is_that_of_the_class_mixtures():
     x = correlated(0.0, 300) * 0.1 + 10.0 * y[:, None]
     pair = channel(lambda x: torch.full_like(x, 0.1))
     assert surgery(pair, x, labels=y).label_information.value == pytest.approx(math.log(3), abs=1e-6)
+    some = torch.where(y == 2, torch.nan, y.double())  # the rows of one cluster have no label: they are in no class
+    found = surgery(pair, x, labels=some)
+    assert sorted(found.classes) == [0, 1]
+    assert found.label_information.value == pytest.approx(math.log(2), abs=1e-6)
+    assert surgery(pair, x, labels=torch.full((300,), torch.nan)).label_information is None
     shuffled = y[torch.randperm(300)]
     broad = channel(lambda x: torch.full_like(x, 5.0))
     assert surgery(broad, x, labels=shuffled).label_information.value == pytest.approx(0, abs=0.02)

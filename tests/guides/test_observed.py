@@ -20,6 +20,7 @@ import pvae
 from pvae import analysis
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.pages.sections.latents import calibration_error, labels
+from pvae.analysis.samples.quality import space_of
 from pvae.data import Dataset
 from pvae.data.split import Split, chosen_labels
 from pvae.distributions.observed import PartlyObserved, observed
@@ -29,6 +30,7 @@ from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.pair.running import run
 from pvae.training.evaluation import classified
+from tests.cli_runner import run_cli
 from tests.runs_shared import assert_resumes_exactly, fit, tiny
 
 ROWS, PIXELS, NAN = 7, 5, torch.nan
@@ -243,8 +245,8 @@ LABELLED = {
 
 
 def labelled(**train: Any) -> Experiment:
-    e = tiny(labelled=0.25, **train).model_dump(exclude_none=True, exclude_unset=True)
-    return Experiment.from_dict({**e, **LABELLED})
+    e = tiny(**train).model_dump(exclude_none=True, exclude_unset=True)
+    return Experiment.from_dict({**e, **LABELLED, "train": {**e["train"], "labelled": 0.25}})
 
 
 @pytest.fixture(scope="module")
@@ -293,6 +295,12 @@ def test_evidence_is_of_x_or_of_x_and_y_but_never_of_some_of_each(fitted: pvae.R
     rows[::2, -1] = torch.nan
     with pytest.raises(DataError, match="all hold a value of y, or none; got 10 of 20"):
         analysis.surgery(fitted.pair, rows)
+
+
+def test_codes_are_probed_on_rows_whose_labels_the_guide_does_not_see(fitted: pvae.Run):
+    found = analysis.probe(fitted)
+    assert found.asked == len(fitted.data.test)
+    assert 0 <= found["y"].linear.value <= 1
 
 
 def test_labels_of_new_rows_are_typed(fitted: pvae.Run):
@@ -352,6 +360,14 @@ def test_an_empty_cell_is_a_missing_label_where_a_latent_observes_it(tmp_path: P
     run = fit(m2(data=data, decoder=decoder, train=short), tmp_path)
     assert sum(int(v["y"].isnan().sum()) for v in map(run.experiment.known, run.data.splits)) == GONE.sum()
     assert pvae.Run.load(run.path).data.label_names == ("ant", "bee", "cow")
+    out, _ = run_cli("show", str(run.path / "spec.toml"))
+    assert "guide.posteriors.y" in out
+    assert space_of(run).names == ("ant", "bee", "cow")
+    held = run.data.validation
+    assert held.labels is not None
+    found = analysis.probe(run, "validation")
+    assert (found.trained, found.asked) == (int((run.data.train.y >= 0).sum()), int((held.y >= 0).sum()))
+    assert {*analysis.surgery(run.pair, held.rows, labels=held.labels).classes} == {*held.y[held.y >= 0].tolist()}
     with pytest.raises(DataError, match="expected a label; got none"):
         fit(tiny().with_changes({"data": data, "decoder": {**PLAIN, "likelihood": "columns"}}), tmp_path)
 
@@ -388,6 +404,12 @@ WRONG = {
 }
 
 
+@pytest.mark.parametrize("table", ["data", "train"])
+def test_labelled_rows_need_a_latent_that_observes_the_label(table):
+    with pytest.raises(DeclarationError, match=f"{table}.labelled: expected a latent with observed = 'label'"):
+        Experiment.load("vae", [f"{table}.labelled=1"])
+
+
 @pytest.mark.parametrize("case", WRONG)
 def test_what_cannot_be_observed_is_refused(case):
     latents, objective, said = WRONG[case]
@@ -396,6 +418,12 @@ def test_what_cannot_be_observed_is_refused(case):
 
 
 def test_values_beside_x_are_those_of_a_latent():
+    label = Experiment.from_dict({"latents": {"a": {"dim": 1, "observed": "label"}}})
+    found = label.known(Split("train", torch.zeros(3, PIXELS), torch.tensor([2, -1, 0])))["a"]
+    torch.testing.assert_close(found, torch.tensor([[2.0], [NAN], [0.0]]), equal_nan=True)
+    wide = Experiment.from_dict({"latents": {"a": {"dim": 2, "observed": "label"}}})
+    with pytest.raises(DataError, match="expected 2 values of 'label' in each row; got 1"):
+        wide.known(Split("train", torch.zeros(3, PIXELS), torch.tensor([2, -1, 0])))
     e = Experiment.from_dict({"latents": {"a": {"dim": 1, "observed": "age"}}})
     age = torch.tensor([1.0, NAN, 3.0])
     split = Split("train", torch.zeros(3, PIXELS), side={"age": age})

@@ -199,9 +199,9 @@ def test_dispersions_differ_between_the_levels_of_a_label(tmp_path: Path):
 @pytest.mark.parametrize(
     ("likelihood", "match"),
     [
-        ({"size": "batch"}, "decoder.likelihood.size: expected 'library', or a covariate of one number, with tran"),
+        ({"size": "batch"}, "decoder.likelihood.size: expected one of library, learned, or the name"),
         ({"size": "y"}, "decoder.likelihood.size"),
-        ({"dispersion": "cell"}, "decoder.likelihood.dispersion: expected a categorical covariate, or one of shared, "),
+        ({"dispersion": "cell"}, "dispersion: expected one of shared, feature, decoder, y, or the name"),
     ],
 )  # fmt: skip
 def test_an_owner_that_is_no_entry_of_the_row_is_refused(likelihood: dict[str, str], match: str):

@@ -33,7 +33,10 @@ def inputs_of(pair: Pair, rows: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]
     """Rows, their data on grey levels, and their covariates."""
     x = torch.randint(17, (rows, *pair.frame.x)) / 16
     x = x.round() if pair.model.decoder.likelihood.__class__.__name__ == "ElementsModule" else x
-    codes = {name: torch.randint(entry.codes, (rows, *entry.shape)) for name, entry in pair.frame.covariates.items()}
+    codes = {
+        name: torch.randint(entry.codes, (rows, *entry.shape)) if entry.codes else x.flatten(1).sum(1, keepdim=True)
+        for name, entry in pair.frame.covariates.items()
+    }
     whole = pair.frame.blank(rows)  # in which no value of a latent is known
     if pair.frame.entries:
         given = [

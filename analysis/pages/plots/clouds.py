@@ -46,10 +46,12 @@ def leading(means: Array) -> tuple[Array, Array, Array]:
 
 
 def groups(labels: Array | None) -> list[int]:
-    """Return the distinct labels if they can be colours: 2 to 10 integers; else an empty list."""
-    if labels is None or labels.ndim != 1 or not len(labels) or not np.array_equal(labels, np.round(labels)):
+    """Return the distinct labels if they can be colours: 2 to 10 integers, beside NaN; else an empty list."""
+    if labels is None or labels.ndim != 1 or not len(labels):
         return []
-    found = np.unique(labels)
+    found = np.unique(labels[~np.isnan(labels)])
+    if not np.array_equal(found, np.round(found)):
+        return []
     return [int(value) for value in found] if 1 < len(found) <= len(CLASS_COLOURS) else []
 
 

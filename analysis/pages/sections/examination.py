@@ -149,16 +149,13 @@ class Examination:
 
     @cached_property
     def labels(self) -> Tensor | None:
-        """Labels of the rows `x`, `(n,)`; None for data without labels, or where some of those observed are missing."""
-        observed = any(entry.latent for entry in self.pair.frame.entries.values())
-        if self.part.y is None or (observed and bool((self.part.y < 0).any())):
-            return None
-        return self.part.y.cpu()[self.rows[self.split].chosen.cpu()]
+        """Labels of the rows `x`, `(n,)`, NaN where one is missing; None for data without labels."""
+        return None if (y := self.part.labels) is None else y.cpu()[self.rows[self.split].chosen.cpu()]
 
     @property
     def classes(self) -> Tensor | None:
         """Labels of the rows `x`; None for data without labels or with more than `MAX_CLASSES` distinct labels."""
-        return None if self.labels is None or len(self.labels.unique()) > MAX_CLASSES else self.labels
+        return None if self.labels is None or len(self.labels.nan_to_num().unique()) > MAX_CLASSES else self.labels
 
     @cached_property
     def scale_of_grey(self) -> tuple[float, float]:

@@ -79,11 +79,11 @@ class Rows:
             raise DataError.of("data.rows.labels", name=name, x=x, y=y)
         if y is not None and y.dtype.kind not in "biu":
             raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
-        if y is not None and self.label_names is not None and PARTLY_LABELLED.get():
-            kept = [word for word in self.label_names if word.strip().lower() not in UNKNOWN]
-            places = np.array([kept.index(word) if word in kept else -1 for word in self.label_names] + [-1])
-            object.__setattr__(self, "y", places[y])
-            object.__setattr__(self, "label_names", tuple(kept))
+        if y is not None and PARTLY_LABELLED.get() and (self.label_names or -1 == y.min() <= y.max() < len(y)):
+            words = self.label_names or [*map(str, range(int(y.max()) + 1))]
+            kept = [word for word in words if word.strip().lower() not in UNKNOWN]
+            places = np.array([kept.index(word) if word in kept else -1 for word in words] + [-1])
+            self.__dict__.update(y=places[y], label_names=tuple(kept))
         if self.ids is not None and self.ids.shape != (len(x),):
             raise DataError(f"Ids of {name}: expected one for each of {len(x)} rows; got shape {self.ids.shape}.")
 
