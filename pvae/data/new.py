@@ -302,7 +302,7 @@ def source_of(
     given = {name: getattr(declared, name) for name in shared}
     given |= {"path": path} if "path" in member.model_fields else {}
     given |= {"stream": True} if where.is_file() and where.stat().st_size > STREAMED_BYTES else {}
-    if "labels" in member.model_fields:  # a column, or a file beside that of the rows
+    if "labels" in member.model_fields and path or member is H5ad:  # a column, or a file beside that of the rows
         given |= read if member is H5ad else {"labels": next(iter(beside), None)}
     return member(**given)
 

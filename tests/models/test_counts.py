@@ -231,6 +231,12 @@ def test_cells_are_fitted_to_a_layer_with_labels(tmp_path: Path):
     two = pvae.fit("cells", *few, *file, run_dir=tmp_path / "two", progress=False)
     assert torch.equal(one.data.train.rows, two.data.train.rows)
     assert torch.equal(one.data.train.y, two.data.train.y)
+    named = "data={source='tensor',layer='counts',labels='kind'}"
+    same = pvae.fit("cells", named, *few, data=adata, run_dir=tmp_path / "four", progress=False)
+    assert torch.equal(one.data.train.rows, same.data.train.rows)
+    assert torch.equal(one.data.train.y, same.data.train.y)
+    with pytest.raises(DataError, match=r"data.layer, data.labels: expected AnnData.*got ndarray"):
+        pvae.fit("cells", named, *few, data=x, run_dir=tmp_path / "five", progress=False)
     other = pvae.fit("cells", *few, data=adata, run_dir=tmp_path / "three", progress=False)  # the matrix X, no labels
     assert other.data.train.y is None
     assert groups(two).separated.keys() == {"label"}

@@ -50,13 +50,19 @@ class PassedData(Data):
 
 
 class TensorSource(PassedData):
-    """Source of tensors, arrays, sparse matrices and torch datasets."""
+    """Source of tensors, arrays, sparse matrices, torch datasets and AnnData that are passed in Python."""
 
     source: Literal["tensor"] = "tensor"
     scale: Scale = "raw"
     """Scaling of the values; `unit` needs unsigned bytes (divided by 255)."""
+    layer: str | None = None
+    """Layer to read of AnnData in place of `X`."""
+    labels: str | None = None
+    """Column of `obs` of AnnData with the labels; None for data without labels."""
 
     def rows_of(self, data: Any, name: str = "train") -> Rows:
+        if self.layer or self.labels:
+            raise DataError.of("data.sources.not_anndata", found=type(data).__name__)
         raw: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
         if isinstance(data, Mapping):
             if "x" not in data:
