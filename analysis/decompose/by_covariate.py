@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
-from pvae.analysis.decompose.result import LatentSurgery, Surgery
+from pvae.analysis.decompose.result import ClassSurgery, LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.analysis.population.interval import Population
 from pvae.pair import Layout, Pair, samples
@@ -138,17 +138,25 @@ def _pooled(
     names = dict.fromkeys(name for s in found for name in s.latents)
     latents = {name: _level([s.latents.get(name, ABSENT) for s in found], sizes) for name in names}
     told = dict.fromkeys(note for s in found for note in s.notes)
-    classes = {label: c for s in found for label, c in s.classes.items()}
-    distinct = sum(len(s.classes) for s in found) == len(classes)
+    by_label: dict[int, list[ClassSurgery]] = {}
+    for label, c in (pair for s in found for pair in s.classes.items()):
+        by_label.setdefault(label, []).append(c)
+    classes = {label: _class(by_label[label]) for label in sorted(by_label)}
     figures = _means(found, sizes, but=(*BOUNDS, "global_kl", "label_information"))
     for bound, main in BOUNDS.items():
         if any(getattr(s, bound) for s in found):
             figures[bound] = _mean([getattr(s, bound) or getattr(s, main) for s in found], sizes)
     return replace(
         found[0], n=sum(sizes), **figures, latents=latents,
-        population=_population([s.population for s in found], sizes), classes=classes if distinct else {},
+        population=_population([s.population for s in found], sizes), classes=classes,
         label_information=None, notes=(note.format(len(found)), *told),
     )  # fmt: skip
+
+
+def _class(parts: Sequence[ClassSurgery]) -> ClassSurgery:
+    """Return the terms of the rows of one label from those of each group that has some."""
+    sizes = [part.n for part in parts]
+    return parts[0] if len(parts) == 1 else ClassSurgery(sum(sizes), **_means(parts, sizes))
 
 
 def _population(found: Sequence[Population | None], sizes: Sequence[int]) -> Population | None:

@@ -191,7 +191,7 @@ def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> d
 
 def _values(name: str, entry: Entry, n: int, value: Any) -> Tensor:
     """Return the values of a label or of numbers, `(n, *entry.shape)`, after checking that the entry can have them."""
-    values = f"0 .. {entry.codes - 1}" if entry.codes else "numbers"
+    values = f"0 .. {entry.codes - 1}" if entry.codes else "numbers that are not negative" if entry.size else "numbers"
     try:
         found = torch.as_tensor(value).cpu()
     except (TypeError, ValueError, RuntimeError):

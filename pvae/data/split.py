@@ -175,7 +175,7 @@ class Split:
         if wrong.any():
             row, *_ = wrong.nonzero()[0].tolist()
             said = {"split": self.name, "row": row, "name": name, "value": found[row].tolist()}
-            raise DataError.of("data.split.entry", **said, codes=codes)
+            raise DataError.of("data.split.entry", **said, codes=codes, size=entry.size)
         if entry.tokens is not None:
             found = torch.tensor(entry.tokens, device=found.device)[found.long()]
         return found.reshape(len(found), -1)

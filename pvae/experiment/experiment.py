@@ -207,13 +207,13 @@ class Experiment(Plan):
 
         The sum of x is the first of them where the likelihood is given it.
         """
-        summed = {LIBRARY: Entry(source="sum")} if LIBRARY in self.decoder.likelihood.conditions else {}
-        return summed | {name: c.entry() for name, c in self.covariates.items()} | self.observed_latents()
+        owners, found = self.decoder.likelihood.conditions, self.observed_latents()
+        summed = {LIBRARY: Entry(source="sum", size=True)} if LIBRARY in owners else {}
+        return summed | {name: c.entry(is_owner=name in owners) for name, c in self.covariates.items()} | found
 
     def observed_latents(self) -> dict[str, Entry]:
         """Return the entries of the latents whose values some rows have, by name."""
-        found = {name: latent.entry() for name, latent in self.latents.items()}
-        return {name: entry for name, entry in found.items() if entry is not None}
+        return {name: entry for name, latent in self.latents.items() if (entry := latent.entry()) is not None}
 
     def known(self, split: Split) -> dict[str, Tensor]:
         """Return the values of observed latents in the rows of a split by name, `(n, width)`, NaN where unknown.

@@ -161,11 +161,12 @@ class Covariate(Section):
         kept = self.transform or "standardise"
         return CountColumn(of=self.of) if self.dim is None else ContinuousColumn(of=self.of, transform=kept)
 
-    def entry(self) -> Entry:
-        """Return the covariate as an entry of a row."""
+    def entry(self, *, is_owner: bool = False) -> Entry:
+        """Return the covariate as an entry of a row; numbers are sizes of counts if it is owner of a likelihood's."""
         source: Literal["label", "side"] = "label" if self.of is None else "side"
         if self.words is None:
-            return Entry(self.labels, self.dim or 1, ordinal=self.ordinal, source=source)
+            size = is_owner and self.dim is not None
+            return Entry(self.labels, self.dim or 1, ordinal=self.ordinal, source=source, size=size)
         vocabulary = Vocabulary.of(self.words)
         tokens = tuple(tuple(vocabulary.encode(words)) for words in self.words)
         return Entry(len(vocabulary), vocabulary.length, vocabulary, tokens, source=source)

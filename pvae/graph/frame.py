@@ -70,6 +70,7 @@ class Entry:
         ordinal: networks read a label k as a thermometer (k >= 1, .., k >= codes - 1) in place of a one-hot.
         source: what fills it: the "label" of the data, their "side" value of the same name, or the "sum" of x.
         latent: True for observed values of a latent, NaN where unknown: no covariate, which networks read.
+        size: True for the sizes of counts, numbers that are not negative.
 
     Example:
         >>> Entry(codes=3).see(torch.tensor([2.0, 0.0]), torch.zeros(1)).tolist()
@@ -85,6 +86,7 @@ class Entry:
     ordinal: bool = False
     source: Literal["label", "side", "sum"] = "label"
     latent: bool = False
+    size: bool = False
 
     @property
     def shape(self) -> Shape:
@@ -107,6 +109,7 @@ class Entry:
     def wrong(self, value: Tensor) -> Tensor:
         """Return True where a value is none that the entry can have: no category, not finite, or missing."""
         wrong = (value != value.round()) | (value < 0) | (value >= self.codes) if self.codes else ~value.isfinite()
+        wrong = wrong | (value < 0) if self.size else wrong
         return wrong & ~value.isnan() if self.latent else wrong
 
 
@@ -189,7 +192,9 @@ class Frame:
         for name, column in self.columns(rows).items():
             entry = self.entries[name]
             if len(wrong := column[entry.wrong(column)]):
-                raise DataError.of("graph.frame.entry", name=name, codes=entry.codes, found=float(wrong[0]))
+                raise DataError.of(
+                    "graph.frame.entry", name=name, codes=entry.codes, found=float(wrong[0]), size=entry.size
+                )
         for name, column in self.known(rows).items():
             if 0 < (count := int((~column.isnan()).reshape(len(rows), -1).any(1).sum())) < len(rows):
                 raise DataError.of("graph.frame.mixed", name=name, count=count, rows=len(rows))

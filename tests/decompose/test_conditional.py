@@ -119,6 +119,12 @@ def test_surgery_is_made_within_each_label():
     assert found.kl.value == pytest.approx(found.mutual_information.value + found.marginal_kl.value, abs=1e-9)
     assert found.n == 60
     assert {label: c.n for label, c in found.classes.items()} == dict(enumerate(sizes))
+    other = torch.arange(60) % 2  # a label of its own, in every group
+    for label, c in surgery(pair, x, samples=3, labels=other).classes.items():
+        mine = [surgery(pair, x[y == g], samples=3, seed=own[g], labels=other[y == g]).classes[label] for g in range(3)]
+        assert c.n == 30
+        assert c.elbo.value == pytest.approx(sum(m.n * m.elbo.value for m in mine) / 30, abs=1e-9)
+        assert c.kl.value == pytest.approx(c.mutual_information.value + c.marginal_kl.value, abs=1e-9)
     assert "within each of 3 groups" in found.notes[0]
     assert found.kl.standard_error < max(s.kl.standard_error for s in parts)
     gain = surgery(pair, x, train=rows(90)[0]).train_gain

@@ -254,6 +254,10 @@ def test_a_covariate_holds_the_size(tmp_path: Path):
     rows = found.data.train.rows
     assert torch.equal(rows[:, -2], rows[:, :-2].sum(1))
     assert sample(found, n=3, mean=True, given=given).x.sum(1).tolist() == pytest.approx([30.0] * 3, rel=1e-5)
+    with pytest.raises(DeclarationError, match="given.depth: expected numbers that are not negative; got -3"):
+        sample(found, n=3, given=given | {"depth": -3.0})
+    with pytest.raises(DataError, match="expected a value of depth, finite numbers that are not negative; got .*-1"):
+        pvae.fit(plan, data=x, covariates=total | {"depth": x.sum(1) * 0 - 1}, run_dir=tmp_path, progress=False)
     covariates["depth"].pop("transform")
     with pytest.raises(DeclarationError, match="with transform = 'none'"):
         declared(likelihood, covariates=covariates)

@@ -190,7 +190,8 @@ class Examination:
         found: dict[str, Surgery] = {}
         for name, rows in self.rows.items():
             train = self.rows["train"].x if name != "train" else None
-            labels = self.classes if name == self.split and not self.pair.frame.covariates else None
+            given_label = any(entry.source == "label" for entry in self.pair.frame.covariates.values())
+            labels = self.classes if name == self.split and not given_label else None
             told = self.stages.part(f"surgery of {name}")
             given: dict[str, Any] = {"seed": self.seed, "train": train, "labels": labels, "on_progress": told}
             given |= {"seen": name == "train", "population": self.population}
