@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
@@ -16,6 +15,7 @@ from pvae.analysis.aggregate.pairwise import GuideRuns
 from pvae.analysis.figures.estimate import jackknife, misdeclared, refuse
 from pvae.distributions.exponential import Members
 from pvae.pair import Pair, Undrawn
+from pvae.records import Record, replace
 from pvae.util import seeds
 from pvae.util.types import Size
 
@@ -34,8 +34,7 @@ PAIRS_IN_A_BLOCK = 2**21
 """Largest number of pairs of value and component that are computed at once."""
 
 
-@dataclass(frozen=True)
-class Information:
+class Information(Record):
     """Pointwise mutual information log q(z_i | x_i) - log q_agg(z_i) of m samples, `(m,)`, nats."""
 
     lower: Tensor

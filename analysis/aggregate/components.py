@@ -3,7 +3,6 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions import CertainCodes, Members, Product, product
 from pvae.pair import Pair, Undrawn, densities, samples
+from pvae.records import Record
 from pvae.util import group
 
 TILE_ROWS, TILE_COLUMNS = 512, 2048
@@ -27,8 +27,7 @@ GROUPS = 20
 mean."""
 
 
-@dataclass(frozen=True)
-class Groups:
+class Groups(Record):
     """Division of the components into random groups of the same size."""
 
     of: Tensor

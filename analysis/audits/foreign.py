@@ -18,6 +18,7 @@ from pvae.distributions.base import DiscretizedLogistic
 from pvae.errors import DataError
 from pvae.pair import unwrapped
 from pvae.pair.running import modules_within
+from pvae.records import Record
 
 LikelihoodName = Literal["normal", "bernoulli", "discretized_logistic"]
 """Name of a likelihood around the mean that a decoder gives."""
@@ -25,8 +26,7 @@ ELEMENTS_AT_ONCE, ROWS_AT_ONCE = 2**22, 512
 """Largest numbers of elements of data (unless one row has more) and of rows in one call of encoder or decoder."""
 
 
-@dataclass(frozen=True)
-class Encoded:
+class Encoded(Record):
     """Encodings of n rows, on the CPU: points, normals, or codes with or without the vectors they stand for."""
 
     loc: Tensor

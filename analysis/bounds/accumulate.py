@@ -1,7 +1,6 @@
 """Importance-weighted bounds on log p(x) from the log weights of many samples, accumulated in constant memory."""
 
 import math
-from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from pvae.analysis.bounds.weights import WeightSampler, pareto_k, squared_error, tail_length
 from pvae.analysis.figures.estimate import Estimate, over_noisy_rows
+from pvae.records import Record
 from pvae.util import Progress, group, seeds
 
 CURVE_POINTS = 10
@@ -97,8 +97,7 @@ class Level:
         return closed
 
 
-@dataclass(frozen=True)
-class Accumulated:
+class Accumulated(Record):
     """Importance-weighted bounds and weight diagnostics of a data set, with data along the last dimension; float64."""
 
     sizes: tuple[int, ...]

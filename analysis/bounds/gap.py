@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -16,6 +15,7 @@ from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows, refuse
 from pvae.nn.schedules import LeanAdam
 from pvae.pair import Pair, PairData
+from pvae.records import Record, replace
 from pvae.util import Progress, group, seeds, silent
 
 LEARNING_RATE = 0.1
@@ -141,8 +141,7 @@ def gap(
         return _assemble(group.dealt(len(chunks), lambda i: _measure(pair, chunks[i], draw, plan, i)), plan)
 
 
-@dataclass(frozen=True)
-class RefinePlan:
+class RefinePlan(Record):
     """Settings of the refinement and of the measurements."""
 
     steps: int

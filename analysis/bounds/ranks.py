@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -10,6 +9,7 @@ from scipy.special import ndtr, ndtri, owens_t
 from scipy.stats import chi2
 
 from pvae.analysis.figures.estimate import Estimate
+from pvae.records import Record, replace
 from pvae.util.types import Array
 
 LEVEL = 0.05
@@ -21,8 +21,7 @@ SURE = 2.5
 FINE = "fine"
 
 
-@dataclass(frozen=True)
-class RankTest:
+class RankTest(Record):
     """Ranks of the true values of one coordinate among samples, uniform for an exact posterior, and what they show."""
 
     name: str

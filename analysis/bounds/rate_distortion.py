@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pandas
@@ -14,14 +13,14 @@ from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import refuse
 from pvae.experiment.experiment import Experiment
+from pvae.records import Record, field
 from pvae.runs.run import Run
 from pvae.util import Progress, plain, seeds, silent
 
 RATE_COLUMNS = ("run", "rate", "rate_error", "distortion", "distortion_error", "elbo", "elbo_error", "n")
 
 
-@dataclass(frozen=True)
-class RateDistortion:
+class RateDistortion(Record):
     """Runs on the rate-distortion plane, nats per datum: estimates with standard errors.
 
     Every row satisfies `elbo = -(rate + distortion)` exactly: all three come from the same samples.

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import pyro
@@ -16,6 +15,7 @@ from pvae.analysis.aggregate.entry import require_counts, require_room
 from pvae.analysis.figures.estimate import refuse, text, texts
 from pvae.errors import DataError
 from pvae.pair import PARTICLES, Layout, Pair, SiteShape, log_prob, samples, site_shape, sum_over, unwrapped
+from pvae.records import Record
 
 Start = Literal["guide", "prior"]
 PILOT_CHAINS = 8
@@ -32,8 +32,7 @@ STEEPNESS = 4.0
 """Steepness of the sigmoid schedule."""
 
 
-@dataclass(frozen=True)
-class AnnealingPlan:
+class AnnealingPlan(Record):
     """Settings of annealed importance sampling, and the name of the calling function for error messages."""
 
     caller: str
@@ -59,8 +58,7 @@ class AnnealingPlan:
 # ---------------------------------------------------------------------- the annealed densities
 
 
-@dataclass(frozen=True)
-class States:
+class States(Record):
     """Latents of all annealing chains in unconstrained space, with their log densities."""
 
     u: Tensor
@@ -75,8 +73,7 @@ class States:
         return (1 - beta) * self.base + beta * self.joint
 
 
-@dataclass(frozen=True)
-class Coordinate:
+class Coordinate(Record):
     """One latent and the map from unconstrained values to its support."""
 
     name: str

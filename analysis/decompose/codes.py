@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from pvae.distributions import MAX_STATES, CertainCodes, Codes
 from pvae.pair import Pair, SiteShape, is_masked, log_prob, members, samples, sum_over
 from pvae.pair.running import tiled
+from pvae.records import Record
 
 NUMBERS_AT_ONCE = 2**22
 """Largest number of tensor elements in one block of a computation."""
@@ -21,8 +21,7 @@ IMPOSSIBLE_NATS = 1e12
 """KL, nats, above which it is infinite: the prior gives a code probability zero, stored as log probability -1e30."""
 
 
-@dataclass(frozen=True)
-class JointCodes:
+class JointCodes(Record):
     """Exact KL and mutual information of the joint code of all grid positions, by row, nats."""
 
     kl: Tensor

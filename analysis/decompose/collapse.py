@@ -1,7 +1,7 @@
 """Posterior collapse: active units of every latent, information of codes, and alerts that say what to change."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -13,13 +13,13 @@ from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.analysis.figures.estimate import text, texts
 from pvae.nn.codebook import Codebook, NearestCodebook
 from pvae.pair import SILENT, Pair, Tally, codebook_of, in_use, perplexity, revival, silence
+from pvae.records import Record
 
 THRESHOLDS = tuple(round(10 ** (exponent / 4), 7) for exponent in range(-16, 1))
 """Variances at which the active coordinates are counted: 1e-4 to 1, four per decade."""
 
 
-@dataclass(frozen=True)
-class CodeUse:
+class CodeUse(Record):
     """Use of the codes of a discrete latent under the aggregated posterior q_agg of every grid position; exact."""
 
     states: int
@@ -48,8 +48,7 @@ class CodeUse:
     """Alert that the latent as a whole carries no information, and what to change; None if it carries some."""
 
 
-@dataclass(frozen=True)
-class LatentCollapse:
+class LatentCollapse(Record):
     """Activity of the coordinates of one latent, or use of its codes if it is discrete."""
 
     dim: int
@@ -71,8 +70,7 @@ class LatentCollapse:
     """Mean KL of the latent, nats, exact or from one sample; None for a point (Delta)."""
 
 
-@dataclass(frozen=True)
-class Collapse:
+class Collapse(Record):
     """Active units and code use of all latents; posterior collapse is reported in `alerts`, not raised as an error."""
 
     n: int

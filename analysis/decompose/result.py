@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from rich.table import Table
@@ -10,12 +9,12 @@ from rich.text import Text
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact, merged, scaled, text
 from pvae.analysis.population.interval import ON_NEW_DATA, Population
+from pvae.records import Record, field, replace
 
 SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
 
 
-@dataclass(frozen=True)
-class Dimensions:
+class Dimensions(Record):
     """Decomposition of the KL of one latent by coordinate (of discrete latents: by grid position); nats per datum."""
 
     mutual_information: tuple[float, ...]
@@ -33,8 +32,7 @@ class Dimensions:
     sums over all rows; 0 for discrete latents."""
 
 
-@dataclass(frozen=True)
-class LatentSurgery:
+class LatentSurgery(Record):
     """KL of one latent and its decomposition, nats per datum."""
 
     kl: Annotated[Estimate, "the level {name} alone"]
@@ -66,8 +64,7 @@ class LatentSurgery:
     positions; None for binary codes and continuous latents."""
 
 
-@dataclass(frozen=True)
-class ClassSurgery:
+class ClassSurgery(Record):
     """Terms of the ELBO surgery averaged over the data with one class label; nats per datum."""
 
     n: int

@@ -1,6 +1,5 @@
 """ELBO surgery: decomposition of the mean ELBO into reconstruction, mutual information and marginal KL; refits."""
 
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +21,7 @@ from pvae.data import Dataset
 from pvae.errors import DataError
 from pvae.experiment.plan import Plan
 from pvae.pair import Pair, PairData
+from pvae.records import Record, replace
 from pvae.util import Progress, plain, seeds, silent
 
 CLASSES_AT_MOST = 1000
@@ -173,8 +173,7 @@ def record(plan: Plan, pair: Pair, data: Dataset) -> dict[str, float]:
 # ---------------------------------------------------------------------- two priors under one encoder
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(Record):
     """ELBO gain of a new prior: surgeries of one data set before and after the change; nats per datum."""
 
     before: Surgery

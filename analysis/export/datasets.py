@@ -5,7 +5,6 @@ import html
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ import xarray
 from numpy.typing import NDArray
 
 from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
+from pvae.records import Record
 from pvae.util.files import read_inside, require_plain_target, sync_folder, temporary_for, write_atomic
 
 GROUP_NAMES = (
@@ -24,8 +24,7 @@ GROUP_NAMES = (
 _DIGEST_LINE = re.compile(rb"\\?([0-9a-f]{64}) [ *]")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class PosteriorDraws:
+class PosteriorDraws(Record, eq=False, repr=False):
     """Posterior samples of a guide with densities and diagnostics, as `xarray.Dataset`s; the result of `posterior`.
 
     Arguments:

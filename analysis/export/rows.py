@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from itertools import count
 from math import prod
 from pathlib import Path
@@ -20,6 +19,7 @@ from pvae.analysis.export.sites import numpy_of
 from pvae.data.new import FittedTransforms
 from pvae.data.split import Split
 from pvae.errors import DeclarationError, require_extra
+from pvae.records import Record, field
 from pvae.util import follows
 from pvae.util.files import replaced
 from pvae.util.types import Array
@@ -31,8 +31,7 @@ Part = Mapping[str, Tensor]
 """Results of consecutive rows: tensors `(m, ...)` by key."""
 
 
-@dataclass(frozen=True, eq=False)
-class Origin:
+class Origin(Record, eq=False):
     """Origin of rows: the columns that stand before their results in a data frame or file.
 
     Arguments:

@@ -5,7 +5,6 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions.codes import Certain
 from pvae.pair import Layout, Pair, numbers_of, samples, site_shape, unwrapped
+from pvae.records import Record, field
 from pvae.util.types import Array
 
 Variable = tuple[tuple[str, ...], Array, dict[str, Any]]
@@ -132,8 +132,7 @@ def parameters_of(node: Mapping[str, Any], layout: Layout, count: int) -> dict[s
 # ---------------------------------------------------------------------- sites
 
 
-@dataclass(frozen=True, eq=False)
-class ExportedSite:
+class ExportedSite(Record, eq=False):
     """One sample site of a pair, as a variable of the export."""
 
     site: str
@@ -164,8 +163,7 @@ class ExportedSite:
         return (*lead, *self.dims), values, {**attrs, "site": storable(self.site)}
 
 
-@dataclass(frozen=True)
-class ExportedSites:
+class ExportedSites(Record):
     """All sample sites of a pair that are exported."""
 
     latents: tuple[ExportedSite, ...]

@@ -17,6 +17,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pvae.errors import DataError, DeclarationError, PvaeError
+from pvae.records import Record
 from pvae.util.files import plain
 from pvae.words import Catalogue
 
@@ -26,8 +27,7 @@ HUGE = 1e150
 """Size from which a value counts as infinite."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(Record):
     """A value with its errors and its kind, in nats unless the result that holds it says otherwise.
 
     Example:

@@ -1,7 +1,7 @@
 """Interval for what a better prior can win on new data, and for the information of the codes about new data."""
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, NamedTuple, Self
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from pvae.analysis.figures.estimate import Estimate, Figures, short, text, texts
 from pvae.analysis.population.sample import FOLDS, HonestPrior, NewRows, folds, mixed_by_group
 from pvae.analysis.population.sweep import PairCritic, PointwiseInformation, counted_twice, mean, spread, sweep
+from pvae.records import Record
 from pvae.util.files import plain
 
 ON_NEW_DATA = "on new data"
@@ -37,8 +38,7 @@ SETTLED = 0.3
 """Gap, nats, between I_n and leave-one-out from which their middle is not given."""
 
 
-@dataclass(frozen=True)
-class SubsetInformation:
+class SubsetInformation(Record):
     """Mutual information from a nested subset of the rows, nats: the law in n."""
 
     n: int

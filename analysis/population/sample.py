@@ -7,21 +7,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from pvae.distributions.exponential import Members
+from pvae.records import Record, replace
 
 FOLDS = 3
 """Number of folds of the rows, in a circle: any two rows are in one fold or in neighbours, and the third knows
 neither."""
 
 
-@dataclass(frozen=True)
-class NewRows:
+class NewRows(Record):
     """One sample z_i ~ q(z | x_i) of all latents for each of n rows, with its log densities; float64, nats."""
 
     value: Tensor

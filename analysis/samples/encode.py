@@ -1,7 +1,6 @@
 """Encoding of data into latents, and reconstruction of data from them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +12,12 @@ from pvae.analysis.export.sites import parameters_of, rows_of
 from pvae.analysis.samples import running
 from pvae.analysis.samples.sample import Covariates, given_values
 from pvae.pair import JointStates, Layout, Pair, log_prob, read_joint_states, samples, sum_over, unwrapped
+from pvae.records import Record
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
 
 
-@dataclass(frozen=True, eq=False)
-class LatentCode:
+class LatentCode(Record, eq=False):
     """Posterior of one latent for n data: a value, its log density, and the parameters of the posterior if known."""
 
     value: Tensor

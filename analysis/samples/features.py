@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from pvae.component import Shape
 from pvae.nn.conv import Conv
 from pvae.nn.network import MLP, NetworkModule
 from pvae.nn.schedules import LeanAdam
+from pvae.records import Record
 from pvae.util import seeds
 
 EXPOSURES = 40_000
@@ -108,8 +108,7 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([function(part.float()).cpu() for part in x.split(FEATURE_CHUNK)])
 
 
-@dataclass(frozen=True, eq=False)
-class Features:
+class Features(Record, eq=False):
     """Feature space in which samples are compared with data; the result of `features`."""
 
     embed: Callable[[Tensor], Tensor]

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, af
 from pvae.analysis.samples.running import opened
 from pvae.data.split import Split
 from pvae.errors import DataError
+from pvae.records import Record
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
 
@@ -42,8 +42,7 @@ Block = tuple[Tensor, Tensor]
 """Values `(n, ...)` that a classifier reads: of the training rows, and of those to classify; integers are codes."""
 
 
-@dataclass(frozen=True)
-class Reading:
+class Reading(Record):
     """Accuracies of the two classifiers that predict labels from the same input, such as one latent; estimates."""
 
     of: str

@@ -25,6 +25,7 @@ from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
 from pvae.errors import DeclarationError, near
 from pvae.pair import Layout, Pair, unwrapped
+from pvae.records import Record
 from pvae.runs.run import Run
 from pvae.util import Progress, group, seeds, silent
 
@@ -49,8 +50,7 @@ def known_name(name: str, names: Sequence[str] | Mapping[str, Any], what: str) -
 
 
 @dataclass_transform(frozen_default=True, eq_default=False)
-@dataclass(frozen=True, eq=False, repr=False)
-class Generated:
+class Generated(Record, eq=False, repr=False):
     """Base class of results that consist of named tensors on the CPU and can be saved.
 
     Every subclass is a frozen dataclass.

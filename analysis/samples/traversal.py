@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from pvae.analysis.samples.sample import Covariates, Template, prior_latents
 from pvae.distributions.exponential import Normals
 from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair, log_prob, members, samples, sum_over, unwrapped
+from pvae.records import Record, field
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
 
@@ -143,8 +143,7 @@ def traverse(
     return Traversal(x.unflatten(0, places.shape), places, name, chosen, order)
 
 
-@dataclass(frozen=True)
-class PlacedModel:
+class PlacedModel(Record):
     """Model of a pair whose latents are set to given values."""
 
     template: Template

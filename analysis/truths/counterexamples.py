@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Annotated, Protocol
 
 import pandas
@@ -15,6 +14,7 @@ from pvae.analysis.samples.quality import two_sample
 from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.data.dataset import Dataset
 from pvae.errors import DataError
+from pvae.records import Record
 from pvae.util import StageProgress, seeds, silent
 
 KEPT_WEIGHT = 0.01
@@ -120,8 +120,7 @@ class Diluted(KnownDensity):
 # ---------------------------------------------------------------------- the study
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(Record):
     """Results for one of the compared models: its exact likelihoods and the quality of its samples."""
 
     name: str

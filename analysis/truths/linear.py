@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from pvae.analysis.truths import truth
 from pvae.analysis.truths.truth import FloatArray, Programs, Truth
+from pvae.records import Record
 
 
-@dataclass(frozen=True, eq=False)
-class LinearGaussian:
+class LinearGaussian(Record, eq=False):
     r"""Linear Gaussian model and guide: p(z) = N(0, V), p(x|z) = N(W z + b, s^2 I), q(z|x) = N(G x + c, S).
 
     All expectations that the ELBO and the evidence need have closed forms.

@@ -5,7 +5,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -23,6 +22,7 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, refuse, text, texts
 from pvae.analysis.truths import linear, structured
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Truth
+from pvae.records import Record, replace
 from pvae.util import StageProgress, plain, silent
 from pvae.util.threads import threads
 
@@ -69,8 +69,7 @@ BOUND_SLACK = 0.05
 """Slack, nats, for bounds that are not tight: of AIS with few temperatures, and of guides refined in few steps."""
 
 
-@dataclass(frozen=True)
-class FigureCheck:
+class FigureCheck(Record):
     """Comparison of one estimate with the exactly known value of the same quantity."""
 
     truth: str
@@ -134,8 +133,7 @@ class FigureCheck:
         return (self.truth, f"{self.estimator}.{self.figure}", *numbers, self.verdict)
 
 
-@dataclass(frozen=True, repr=False)
-class SelfCheck:
+class SelfCheck(Record, repr=False):
     """Comparisons of this installation's estimates with exactly known values; the result of `selfcheck`."""
 
     device: str

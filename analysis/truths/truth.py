@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -13,6 +12,7 @@ from scipy.stats import multivariate_normal, norm
 from torch import Tensor, nn
 
 from pvae.pair.pair import Pair
+from pvae.records import Record, replace
 
 FloatArray = NDArray[np.floating[Any]]
 EstimatorName = Literal["surgery", "evidence", "prior_evidence", "ais", "bracket", "gap"]
@@ -23,8 +23,7 @@ GRID_STEP, GRID_REACH = 0.1, 11.0
 """Step and reach of the trapezoidal rule in standard deviations; for analytic integrands it converges exponentially."""
 
 
-@dataclass(frozen=True, eq=False)
-class Truth:
+class Truth(Record, eq=False):
     """Test model: a model-guide pair and data, with their ELBO terms, evidence and information known exactly.
 
     No exact value comes from an estimator of this package: they are closed forms, sums over all states, or trapezoidal

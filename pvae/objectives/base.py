@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Protocol, Self
 
 import pyro
@@ -18,6 +17,7 @@ from pvae.models.graph import GraphModel
 from pvae.nn.precision import products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair import Dependencies, Pair, Terms
+from pvae.records import Record
 
 FITTED = "train_log_p"
 """Figure that ranks weights by the negative loss on the training data: they have converged, or can be better."""
@@ -68,8 +68,7 @@ class Stepper(ABC):
         """Complete an epoch; called after its last step, before validation. The default does nothing."""
 
 
-@dataclass(frozen=True)
-class Fitting:
+class Fitting(Record):
     """Data, optimiser and settings of a fit, from which an objective makes a stepper of its own."""
 
     loss: "Loss"

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal, Self
 
@@ -18,6 +17,7 @@ from pvae.nn.network import TableModule
 from pvae.objectives.base import FITTED, Fitting, Objective, Parts, Stepper
 from pvae.objectives.elbo import minus_elbo
 from pvae.pair import Pair, Terms, read_joint_states, samples
+from pvae.records import Record
 from pvae.util import seeds
 
 MIN_COUNT = 1e-8
@@ -87,8 +87,7 @@ class EM(Objective):
         return EMStepper(self, fitting)
 
 
-@dataclass(frozen=True)
-class MixtureParts:
+class MixtureParts(Record):
     """Modules of a declared mixture whose parameters the M-step sets."""
 
     model: GraphModel

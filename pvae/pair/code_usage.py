@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from pvae.pair.densities import members
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
 from pvae.pair.running import quiet
+from pvae.records import Record
 from pvae.util import seeds
 from pvae.words import text
 
@@ -28,8 +28,7 @@ Nodes = Mapping[str, Any]
 """Nodes of the sample sites of a Pyro trace, by name."""
 
 
-@dataclass(frozen=True)
-class Silence:
+class Silence(Record):
     """Limits up to which a latent carries no information: the one table that alerts of fits and reports read."""
 
     variance: float = 0.01
@@ -55,8 +54,7 @@ class Silence:
 SILENT = Silence()
 
 
-@dataclass(frozen=True)
-class Tally:
+class Tally(Record):
     """Sums over the posteriors of a grid of P codes with K states, per position; float64, exact."""
 
     n: int

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from pvae.pair.densities import Unweighed, moved, rows_first
 from pvae.pair.layout import Layout, Traces, is_point, samples, unwrapped
 from pvae.pair.running import quiet, run
 from pvae.pair.structure import ROWS_OF_A_BATCH, Structure, unpack
+from pvae.records import Record
 from pvae.util import seeds
 
 if TYPE_CHECKING:
@@ -28,8 +28,7 @@ CLEAR_CHANGE = 1e-3
 """Relative change of a log density above which it cannot be rounding; smaller changes are tested by a second run."""
 
 
-@dataclass(frozen=True)
-class Dependencies:
+class Dependencies(Record):
     """Latents that each conditional distribution of a pair depends on, at the weights where this was found.
 
     Global latents count if the guide samples them, not if it sets them to points.

@@ -3,7 +3,6 @@
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,10 +17,10 @@ from pvae.distributions import IMPOSSIBLE, MAX_STATES, log_density
 from pvae.errors import DeclarationError
 from pvae.pair.densities import log_prob, plate_scale, sum_over
 from pvae.pair.layout import Layout, plates_around, samples
+from pvae.records import Record
 
 
-@dataclass(frozen=True)
-class JointStates:
+class JointStates(Record):
     """Log densities of a batch at every joint state of J enumerated sites, `(K_1, ..., K_J, [particles,] n)`, nats."""
 
     layout: Layout

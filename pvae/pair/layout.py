@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, Self
 
 from pyro import poutine
@@ -13,6 +13,7 @@ from pvae.component import Shape
 from pvae.distributions import Certain, is_relaxed, twin
 from pvae.distributions import unwrapped as unwrapped
 from pvae.errors import DeclarationError
+from pvae.records import Record
 
 RECORDS = frozenset({"_deterministic", "_embedded"})
 """Marks of sites that only record a value: `pyro.deterministic`, and the codebook vector of a nearest code (VQ)."""
@@ -22,8 +23,7 @@ Traces = tuple[poutine.Trace, poutine.Trace]
 """Trace of the guide on a batch, and that of the model replayed against it."""
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(Record):
     """Names of the sites of a pair by role, and position of its data plate, read off its traces."""
 
     plate: str
@@ -169,8 +169,7 @@ def is_point(fn: Any) -> bool:
     return is_point(fn.base_dist) if isinstance(fn, MaskedDistribution) else isinstance(fn, Delta)
 
 
-@dataclass(frozen=True)
-class SiteShape:
+class SiteShape(Record):
     """Position of the row dimension in a site's value, and the shapes to its left and right."""
 
     left: Shape

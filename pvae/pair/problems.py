@@ -5,7 +5,6 @@ import sysconfig
 import traceback
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from pvae.pair.densities import sum_over
 from pvae.pair.layout import is_enumerable, is_point, plates_around, samples
 from pvae.pair.running import current_store, evaluating, run, whole_plates
 from pvae.pair.structure import Unpacked, read_unpacked
+from pvae.records import Record
 from pvae.words import text
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ HOUSES = (*torch.__path__, *pyro.__path__, str(Path(__file__).parents[1]), sysco
 """Folders of the libraries, whose lines are not the user's."""
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(Record):
     """One problem found by `Pair.check`: the site and a message."""
 
     site: str

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import pyro.distributions as dist
@@ -16,6 +15,7 @@ from pvae.component import Shape
 from pvae.distributions import Certain, LogOneHot, Rounded, twin
 from pvae.errors import DataError
 from pvae.pair.layout import Layout, SiteShape, Traces, is_point, joined, samples, unwrapped
+from pvae.records import Record, field, replace
 
 ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""
@@ -23,8 +23,7 @@ PROBABILITIES_AT_ONCE = 2**20
 """Largest number of code probabilities in one batch of an analysis (8 MiB in float64, held in a dozen copies)."""
 
 
-@dataclass(frozen=True)
-class Unpacking:
+class Unpacking(Record):
     """Auxiliary site of one latent, and the transform from its values to those of the latent.
 
     `AutoNormal`, `AutoLowRankMultivariateNormal`, `EasyGuide` and others sample an unconstrained auxiliary site a and
@@ -40,8 +39,7 @@ Unpacked = Mapping[str, Unpacking]
 """Unpacked latents of a guide that have an auxiliary site of their own, by name."""
 
 
-@dataclass(frozen=True)
-class Structure:
+class Structure(Record):
     """Properties of a pair that hold for any weights and any batch; relaxed latents are described as discrete codes."""
 
     event: Shape
@@ -228,8 +226,7 @@ PairData = Tensor | Sequence[Any] | Mapping[str, Any]
 """Data of a pair: a tensor, or several arguments as a sequence or a mapping of tensors."""
 
 
-@dataclass(frozen=True)
-class Argument:
+class Argument(Record):
     """Shape of one row of an argument, its type, and its name (None for a positional one)."""
 
     shape: Shape
@@ -237,8 +234,7 @@ class Argument:
     name: str | None = None
 
 
-@dataclass(frozen=True)
-class Arguments:
+class Arguments(Record):
     """Arguments of the programs of a pair, `model(x, y)` or `model(x=x, y=y)`, as rows of bytes.
 
     All are cut into the same batches: every analysis and every fit sees one tensor `(n, bytes)`, and the programs get

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,10 +14,10 @@ from pvae.errors import DeclarationError
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
 from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
 from pvae.pair.layout import Layout, Traces, is_point, samples
+from pvae.records import Record, field, replace
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(Record):
     """Ingredients of the score-function gradient of a latent, E[(gain - baseline) grad log q] for the ELBO."""
 
     log_q: Tensor
@@ -35,8 +34,7 @@ class Score:
     """Callback that receives the gain and updates a moving-average baseline, if there is one."""
 
 
-@dataclass(frozen=True)
-class Terms:
+class Terms(Record):
     """Terms of the ELBO of a batch, nats; with several samples per row they have a leading dimension `particles`."""
 
     reconstruction: Tensor
@@ -70,8 +68,7 @@ def _apart(kl: Tensor, estimate: Tensor) -> Tensor:
     return torch.where(mean < math.inf, mean.clamp(min=0), estimate)
 
 
-@dataclass(frozen=True)
-class TracedBatch:
+class TracedBatch(Record):
     """Traces of guide and model on one batch, whose sites are scored per row of data, nats."""
 
     guide: Trace

@@ -11,7 +11,6 @@ import re
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError
+from pvae.records import Record, field
 from pvae.runs.find import slug
 from pvae.runs.rundir import require_sound
 from pvae.util import files
@@ -44,8 +44,7 @@ _NAME = re.compile(r"(\.old-)?step-(\d{8}|[1-9]\d{8,})(?(1)-[0-9a-f]+)\Z")
 """Names of checkpoints; one that is being replaced is first renamed to `.old-step-00001234-<random>`."""
 
 
-@dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Record):
     """Verified content of a checkpoint: folder, training step, ``tensors[group][name]`` on the CPU, and JSON state.
 
     ``run`` is the seal of its run when it was written, see `pvae.runs.seal`; {} in runs of earlier versions.

@@ -7,7 +7,6 @@ import itertools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +15,7 @@ from pvae.errors import DeclarationError, near
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import apply_overrides
+from pvae.records import Record, replace
 from pvae.studies.sweep import FIRST, SECOND, Measure, Search, StudyFile, Sweep, find, validated
 from pvae.training.resume import stage_of
 from pvae.util import toml
@@ -25,8 +25,7 @@ MAX_LISTED_PROBLEMS = 40
 """Largest number of problems that an error lists; it gives only the number of further ones."""
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
+class Case(Record, eq=False):
     """One run of a study: its complete declaration, and the swept values that distinguish it from other runs."""
 
     label: str
@@ -63,8 +62,7 @@ class Case:
         return self.experiment.digest()
 
 
-@dataclass(frozen=True)
-class Declared:
+class Declared(Record):
     """A study file that has been read and expanded into cases; all of it has been validated."""
 
     name: str
@@ -103,8 +101,7 @@ class Declared:
 # ---------------------------------------------------------------------- expansion
 
 
-@dataclass(frozen=True)
-class _Setting:
+class _Setting(Record):
     """A case without a seed: a declaration and the values that the sweep sets in it."""
 
     label: str

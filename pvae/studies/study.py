@@ -6,7 +6,6 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +18,7 @@ from rich.text import Text
 
 from pvae.data.sources.python import PassedData, as_array
 from pvae.errors import DeclarationError, printable
+from pvae.records import Record
 from pvae.runs import RunDirectory, find
 from pvae.runs.run import Run
 from pvae.studies.cases import Case, Declared
@@ -38,8 +38,7 @@ Key = tuple[str, int, str]
 """Key of a case: its label, its seed, and its stage (`fit`, `refit`, or the label of a `[[sweep.refits]]`)."""
 
 
-@dataclass(frozen=True)
-class Study:
+class Study(Record):
     """Result of a study: its finished runs, and the errors of the failed cases.
 
     Arguments:

@@ -1,7 +1,6 @@
 """Initialisation from training data: codebooks at cluster centres, pseudo-inputs at data rows, and the like."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -9,12 +8,12 @@ from torch import Tensor
 from pvae.data import Split
 from pvae.graph.lifecycle import Begun
 from pvae.pair import Pair, quiet
+from pvae.records import Record
 from pvae.training.evaluation import ROWS_AT_ONCE
 from pvae.util import seeds
 
 
-@dataclass(frozen=True)
-class TrainingRows:
+class TrainingRows(Record):
     """Random subsets of the training data, and guide outputs on them, for modules that are initialised from data."""
 
     pair: Pair

@@ -15,6 +15,7 @@ from rich.text import Text
 
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import CheckpointError, PvaeError
+from pvae.records import Record
 from pvae.runs import RunDirectory, checkpoint, list_runs
 from pvae.runs.find import RUN_ID, STALE_AFTER_SECONDS, folders, is_abandoned, is_run, leftovers
 from pvae.upkeep.verify import FILES, FOLDERS
@@ -26,8 +27,7 @@ Doomed = tuple[Path, str]
 """File or folder that can be removed, and the reason."""
 
 
-@dataclass(frozen=True)
-class Removal:
+class Removal(Record):
     """File or folder that can be removed.
 
     Arguments:

@@ -11,12 +11,12 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae.errors import DataError, PvaeError
+from pvae.records import Record
 from pvae.util.checks import Check, Level
 from pvae.util.files import MIB, read_inside, write_atomic, write_new
 from pvae.words import text
@@ -33,8 +33,7 @@ CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")
 COMPILED = '#include <omp.h>\nextern "C" int pvae_threads() { return omp_get_max_threads(); }\n'
 
 
-@dataclass(frozen=True)
-class CheckArguments:
+class CheckArguments(Record):
     """Arguments of all checks: folder of runs, folder of data, and the pending result of the trial imports."""
 
     runs: Path

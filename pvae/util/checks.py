@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from pvae.errors import PvaeError, printable
+from pvae.records import Record, field
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -30,8 +30,7 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(Record):
     """Result of one check of an installation or of a run.
 
     Arguments:
@@ -59,8 +58,7 @@ class Check:
         return {**texts, "facts": dict(self.facts)}
 
 
-@dataclass(frozen=True, repr=False)
-class Checks:
+class Checks(Record, repr=False):
     """Results of several checks, in the order in which they were made.
 
     Arguments:

@@ -2,12 +2,12 @@
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
+from pvae.records import Record, field
 
-@dataclass(frozen=True)
-class Sentence:
+
+class Sentence(Record):
     """One sentence of the verdict, the summary at the top of a page.
 
     An alert (`is_alert`) reports a problem, and the setting that may solve it.
@@ -17,8 +17,7 @@ class Sentence:
     is_alert: bool = False
 
 
-@dataclass(frozen=True)
-class Tile:
+class Tile(Record):
     """Headline number at the top of a page, with its name and unit."""
 
     what: str
@@ -27,8 +26,7 @@ class Tile:
     """Unit of the number, and the rows or samples that it was computed on."""
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(Record):
     """Figure of a page as PNG, with an alternative text, and a caption that tells how to read it."""
 
     id: str
@@ -42,8 +40,7 @@ class Picture:
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
-@dataclass(frozen=True)
-class PageColumn:
+class PageColumn(Record):
     """Title and number format of one column of a table."""
 
     title: str
@@ -53,8 +50,7 @@ class PageColumn:
     """True for a column of text, which is aligned left and may wrap."""
 
 
-@dataclass(frozen=True)
-class PageTable:
+class PageTable(Record):
     """Table of numbers; the first column holds the names of the rows."""
 
     id: str
@@ -69,15 +65,13 @@ class PageTable:
     """True for a table that is collapsed until the reader opens it, as its numbers are plotted in a picture."""
 
 
-@dataclass(frozen=True)
-class Note:
+class Note(Record):
     """Paragraph of a section set in a muted colour: a remark on the results."""
 
     text: str
 
 
-@dataclass(frozen=True)
-class Listing:
+class Listing(Record):
     """Preformatted text, such as the declaration of a model or its formulas."""
 
     text: str
@@ -92,8 +86,7 @@ Part = Block | Sentence | Tile | str | Mapping[str, Any]
 """Part of a section; a string is a sentence of the verdict without an alert, a mapping holds numbers for JSON."""
 
 
-@dataclass(frozen=True)
-class PageSection:
+class PageSection(Record):
     """Section of a page: a heading, blocks in reading order, and its part of the verdict, tiles and JSON numbers."""
 
     id: str

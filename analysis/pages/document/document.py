@@ -6,7 +6,6 @@ that pvae did not write is refused.
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -20,6 +19,7 @@ from rich.text import Text
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
 from pvae.analysis.pages.document.words import csv_of, html_cell, legible, rich_of, text
 from pvae.errors import DataError, OutputError
+from pvae.records import Record
 from pvae.runs.find import Claim, is_abandoned, leftovers
 from pvae.util.files import digest, make_folder, plain, pretty, raising, read_object, remove, write_together
 from pvae.util.progress import StageProgress, silent
@@ -33,8 +33,7 @@ OWN = re.compile(rf"{TABLES}/[\w.-]+\.csv|{PICTURES}/[\w.-]+\.png", re.ASCII)
 """Relative paths that the CSV and PNG files of a page can have."""
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(Record):
     """Page of a report or comparison: title, sections in reading order, and footer."""
 
     kicker: str

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
@@ -21,6 +20,7 @@ from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLUE, GREY, RED, nats, panels, plain, style, whole_numbers
 from pvae.analysis.pages.plots.pictures import tiles
 from pvae.pair.code_usage import SILENT
+from pvae.records import Record
 from pvae.util.types import Array
 
 BARS, HISTOGRAMS = 10, 5
@@ -167,8 +167,7 @@ def _coverage(axes: Axes, found: Calibration) -> None:
 # ---------------------------------------------------------------------- waterfall of the terms of an ELBO
 
 
-@dataclass(frozen=True)
-class WaterfallStep:
+class WaterfallStep(Record):
     """One line of a waterfall chart: a level (`is_level`), a cost that lowers it, or a range above it; nats per datum.
 
     A range, of what would be added, goes from `value` to `until`; to NaN where its upper end is not known.

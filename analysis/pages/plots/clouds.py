@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,11 @@ from scipy.ndimage import gaussian_filter
 
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLACK, BLUE, CLASS_COLOURS, SHORT, SKY, YELLOW, nats, panels, plain, style
+from pvae.records import Record
 from pvae.util.types import Array
 
 
-@dataclass(frozen=True)
-class Cloud:
+class Cloud(Record):
     """Points of one latent to plot: posterior means, posterior samples, and prior samples."""
 
     name: str

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -18,6 +17,7 @@ from pvae.analysis.samples.encode import Encoding, Reconstructions
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.sample import Samples
 from pvae.analysis.samples.traversal import Interpolation, Traversal
+from pvae.records import Record
 from pvae.util.types import Array
 
 Planes = dict[str, Figure]
@@ -59,8 +59,7 @@ def show_tiles(axes: Axes, images: Array, columns: int, low: float, high: float,
     axes.spines[:].set_visible(False)
 
 
-@dataclass(frozen=True)
-class Rebuilt:
+class Rebuilt(Record):
     """Data and their reconstructions, the means of p(x | z) at samples z of q(z | x).
 
     `data` and `means` are `(n, *shape)`; `nats` is log p(x | z) of each datum, `(n,)`.

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,6 +19,7 @@ from pvae.analysis.samples.probe import groups as groups_of
 from pvae.analysis.samples.probe import probe as probe_of
 from pvae.errors import DataError
 from pvae.pair.code_usage import SILENT
+from pvae.records import Record
 from pvae.training.evaluation import classified
 from pvae.util import seeds
 
@@ -107,8 +107,7 @@ def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:
 # ---------------------------------------------------------------------- holes of the prior
 
 
-@dataclass(frozen=True)
-class Holes:
+class Holes(Record):
     """Proportion of prior samples in holes of the aggregated posterior, with its settings; the result of `holes`."""
 
     share: float

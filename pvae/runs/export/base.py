@@ -4,13 +4,13 @@ import re
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
 from pvae import __version__
 from pvae.errors import DataError, printable
+from pvae.records import Record
 from pvae.runs.rundir import RunDirectory
 from pvae.util import digest, toml
 
@@ -20,8 +20,7 @@ LARGEST_ATTACHMENT = 16 << 20
 """Largest size (bytes) of a file of a run that is exported."""
 
 
-@dataclass(frozen=True)
-class MetricPoint:
+class MetricPoint(Record):
     """Single value of a metric: key `<split>/<term>`, training step (x axis), value, and time in Unix seconds."""
 
     key: str
