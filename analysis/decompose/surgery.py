@@ -106,6 +106,8 @@ def surgery(
     """
     refuse(samples < 1, f"surgery: expected at least one draw; got samples={samples}.")
     x = accept(pair, x)
+    points = [name for name in pair.frame.known(x, every=False) if not pair.frame.entries[name].codes]
+    refuse(points, "refused.known", names=points)  # a value has no density under q_agg
     kept = samples * len(x) * (1 + 6 * (len(pair.layout.latents) + len(pair.layout.enumerated)))
     require_room(pair, "surgery", 4 * len(x), kept, f"{samples:,} samples of {len(x):,} rows")
     train = None if train is None else accept(pair, train)

@@ -438,6 +438,16 @@ def test_values_beside_x_are_those_of_a_latent():
         e.known(Split("train", torch.zeros(3, PIXELS)))
 
 
+def test_a_known_number_has_evidence_but_no_information():
+    pair = Experiment.from_dict({"latents": {"a": {"dim": 1, "observed": "age"}, "z": {"dim": 2}}}).build((PIXELS,))
+    rows = torch.cat([torch.ones(4, PIXELS), torch.arange(4.0)[:, None]], 1)
+    assert analysis.evidence(pair, rows, 5).log_p.isfinite().all()
+    with pytest.raises(DataError, match="expected rows without the value of a"):
+        analysis.surgery(pair, rows)
+    rows[:, -1] = NAN
+    assert analysis.surgery(pair, rows).mutual_information is not None
+
+
 # ---------------------------------------------------------------------- the report
 
 
