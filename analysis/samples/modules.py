@@ -14,6 +14,7 @@ from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.analysis.samples import running
 from pvae.component import Shape
 from pvae.distributions.relaxed import twin
+from pvae.graph.frame import Entry
 from pvae.graph.site import OBSERVED
 from pvae.pair import Pair, unwrapped
 
@@ -62,9 +63,10 @@ class PlainModule(nn.Module):
         problem = "" if given.keys() == self.inputs.keys() else ", ".join(given) or "nothing"
         for name, (shape, count) in self.inputs.items() if not problem else ():
             value = given[name]
+            checked = (count or name in self.covariates) and not torch.compiler.is_exporting()
             if not value.dim() or value.shape[1:] != shape or (count and value.is_floating_point()):
                 problem = f"{name} {list(value.shape)} of {value.dtype}"
-            elif count and not torch.compiler.is_exporting() and bool(((value < 0) | (value >= count)).any()):
+            elif checked and bool(self.frame.covariates.get(name, Entry(count)).wrong(value).any()):
                 problem = f"{name} from {int(value.min())} to {int(value.max())}"
             given[name] = value if count else value.to(next(self.parameters()))
         refuse(problem, f"{self.side}: expected {self.expected}; got {problem}.")

@@ -129,3 +129,11 @@ def test_what_a_module_does_not_take_is_told():
         tiny_pair("vae").model.decoder(z)
     with pytest.raises(DeclarationError, match="hand-written"):
         PlainDecoder(Pair((own := Linear()).model, own.guide))
+
+
+def test_a_negative_size_of_counts_is_refused():
+    decoder = PlainDecoder(tiny_pair("cells"))
+    size = decoder(torch.zeros(2, 10), library=torch.full((2, 1), 30.0)).flatten(1).sum(1)
+    torch.testing.assert_close(size, torch.full((2,), 30.0))
+    with pytest.raises(DataError, match="got library from -3 to -3"):
+        decoder(torch.zeros(2, 10), library=torch.full((2, 1), -3.0))
