@@ -41,7 +41,8 @@ class Latent(Section):
     """Parents of the latent in the model: names of latents and covariates."""
     observed: str | None = None
     """Value of the data that is this latent where it is known: "label", or the name of a value beside x. Where it is
-    NaN, -1 or missing, the latent is inferred from x, as it is for all rows of validation and test."""
+    NaN, -1 or missing, the latent is inferred from x, as it is for all rows of validation and test. Numbers are
+    standardised by the training rows in which they are known, so that they suit a standard normal prior."""
     prior: Prior = StandardNormal()
     posterior: Posterior = NormalPosterior()
 
@@ -93,7 +94,7 @@ class Latent(Section):
         """Column of the values beside x that the latent is seen to have in some rows; None if they are labels."""
         if self.observed in (None, "label"):
             return None
-        return CountColumn(missing="mask") if self.dim is None else ContinuousColumn(missing="mask", transform="none")
+        return CountColumn(missing="mask") if self.dim is None else ContinuousColumn(missing="mask")
 
     def site(self, name: str) -> Site:
         """Return the latent as a node of the graph that model and guide are built from."""

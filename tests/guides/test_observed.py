@@ -373,7 +373,7 @@ def test_an_empty_cell_is_a_missing_label_where_a_latent_observes_it(tmp_path: P
 
 
 def test_a_number_is_read_of_a_column_and_seen_where_it_is_known(tmp_path: Path):
-    """A latent that is the column `age` of a table, in rows where that is not empty: values as they are, not scaled."""
+    """A latent that is the column `age` of a table, in rows where that is not empty, standardised by those of train."""
     age = np.arange(40) / 10
     frame = pandas.DataFrame({"a": X[:, 0], "b": X[:, 1], "age": np.where(GONE, np.nan, age)})
     frame.to_csv(tmp_path / "t.csv", index=False)
@@ -384,8 +384,11 @@ def test_a_number_is_read_of_a_column_and_seen_where_it_is_known(tmp_path: Path)
         "decoder": {**PLAIN, "given": ["t", "z"], "likelihood": "columns"}, "train": {"epochs": 2, "batch_size": 20},
     })  # fmt: skip
     run = fit(e, tmp_path)
+    seen = np.where(GONE, np.nan, age)
+    of_train = seen[run.data.train.numbers]
+    scaled = (seen - np.nanmean(of_train)) / np.nanstd(of_train)
     for split in run.data.splits:
-        want = torch.tensor(np.where(GONE, np.nan, age)[split.numbers]).float()
+        want = torch.tensor(scaled[split.numbers]).float()
         torch.testing.assert_close(run.experiment.known(split)["t"].squeeze(1), want, equal_nan=True)
         assert split.rows[:, -1].isnan().all()
     rows = run.labelled(run.data.train)
