@@ -174,7 +174,7 @@ def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> d
         if not known:
             raise DeclarationError(f"given: expected nothing, for the model has no covariates; got {name!r}.")
         entry = known[running.known_name(name, known, "given")]
-        if (vocabulary := entry.vocabulary) is None:
+        if (vocabulary := entry.vocabulary) is None or entry.tokens is None:
             if isinstance(source, Run) and (entry.source == "side" or isinstance(value, str)):
                 try:
                     value = source.transforms.given(name, value)

@@ -25,6 +25,7 @@ from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, col
 from pvae.data.sources.tabular import FrameSource
 from pvae.data.split import Split, fingerprint_of, together
 from pvae.data.streamed import Streamed, streams
+from pvae.data.tables.side import notes_of
 from pvae.errors import DataError, DeclarationError, near
 from pvae.graph.frame import Entry
 
@@ -283,7 +284,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     ready = scaled(data.scale, rows, x, parts["train"])
     side = None
     if rows.side is not None:
-        side = FittedTransforms.of(scaled("raw", rows.side, rows.side.x, parts["train"]), rows.side, "none")
+        side = FittedTransforms.of_side(rows.side, parts["train"])
     elif data.side:
         raise DataError.of("data.side.none", source=getattr(data, data.tag), names=data.side)
     transforms = FittedTransforms.of(ready, rows, data.binarize, side)
@@ -292,14 +293,14 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     splits["train"] = replace(splits["train"], raw=raw)
     shared = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
     repeated = [f"{n} of {len(parts[name])} rows of {name} also occur in train" for name, n in shared.items() if n]
-    found = [*_constant_features(splits["train"], rows.notes), *_dim(rows, data, ready, parts), *repeated]
+    found = [*_constant_features(splits["train"], notes_of(rows)), *_dim(rows, data, ready, parts), *repeated]
     if rows.ids is not None and (many := len(rows.ids) - len(np.unique(rows.ids))):
         found.append(f"{many} of {len(rows.ids)} ids repeat that of another row")
     shape = tuple(x.shape[1:])
     return Dataset(
         **splits, shape=shape, source=str(getattr(data, data.tag)), binarize=data.binarize,
         fingerprint=fingerprint_of(splits.values(), shape, data.binarize), label_names=rows.label_names,
-        table=transforms if rows.table else None, transforms=transforms, notes=(*rows.notes, *found),
+        table=transforms if rows.table else None, transforms=transforms, notes=(*notes_of(rows), *found),
         masked=data.masked or any(column.missing == "mask" for column in rows.table.values()),
     )  # fmt: skip
 

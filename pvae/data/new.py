@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from pvae.component import Section
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Index, Stored, candidate
-from pvae.data.rows.prepare import UNWARPS, Binarize, Floats, Scaled, prepare, warps_of, worded
+from pvae.data.rows.prepare import UNWARPS, Binarize, Floats, Scaled, prepare, scaled, warps_of, worded
 from pvae.data.rows.rows import NEW, Part, Rows, reshape
 from pvae.data.sources.base import Data, FileData, named, signature
 from pvae.data.sources.hdf import H5ad
@@ -26,7 +26,7 @@ from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, is_
 from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.data.split import Split
 from pvae.data.streamed import streams
-from pvae.data.tables.side import side_rows
+from pvae.data.tables.side import notes_of, side_rows, tokenised, vocabularies
 from pvae.errors import DataError, near
 from pvae.util.types import Array
 
@@ -62,6 +62,8 @@ class FittedTransforms(Section):
     """Matrix and column of labels that were read of an AnnData object or file."""
     side: FittedTransforms | None = None
     """Those of the values beside x, a table of its own; None if there are none."""
+    words: dict[str, tuple[str, ...]] = {}
+    """Word of each token of the texts among values beside x, by name."""
 
     @classmethod
     def of(cls, ready: Scaled, rows: Rows, binarize: Binarize, side: Self | None = None) -> Self:
@@ -72,6 +74,12 @@ class FittedTransforms(Section):
         shape, dtype = tuple(ready.x.shape[1:]), ready.x.dtype.name
         known |= {"columns": dict(rows.table), "side": side}
         return cls(shape=shape, dtype=dtype, binarize=binarize, **scaling, **known)
+
+    @classmethod
+    def of_side(cls, rows: Rows, train: Part) -> Self:
+        """Return the transforms of values beside x, fitted to the training rows."""
+        fitted = cls.of(scaled("raw", rows, rows.x, train), rows, "none")
+        return fitted.model_copy(update={"words": vocabularies(rows, train)})
 
     def given(self, name: str, value: Any) -> torch.Tensor:
         """Return values of a covariate in the units of the data, words or numbers, as the rows of a model have them.
@@ -91,14 +99,17 @@ class FittedTransforms(Section):
                 raise DataError.of("data.new.label", name="given", row=0, known=known, word=value, hint="")
             return torch.tensor(known.index(value))
         column, cells = list(columns.values())[places[0]], np.asarray(value)
-        many = cells if cells.ndim == 1 + (len(places) > 1) else cells[None]
+        is_text = name in self.side.words
+        many = cells if cells.ndim == 1 + (len(places) > 1 and not is_text) else cells[None]
         rows = side_rows({column.of or name: many}, {name: column}, len(many), "given")
         if rows is None or rows.x.shape[1] != len(places):
             raise DataError(f"given: expected {len(places)} numbers of {name}; got shape {list(cells.shape)}.")
+        if rows.notes:
+            raise DataError(f"given: expected texts of at most {len(places)} words; got {str(value)[:60]!r}.")
         full = np.full((len(many), len(columns)), np.nan)
         full[:, places] = rows.x[:]
-        found = torch.from_numpy(self.side.on(full).of(range(len(full)))[:, places]).float()
-        found = found if column.is_standardised else found[:, 0].long()
+        found = torch.from_numpy(self.side.coded(full).of(range(len(full)))[:, places]).float()
+        found = found if column.is_standardised else found.long() if is_text else found[:, 0].long()
         return found if many is cells else found[0]
 
     def beside(self, rows: Rows | None, part: Part) -> dict[str, torch.Tensor]:
@@ -117,7 +128,11 @@ class FittedTransforms(Section):
         full = np.full((len(part) if rows is None else len(rows.x), len(self.side.columns)), np.nan)
         if rows is not None:
             full[:, [list(self.side.columns).index(name) for name in read]] = rows.x[:]
-        return dict(zip(self.side.columns, self.side.on(full).apply(part).T.contiguous(), strict=True))
+        return dict(zip(self.side.columns, self.side.coded(full).apply(part).T.contiguous(), strict=True))
+
+    def coded(self, x: Floats) -> Scaled:
+        """Return values beside x `(n, columns)` with the scaling of the fit, the words of texts as tokens."""
+        return self.on(tokenised(x, self.columns, self.words))
 
     @classmethod
     def parse(cls, text: bytes, origin: str) -> Self:
@@ -172,7 +187,7 @@ class FittedTransforms(Section):
         known: Any = {
             "ids": rows.ids,
             "label_names": label_names,
-            "notes": rows.notes,
+            "notes": notes_of(rows),
             "side": self.beside(rows.side, range(len(rows.x))),
         }
         return Split(NEW, prepared[NEW], y, **known)

@@ -163,7 +163,7 @@ class Split:
             what = "labels" if entry.source == "label" else f"values of {name!r}"
             of = "as which a latent is observed" if entry.latent else "on which the model is conditioned"
             raise DataError(f"{self.name}: expected {what}, {of}; got none.")
-        if (width := found[:1].numel()) not in (0, 1 if entry.codes else entry.width):
+        if (width := found[:1].numel()) not in (0, 1 if entry.tokens is not None else entry.width):
             raise DataError(f"{self.name}: expected {entry.width} values of {name!r} in each row; got {width}.")
         if entry.latent and (entry.codes or entry.source == "label"):
             found = found.float().masked_fill(found < 0 if entry.codes else found == -1, torch.nan)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from pvae.component import Component, Ints, Names, Section, Table, from_table, table_at
 from pvae.data.rows.columns import CategoricalColumn, Column, ContinuousColumn, CountColumn, Levels
-from pvae.graph.frame import Entry, Vocabulary, split
+from pvae.graph.frame import PADDING, UNKNOWN, Entry, Vocabulary, split
 from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
 from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterior
@@ -133,13 +133,23 @@ class Covariate(Section):
     words: Names | None = Field(default=None, min_length=2)
     """A text (prompt) for each label; the model reads its words, and after training any prompt of the same
     vocabulary."""
+    text: bool = False
+    """A text (caption) for each row. The model reads its first `length` words (each by its first ten characters), and
+    the unknown word in place of those outside the vocabulary of the training rows."""
+    length: int = Field(default=32, gt=0, le=10_000)
+    """Number of words of a caption, a shorter one padded; the notes of the data say if longer ones are cut."""
+    vocabulary: int = Field(default=1000, gt=2, le=100_000)
+    """Largest number of words of captions: the padding word, the unknown word, the most frequent words."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        forms = {name: getattr(self, name) for name in ("codes", "levels", "dim", "words")}
+        forms = {name: getattr(self, name) or None for name in ("codes", "levels", "dim", "words", "text")}
         if len(found := [name for name, value in forms.items() if value is not None]) != 1:
             raise ValueError(text("experiment.plan.covariate", found=found))
-        if self.of is None and (self.levels or self.dim):
+        for name in () if self.text else ("length", "vocabulary"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} with text = true alone; got it with {found[0]}")
+        if self.of is None and (self.levels or self.dim or self.text):
             raise ValueError(f"of, the column or array that has the {found[0]}; got none")
         if self.ordinal and not (self.codes or self.levels):
             raise ValueError(f"ordinal with codes or levels; got it with {found[0]}")
@@ -159,12 +169,17 @@ class Covariate(Section):
             return None
         if self.levels is not None:
             return CategoricalColumn(of=self.of, levels=self.levels)
+        if self.text:
+            return ContinuousColumn(of=self.of, transform="none", text=(self.length, self.vocabulary))
         kept = self.transform or "standardise"
         return CountColumn(of=self.of) if self.dim is None else ContinuousColumn(of=self.of, transform=kept)
 
     def entry(self, *, is_owner: bool = False) -> Entry:
         """Return the covariate as an entry of a row; numbers are sizes of counts if it is owner of a likelihood's."""
         source: Literal["label", "side"] = "label" if self.of is None else "side"
+        if self.text:
+            captions = Vocabulary((PADDING, UNKNOWN), self.length)
+            return Entry(self.vocabulary, self.length, captions, source=source)
         if self.words is None:
             size = is_owner and self.dim is not None
             return Entry(self.labels, self.dim or 1, ordinal=self.ordinal, source=source, size=size)

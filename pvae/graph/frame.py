@@ -18,6 +18,10 @@ from pvae.graph.site import one_hot
 
 PADDING = ""
 """Padding word, token 0, that fills prompts shorter than the longest."""
+UNKNOWN = "?"
+"""Token 1 of captions, for all words that their vocabulary lacks."""
+HASH = 6364136223846793005
+"""Odd multiplier (Knuth, The Art of Computer Programming, vol. 2, 3.3.4) of a hash modulo 2^64."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,18 @@ def split(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
+def word_numbers(words: Sequence[str], length: int) -> list[int]:
+    """Return an integer below 2^53 for each of the first `length` words of `split`, then 0, the padding word.
+
+    It is the base-36 number of 1 and the first ten characters: a table of float64 holds words without a vocabulary.
+
+    Example:
+        >>> word_numbers(["7", "07"], 3)
+        [43, 1303, 0]
+    """
+    return [int(f"1{word[:10]}", 36) if word else 0 for word in words[:length]] + [0] * (length - len(words))
+
+
 @dataclass(frozen=True)
 class Entry:
     """Numbers of a row beside its data point: a label, real numbers, or the tokens of a prompt.
@@ -66,7 +82,7 @@ class Entry:
         codes: number of categories of a label, or of words of a vocabulary; 0 of real numbers.
         width: number of numbers in a row: 1 of a label, D of a vector, the number of tokens of a prompt.
         vocabulary: vocabulary of a prompt; None for labels and numbers.
-        tokens: token sequence of every label, if a prompt stands for each.
+        tokens: token sequence of every label, if a prompt stands for each; None if rows have captions of their own.
         ordinal: networks read a label k as a thermometer (k >= 1, .., k >= codes - 1) in place of a one-hot.
         source: what fills it: the "label" of the data, their "side" value of the same name, or the "sum" of x.
         latent: True for observed values of a latent, NaN where unknown: no covariate, which networks read.
@@ -207,11 +223,14 @@ class Frame:
     def groups(self, rows: Tensor) -> Tensor | None:
         """Return an integer per row, `(n,)`, for the joint value of its labels and prompts; None without any.
 
+        That of prompts, of which there are more than integers, is a 64-bit hash.
+
         A prior given one of the `continuous` differs from row to row within a group.
         """
         number = None
         for name, column in self.columns(rows).items():
             if name in self.covariates and (codes := self.covariates[name].codes):
+                scale = codes if self.covariates[name].vocabulary is None else HASH
                 for token in column.long().reshape(len(rows), -1).unbind(-1):
-                    number = token if number is None else number * codes + token
+                    number = token if number is None else number * scale + token
         return number

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from pvae.component import LARGEST_FLOAT, Component
+from pvae.component import LARGEST_FLOAT, Component, Ints
 
 if TYPE_CHECKING:
     import numpy as np
@@ -103,6 +103,9 @@ class ContinuousColumn(Column):
     hour of the day, the day of the week or the day of the year, such as `hour_sin`; None for plain numbers."""
     format: str | None = None
     """Format of dates that are text, in the codes of `strftime` such as `%d.%m.%Y`; None for ISO 8601."""
+    text: Ints | None = Field(default=None, min_length=2, max_length=2)
+    """Number of words that are read of a text, and size of the vocabulary; for values beside x, not for columns of it.
+    """
 
     @property
     def expected(self) -> str:

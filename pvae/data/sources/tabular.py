@@ -17,6 +17,7 @@ from pvae.data.sources.base import Data, FileData
 from pvae.data.sources.python import PassedData
 from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
+from pvae.data.tables.side import beside_rows
 from pvae.errors import DataError
 
 DECODED_FIELDS = {
@@ -71,6 +72,8 @@ class Tabular(Data):
         if self.label in self.columns:
             raise ValueError(f"a label that is no part of x; got {self.label!r}, which is in columns too")
         for name, column in self.columns.items():
+            if getattr(column, "text", None):
+                raise ValueError(f"texts among values beside x alone (covariates); got the column {name!r}")
             if lost := sorted(set(column.words) & set(self.na)):
                 raise ValueError(f"levels of {name!r} that are not in na, the words for what is missing; got {lost}")
         return self
@@ -103,7 +106,7 @@ class TableFile(Tabular, FileData):
         if self.label is not None:
             y, more["label_names"] = in_order(kept.arrays["y"][:], kept.notes["labels"])
         if self.side:
-            more["side"] = Rows(kept.arrays["side"][:], None, {}, name=str(path), table=self.side)
+            more["side"] = beside_rows(kept.arrays["side"][:], self.side, str(path))
         return self.to_rows(held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
 
     def _decode(self, writer: Writer, path: Path) -> None:
@@ -185,5 +188,5 @@ class FrameSource(Tabular, PassedData):
         y, words = (None, None) if y is None else in_order(y, list(decoder.labels))
         more: dict[str, Any] = {"label_names": words, "notes": decoder.notes, "table": self.columns}
         if decoder.beside is not None:
-            more["side"] = Rows(decoder.beside, None, {}, name="data", table=self.side)
+            more["side"] = beside_rows(decoder.beside, self.side, "data")
         return joined({"train": (x, y)}, self.split_seed, "data", ids=decoder.ids, **more)

@@ -22,6 +22,7 @@ from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.prepare import Floats
 from pvae.data.rows.rows import PARTLY_LABELLED
 from pvae.errors import DataError, near
+from pvae.graph.frame import split, word_numbers
 from pvae.util.types import Array
 from pvae.words import text
 
@@ -218,7 +219,7 @@ class CellDecoder:
     def plain_numbers(self) -> list[str]:
         """Names of the table's columns that are read as plain numbers alone, which pandas can parse."""
         read = (*self.columns.items(), *self.side.items())
-        words = {c.of or name for name, c in read if c.words or getattr(c, "time", None)}
+        words = {c.of or name for name, c in read if c.words or getattr(c, "time", None) or getattr(c, "text", None)}
         return [name for name in self.names if name not in words and name not in (self.label, self.id)]
 
     def require_columns(self, found: Sequence[str]) -> None:
@@ -242,7 +243,7 @@ class CellDecoder:
             DataError: a value is not allowed; the message gives its row and column.
         """
         x, beside = (
-            np.stack([self._column(frame[c.of or name], name, c, where) for name, c in columns.items()], 1)
+            np.column_stack([self._column(frame[c.of or name], name, c, where) for name, c in columns.items()])
             if columns
             else np.empty((len(frame), 0))
             for columns in (self.columns, self.side)
@@ -252,6 +253,8 @@ class CellDecoder:
         return x, None if self.label is None else self._labels(frame[self.label], self.label, where)
 
     def _column(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
+        if size := getattr(column, "text", None):
+            return self._texts(cells, name, size[0], where)
         values = (self._coded if column.words else self._numbers)(cells, name, column, where)
         missing = np.isnan(values)
         if column.missing == "error" and missing.any():
@@ -285,6 +288,16 @@ class CellDecoder:
             other = next((each for each in SPELLINGS if time is None and each.number(word) is not None), None)
             raise self._wrong(at, name, column.expected, shown(word), where, text("data.cells.marks", other=other))
         return values
+
+    def _texts(self, cells: Cells, name: str, length: int, where: Where) -> Floats:
+        """Return the numbers of the first words of texts, `(m, length)`, 0 behind the last word."""
+        words = [split(cell) if isinstance(cell, str) else None for cell in cells]
+        if None in words:
+            got = "none" if self._is_missing(cell := cells.iloc[at := words.index(None)]) else shown(str(cell))
+            raise self._wrong(at, name, "a text", got, where, "Leave the row out, or fill it in.")
+        if any(len(found) > length for found in words if found):
+            self.notes = tuple(dict.fromkeys([*self.notes, f"column {name!r}: texts are cut to {length} words"]))
+        return np.array([word_numbers(found or (), length) for found in words], np.float64).reshape(-1, length)
 
     def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
         codes, words = self._words(cells)

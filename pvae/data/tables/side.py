@@ -1,15 +1,17 @@
 """Values beside x, of which covariates are made: columns, arrays or keys of `obs`, decoded as those of a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from pvae.data.rows.columns import Column
-from pvae.data.rows.rows import Rows
+from pvae.data.rows.prepare import Floats
+from pvae.data.rows.rows import Part, Rows
 from pvae.data.tables.cells import NA, CellDecoder
 from pvae.errors import DataError, near
+from pvae.graph.frame import PADDING, UNKNOWN, word_numbers
 
 
 def side_rows(raw: Mapping[Any, Any], columns: Mapping[str, Column], rows: int, origin: str) -> Rows | None:
@@ -41,4 +43,56 @@ def side_rows(raw: Mapping[Any, Any], columns: Mapping[str, Column], rows: int, 
         table |= dict.fromkeys(parts, column.model_copy(update={"of": None}))
     decoder = CellDecoder({}, None, NA, origin, side=table)
     decoder.decode(pandas.DataFrame(cells), "row {}".format)
-    return None if decoder.beside is None else Rows(decoder.beside, None, {}, name=origin, table=table)
+    return None if decoder.beside is None else beside_rows(decoder.beside, table, origin, decoder.notes)
+
+
+def beside_rows(x: Floats, columns: Mapping[str, Column], origin: str, notes: Sequence[str] = ()) -> Rows:
+    """Return decoded values beside x `(n, numbers)` as a table; of a text `name[0]` .. `name[length - 1]`."""
+    sizes = {name: getattr(column, "text", None) for name, column in columns.items()}
+    names = {name: [f"{name}[{i}]" for i in range(size[0])] if size else [name] for name, size in sizes.items()}
+    table = {key: columns[name] for name, keys in names.items() for key in keys}
+    return Rows(x, None, {}, name=origin, table=table, notes=tuple(notes))
+
+
+def notes_of(rows: Rows) -> tuple[str, ...]:
+    """Return the remarks on rows and on the values beside x."""
+    return rows.notes if rows.side is None else tuple(dict.fromkeys((*rows.notes, *rows.side.notes)))
+
+
+def vocabularies(rows: Rows, train: Part) -> dict[str, tuple[str, ...]]:
+    """Return the word of each token of the texts beside x, by name.
+
+    They are the padding word, the unknown word, and the most frequent words of the training rows, ties in alphabetical
+    order, in all at most as many as declared.
+    """
+    found = {}
+    for name, places in texts_of(rows.table).items():
+        _, size = getattr(rows.table[f"{name}[0]"], "text", (0, 0))
+        numbers, times = np.unique(rows.x[np.asarray(train)][:, places], return_counts=True)
+        words = {np.base_repr(int(n), 36)[1:].lower(): int(t) for n, t in zip(numbers, times, strict=True) if n}
+        ranked = sorted(words, key=lambda word: (-words[word], word))
+        found[name] = (PADDING, UNKNOWN, *ranked[: size - 2])
+    return found
+
+
+def texts_of(columns: Mapping[str, Column]) -> dict[str, list[int]]:
+    """Return the numbers of the columns that hold the words of each text, by its name."""
+    found: dict[str, list[int]] = {}
+    for place, (key, column) in enumerate(columns.items()):
+        if getattr(column, "text", None):
+            found.setdefault(key.rpartition("[")[0], []).append(place)
+    return found
+
+
+def tokenised(x: Floats, columns: Mapping[str, Column], known: Mapping[str, Sequence[str]]) -> Floats:
+    """Return values beside x `(n, numbers)` with the words of texts replaced by their tokens, in place.
+
+    A word that the vocabulary `known` lacks is the unknown word, token 1.
+    """
+    import pandas
+
+    for name, places in texts_of(columns).items():
+        index: Any = pandas.Index([0, 1, *word_numbers(known[name][2:], len(known[name]) - 2)])  # 1 is no word's number
+        tokens = index.get_indexer(np.nan_to_num(x[:, places]).astype(np.int64).ravel()).reshape(len(x), -1)
+        x[:, places] = np.where(tokens < 0, 1, tokens)
+    return x
