@@ -16,7 +16,7 @@ from pydantic import Field
 from torch.distributions import constraints
 
 from pvae.component import Section
-from pvae.data.rows.columns import Column
+from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.files import AnyArray, Index, Stored, candidate
 from pvae.data.rows.prepare import UNWARPS, Binarize, Floats, Scaled, prepare, scaled, warps_of, worded
 from pvae.data.rows.rows import NEW, Part, Rows, reshape
@@ -109,7 +109,8 @@ class FittedTransforms(Section):
         full = np.full((len(many), len(columns)), np.nan)
         full[:, places] = rows.x[:]
         found = torch.from_numpy(self.side.coded(full).of(range(len(full)))[:, places]).float()
-        found = found if column.is_standardised else found.long() if is_text else found[:, 0].long()
+        if is_text or not isinstance(column, ContinuousColumn):
+            found = found.long() if is_text else found[:, 0].long()
         return found if many is cells else found[0]
 
     def beside(self, rows: Rows | None, part: Part) -> dict[str, torch.Tensor]:
