@@ -136,10 +136,10 @@ class Covariate(Section):
     text: bool = False
     """A text (caption) for each row. The model reads its first `length` words (each by its first ten characters), and
     the unknown word in place of those outside the vocabulary of the training rows."""
-    length: int = Field(default=32, gt=0, le=10_000)
-    """Number of words of a caption, a shorter one padded; the notes of the data say if longer ones are cut."""
-    vocabulary: int = Field(default=1000, gt=2, le=100_000)
-    """Largest number of words of captions: the padding word, the unknown word, the most frequent words."""
+    length: int | None = Field(default=None, gt=0, le=10_000)
+    """Number of words of a caption, 32 by default: shorter ones are padded, longer ones cut, which notes say."""
+    vocabulary: int | None = Field(default=None, gt=2, le=100_000)
+    """Largest number of words of captions, 1000 by default: the padding word, the unknown word, the most frequent."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
@@ -147,7 +147,7 @@ class Covariate(Section):
         if len(found := [name for name, value in forms.items() if value is not None]) != 1:
             raise ValueError(text("experiment.plan.covariate", found=found))
         for name in () if self.text else ("length", "vocabulary"):
-            if getattr(self, name) != type(self).model_fields[name].default:
+            if getattr(self, name) is not None:
                 raise ValueError(f"{name} with text = true alone; got it with {found[0]}")
         if self.of is None and (self.levels or self.dim or self.text):
             raise ValueError(f"of, the column or array that has the {found[0]}; got none")
@@ -170,16 +170,16 @@ class Covariate(Section):
         if self.levels is not None:
             return CategoricalColumn(of=self.of, levels=self.levels)
         if self.text:
-            return ContinuousColumn(of=self.of, transform="none", text=(self.length, self.vocabulary))
+            return ContinuousColumn(of=self.of, transform="none", text=(self.length or 32, self.vocabulary or 1000))
         kept = self.transform or "standardise"
         return CountColumn(of=self.of) if self.dim is None else ContinuousColumn(of=self.of, transform=kept)
 
     def entry(self, *, is_owner: bool = False) -> Entry:
         """Return the covariate as an entry of a row; numbers are sizes of counts if it is owner of a likelihood's."""
         source: Literal["label", "side"] = "label" if self.of is None else "side"
-        if self.text:
-            captions = Vocabulary((PADDING, UNKNOWN), self.length)
-            return Entry(self.vocabulary, self.length, captions, source=source)
+        if isinstance(self.column, ContinuousColumn) and self.column.text is not None:
+            length, size = self.column.text
+            return Entry(size, length, Vocabulary((PADDING, UNKNOWN), length), source=source)
         if self.words is None:
             size = is_owner and self.dim is not None
             return Entry(self.labels, self.dim or 1, ordinal=self.ordinal, source=source, size=size)
