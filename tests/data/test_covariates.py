@@ -13,6 +13,8 @@ import torch
 import pvae
 from pvae import Experiment, Run
 from pvae.data import Dataset, load
+from pvae.data.rows.columns import ContinuousColumn
+from pvae.data.sources.python import TensorSource
 from pvae.errors import DataError, DeclarationError
 from pvae.graph.frame import Entry, Frame
 from tests.data.writers import h5ad, npz
@@ -212,3 +214,10 @@ def test_a_fit_with_covariates_resumes_bit_for_bit(tmp_path):
     tensors, others = again.checkpoint.tensors, whole.checkpoint.tensors
     for part, found in tensors.items():
         assert all(torch.equal(t, others[part][name]) for name, t in found.items()), part
+
+
+def test_numbers_that_are_not_standardised_are_given_as_they_are():
+    source = TensorSource(side={"size": ContinuousColumn(transform="none")})
+    data = Dataset.of({"x": torch.rand(20, 2), "size": torch.rand(20)}, source)
+    assert data.transforms is not None
+    assert data.transforms.given("size", 2.5).tolist() == [2.5]
