@@ -28,7 +28,7 @@ N = 60
 x = torch.rand(N, 2, 2, generator=torch.Generator().manual_seed(0))
 
 
-def experiment(data: dict[str, Any], **changes: Any) -> Experiment:
+def experiment(data: dict[str, Any], **changes: Any) -> Any:
     network = {"kind": "mlp", "hidden": [8]}
     prior = {"kind": "transformer", "width": 8, "layers": 1, "heads": 2}
     code = {"codes": 4, "grid": [2], "embedding": 3, "given": ["caption"], "prior": prior}
