@@ -62,7 +62,7 @@ def test_damaged_declarations_are_refused_with_paths_or_train(examples: int, tmp
 
     hold()
     assert outcomes["refused"] > 0
-    assert outcomes["trained"] > 0
+    assert outcomes["trained"] > 0, outcomes
 
 
 def test_any_bytes_are_read_or_refused_by_a_typed_error(tmp_path: Path) -> None:
