@@ -217,6 +217,7 @@ def groups(run: Run, split: str = "test", seed: int = 0) -> GroupedCodes:
 
     Codes are centres of q(z | x), real coordinates of all latents side by side; at most `GROUPED_ROWS` rows are taken.
     Few neighbours make the mixing too small, by about (levels - 1) / (2 neighbours) over the entropy of all rows.
+    Errors take rows as independent. Rows whose label is missing are left out.
 
     References:
         Silhouettes (Rousseeuw, 1987), https://doi.org/10.1016/0377-0427(87)90125-7
@@ -241,19 +242,21 @@ def groups(run: Run, split: str = "test", seed: int = 0) -> GroupedCodes:
     x = part.rows[index.to(part.rows.device)]
     given = {name: e for name, e in pair.frame.covariates.items() if e.codes and e.vocabulary is None}
     known = {name: value for name, value in pair.frame.columns(x).items() if name in given}
-    if part.y is not None and not any(entry.source == "label" for entry in pair.frame.covariates.values()):
-        known["label"] = part.y[index.to(part.y.device)]
-    grouped = {name: np.unique(value.cpu().numpy(), return_inverse=True)[1] for name, value in known.items()}
-    grouped = {name: group for name, group in grouped.items() if 0 < group.max() < len(x) - 1}
-    latents = [code.value.flatten(1) for code in encode(run, x, mean=True, seed=seed).latents.values()]
-    real = [value.double().cpu() for value in latents if value.is_floating_point()]
-    if not grouped or not real:
-        raise DataError("groups: expected real latents, and labels or covariates of two or more values; got none.")
-    codes = torch.cat(real, 1).numpy()
-    near = NearestNeighbors(n_neighbors=min(MIXED_NEIGHBOURS, len(x) - 1)).fit(codes).kneighbors(return_distance=False)
+    labels = part.labels
+    if labels is not None and not any(entry.source == "label" for entry in pair.frame.covariates.values()):
+        known["label"] = labels[index.to(labels.device)]
+    values = [code.value for code in encode(run, x, mean=True, seed=seed).latents.values()]
+    real = [value.flatten(1).double().cpu() for value in values if value.is_floating_point()]
     separated, mixed = {}, {}
-    for name, group in grouped.items():
-        hot = np.eye(group.max() + 1)[group]
-        separated[name] = over_rows(torch.from_numpy(silhouette_samples(codes, group)))
+    for name, value in known.items() if real else ():
+        have = (~value.isnan()).cpu()  # rows whose label is missing are in no group
+        group = np.unique(value.cpu()[have].numpy(), return_inverse=True)[1]
+        if not 0 < group.max(initial=0) < len(group) - 1:
+            continue
+        z, hot = torch.cat(real, 1)[have].numpy(), np.eye(group.max() + 1)[group]
+        near = NearestNeighbors(n_neighbors=min(MIXED_NEIGHBOURS, len(z) - 1)).fit(z).kneighbors(return_distance=False)
+        separated[name] = over_rows(torch.from_numpy(silhouette_samples(z, group)))
         mixed[name] = over_rows(torch.from_numpy(entropy(hot[near].mean(1), axis=1) / entropy(hot.mean(0))))
+    if not separated:
+        raise DataError("groups: expected real latents, and labels or covariates of two or more values; got none.")
     return GroupedCodes(separated, mixed, len(x), split)

@@ -428,6 +428,7 @@ NOT_HERE = {
     "sharpness, of other images": ("SampleQuality.sharpness_of_means",),
     "made as that of ais is": ("Bracket.lower",),
     "of an audit: tests/audits": ("Audit.found",),
+    "the spread over rows taken as independent, as said": ("GroupedCodes.separated", "GroupedCodes.mixed"),
 }  # fmt: skip
 
 

@@ -14,12 +14,14 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
+from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 import pvae
 from pvae import analysis
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.pages.sections.latents import calibration_error, labels
+from pvae.analysis.samples.probe import groups
 from pvae.analysis.samples.quality import space_of
 from pvae.data import Dataset
 from pvae.data.split import Split, chosen_labels
@@ -367,6 +369,10 @@ def test_an_empty_cell_is_a_missing_label_where_a_latent_observes_it(tmp_path: P
     assert held.labels is not None
     found = analysis.probe(run, "validation")
     assert (found.trained, found.asked) == (int((run.data.train.y >= 0).sum()), int((held.y >= 0).sum()))
+    train, have = run.data.train, run.data.train.y >= 0
+    z = analysis.encode(run, train.rows, mean=True).latents["z"].value[have].double()
+    apart = groups(run, "train").separated["label"].value  # rows without a label are in no group
+    assert apart == pytest.approx(silhouette_score(z.numpy(), train.y[have].numpy()), abs=1e-9)
     assert {*analysis.surgery(run.pair, held.rows, labels=held.labels).classes} == {*held.y[held.y >= 0].tolist()}
     with pytest.raises(DataError, match="expected a label; got none"):
         fit(tiny().with_changes({"data": data, "decoder": {**PLAIN, "likelihood": "columns"}}), tmp_path)
@@ -476,7 +482,7 @@ def test_the_report_says_what_is_hidden(fitted: pvae.Run):
 
 
 def test_m2_is_stacked_on_the_codes_of_m1(tmp_path: Path):
-    """As analysis/results/README.md shows it: both see the same labelled rows."""
+    """M2 is fitted to the codes that M1 encodes, and both see the same labelled rows."""
     m1 = fit(tiny(epochs=1), tmp_path)
     codes = {split.name: (m1.encode(split, mean=True)["z"], split.y) for split in m1.data.splits}
     data = Dataset.from_tensors(*codes["train"], validation=codes["validation"], test=codes["test"])

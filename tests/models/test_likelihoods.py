@@ -49,7 +49,7 @@ def categorical_score(h: Array, x: Array) -> Array:
 
 
 def mixture_score(h: Array, x: Array) -> Array:
-    """Of three components whose centres start at 1/6, 3/6 and 5/6."""
+    """Log density under three components, whose centres start at 1/6, 3/6 and 5/6."""
     weights, loc, log_scale = np.split(h, 3)
     parts = [logistic_cdf_difference(loc[k] + (k + 0.5) / 3, np.maximum(log_scale[k] - 2, -7), x, 17) for k in range(3)]
     return scipy.special.logsumexp(np.stack(parts) + scipy.special.log_softmax(weights, 0)[:, None], 0)

@@ -245,7 +245,8 @@ def test_a_flow_recovers_a_known_density(kind):
     assert -0.02 < lacks < (0.1 if kind in ("realnvp", "maf", "iaf") else 0.05)  # affine steps bend less
 
 
-@pytest.mark.parametrize("kind", ["spline_coupling", pytest.param("spline_autoregressive", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the fast twin is test_a_flow_recovers_a_known_density
+@pytest.mark.parametrize("kind", ["spline_coupling", "spline_autoregressive"])
 def test_splines_recover_eight_modes_to_their_entropy(kind):
     # What is lost is the KL: cross-entropy on 20 000 fresh draws less the known entropy. One normal loses 1.8 nats.
     draws, _ = toys.eight_gaussians(np.random.default_rng(0), 120_000, 0.2)
