@@ -110,6 +110,21 @@ class Interrupted(PvaeError):
         self.exit_code = 128 + signal_number
 
 
+ENTRY = re.compile(r"\w+\.\w+\.\w+")
+"""Names of entries of `pvae/<room>/words.toml`."""
+
+
+def refuse(problem: object, words: str | Sequence[str], error: type[PvaeError] = DataError, /, **fields: Any) -> None:
+    """Raise a DataError if there is a problem; its message is `words`, or the text of that name with its fields."""
+    if problem:
+        raise error.of(words, **fields) if isinstance(words, str) and ENTRY.fullmatch(words) else error(words)
+
+
+def misdeclared(problem: object, words: str | Sequence[str], /, **fields: Any) -> None:
+    """Raise a DeclarationError if there is a problem, as `refuse` does."""
+    refuse(problem, words, DeclarationError, **fields)
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """Return the hint `` (did you mean 'a' or 'b'?)`` with the names similar to ``name``; an empty text if none is."""
     close = get_close_matches(name, list(names), n=2, cutoff=0.6)

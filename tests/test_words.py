@@ -11,7 +11,7 @@ from jinja2 import UndefinedError, meta, nodes
 
 from pvae import words
 from pvae.analysis.figures import estimate
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import ENTRY, DataError, DeclarationError
 from tests.pages.test_words import Anything
 
 ROOT = Path(__file__).parents[1]
@@ -20,8 +20,9 @@ IMPORTS = {
     "figures": re.compile(
         r"figures.estimate import .*\b(texts?|refuse|misdeclared)\b|^text, texts = WORDS", re.MULTILINE
     ),
-    "rooms": re.compile(r"pvae.words import .*\btexts?\b"),
+    "rooms": re.compile(r"pvae.(words import .*\btexts?\b|errors import (\(\n)?.*\b(refuse|misdeclared)\b)"),
 }
+NAMES = {"figures": estimate.TEXT_NAME, "rooms": ENTRY}
 REFUSING = ("refuse", "misdeclared")
 """Functions whose second argument is a message or the name of an entry."""
 
@@ -55,7 +56,7 @@ def calls() -> Iterator[tuple[str, str, set[str]]]:
                 if len(fields) < len(call.keywords):
                     fields |= {str(k.value) for k in ast.walk(tree) if isinstance(k, ast.Constant)}
                 for node in ast.walk(call.args[function in REFUSING]):
-                    is_name = function not in REFUSING or estimate.TEXT_NAME.fullmatch(ast.unparse(node).strip("'"))
+                    is_name = function not in REFUSING or NAMES[of[0]].fullmatch(ast.unparse(node).strip("'"))
                     if isinstance(node, ast.Constant) and is_name:
                         yield of[0], str(node.value), fields
 

@@ -12,7 +12,7 @@ import typer
 
 import pvae
 from pvae.cli.app import Shared, beside, command, rows_of
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, misdeclared
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,8 +68,7 @@ def evidence(
     shared: Shared, run: str, method: str = "iwae", samples: int = 5000, temperatures: int = 200, chains: int = 16
 ) -> None:
     """Bound log p(x) from below by importance samples (IWAE), or by annealing."""
-    if method not in METHODS:
-        raise DeclarationError(f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
+    misdeclared(method not in METHODS, f"--method: expected one of {', '.join(METHODS)}; got {method!r}.")
 
     def bound(pair: Pair, x: Tensor, **asked: Any) -> Any:
         more = {"samples": samples} if method in ("iwae", "prior") else {"temperatures": temperatures, "chains": chains}

@@ -17,7 +17,7 @@ import typer
 from typer import Argument, Option
 
 import pvae
-from pvae.errors import EXIT_CODES, DeclarationError, printable
+from pvae.errors import EXIT_CODES, misdeclared, printable
 from pvae.util.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -248,7 +248,6 @@ def rows_of(run: Run, split: str, rows: int | None, seed: int) -> tuple[Tensor, 
 
 def beside(path: Path, suffix: str) -> Path:
     """Return a path with `suffix` appended, in place of .npz, .csv or .png if it ends with one of them."""
-    if not path.name:
-        raise DeclarationError(f"--out: expected a file's path without suffix; got {str(path)!r}.")
+    misdeclared(not path.name, f"--out: expected a file's path without suffix; got {str(path)!r}.")
     name = path.stem if path.suffix in (".npz", ".csv", ".png") else path.name
     return path.with_name(name + suffix)

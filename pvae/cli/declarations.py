@@ -8,7 +8,7 @@ import typer
 
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, misdeclared
 from pvae.util.files import write_atomic
 from pvae.words import text
 
@@ -30,8 +30,7 @@ def new(_: Shared, name: str, like: str | None = None) -> None:
     from pvae.experiment import zoo
     from pvae.runs.find import slug
 
-    if "/" in name or "\\" in name:
-        raise DeclarationError(f"{name}: expected a name, not a path; the file is written here.")
+    misdeclared("/" in name or "\\" in name, f"{name}: expected a name, not a path; the file is written here.")
     if (path := Path(f"{slug(name)}.toml")).exists():
         raise DeclarationError(f"{path}: expected a new name; a file of this name is there already.")
     lines = zoo.find(like or (name if name in zoo.names() else "vae")).read_text().splitlines()
@@ -78,8 +77,7 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
     data = experiment.conditioned(data)
     data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)
     pair, rows = experiment.build(data.shape), data.train.rows[:4]
-    if problems := pair.check(rows):
-        raise DeclarationError([f"{name}: {problem}" for problem in problems])
+    misdeclared(problems := pair.check(rows), [f"{name}: {problem}" for problem in problems])
     total = ""
     if (figures := experiment.objective.measure(pair, rows, experiment.seed)) is None:
         figures, total = evaluate(pair, rows, experiment.seed), pair.structure.total

@@ -16,7 +16,7 @@ import torch
 
 from pvae.data.rows.files import broken_as
 from pvae.data.split import Split
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError, DeclarationError, misdeclared
 from pvae.pair.pair import Pair
 
 PAIR_FILE = re.compile(r"(?P<file>.+\.py):(?P<names>[A-Za-z_]\w*(,[A-Za-z_]\w*)*)", re.ASCII)
@@ -35,8 +35,7 @@ def load_pair(text: str) -> Pair:
         DeclarationError: there is no such file, it fails, or there is no `Pair` of that name in it.
     """
     pair, *others = load_names(text)
-    if others or not isinstance(pair, Pair):
-        raise DeclarationError.of("cli.handwritten.no_pair", text=text, pair=pair)
+    misdeclared(others or not isinstance(pair, Pair), "cli.handwritten.no_pair", text=text, pair=pair)
     return pair
 
 

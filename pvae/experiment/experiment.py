@@ -17,7 +17,7 @@ from pvae.data.rows.rows import labels_may_be_missing
 from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
 from pvae.data.split import Split, chosen_labels
-from pvae.errors import DataError, DeclarationError, at, is_refused_draw
+from pvae.errors import DataError, DeclarationError, at, is_refused_draw, misdeclared
 from pvae.experiment import zoo
 from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides, side_columns
 from pvae.experiment.rules import findings
@@ -179,11 +179,9 @@ class Experiment(Plan):
             DeclarationError: no prior is replaced, or a posterior depends on the prior that is replaced.
         """
         names = [name for name, z in stage.latents.items() if z.prior != self.latents[name].prior]
-        if not names:
-            raise DeclarationError.of("experiment.experiment.same_prior", name=next(iter(stage.latents)))
+        misdeclared(not names, "experiment.experiment.same_prior", name=next(iter(stage.latents)))
         moved = [name for name in names if stage.latents[name].posterior.follows_prior(stage.latents[name].given)]
-        if moved:
-            raise DeclarationError.of("experiment.experiment.moved", names=moved, latents=stage.latents)
+        misdeclared(moved, "experiment.experiment.moved", names=moved, latents=stage.latents)
         return names
 
     def conditioned(self, data: D) -> D:

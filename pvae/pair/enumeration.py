@@ -14,7 +14,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.distributions import IMPOSSIBLE, MAX_STATES, log_density
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, misdeclared
 from pvae.pair.densities import log_prob, plate_scale, sum_over
 from pvae.pair.layout import Layout, plates_around, samples
 from pvae.records import Record
@@ -81,8 +81,7 @@ def read_joint_states(nodes: Mapping[str, Any], layout: Layout, particles: int) 
     """
     for name in layout.enumerated:
         require_summable(name, nodes[name], layout)
-        if nodes[name]["mask"] is not None:
-            raise DeclarationError.of("pair.enumeration.masked", name=name)
+        misdeclared(nodes[name]["mask"] is not None, "pair.enumeration.masked", name=name)
     sizes = tuple(int(nodes[name]["fn"].enumerate_support(expand=False).shape[0]) for name in layout.enumerated)
     _require_few(layout, math.prod(sizes))
     logs = {}
@@ -138,8 +137,7 @@ def eliminated(model_trace: Trace, layout: Layout, particles: int) -> tuple[Tens
         factor = _packed(name, node, value, layout)
         if not (states := set(factor._pyro_dims) - plates):
             continue
-        if not layout.holds(node):
-            raise DeclarationError.of("pair.enumeration.outside", name=name)
+        misdeclared(not layout.holds(node), "pair.enumeration.outside", name=name)
         _require_plain(name, node)
         sizes = dict(zip(factor._pyro_dims, factor.shape, strict=True))
         _require_few(layout, math.prod(sizes[symbol] for symbol in states))
@@ -175,8 +173,7 @@ def _packed(name: str, node: Mapping[str, Any], value: Tensor, layout: Layout) -
 
 def _require_few(layout: Layout, states: int) -> None:
     """Check that a table of joint states of enumerated sites is not too large."""
-    if states > MAX_STATES:
-        raise DeclarationError.of("pair.enumeration.states", sites=layout.enumerated, most=MAX_STATES, states=states)
+    misdeclared(states > MAX_STATES, "pair.enumeration.states", sites=layout.enumerated, most=MAX_STATES, states=states)
 
 
 class Expectations:
@@ -192,8 +189,7 @@ class Expectations:
         self.logs: dict[str, Tensor] = {name: log_density(node["fn"], node["value"]) for name, node in nodes.items()}
         self.dims: dict[str, int] = {name: node["infer"]["_enumerate_dim"] for name, node in nodes.items()}
         self.width = layout.nesting + (particles > 0)
-        if len({*self.dims.values()}) < len(self.dims):
-            raise DeclarationError.of("pair.enumeration.markov", sites=self.dims)
+        misdeclared(len({*self.dims.values()}) < len(self.dims), "pair.enumeration.markov", sites=self.dims)
 
     def mean(self, value: Tensor, mask: Any, name: str) -> Tensor:
         """Return the expectation of a log density of site `name` (masked), which keeps the dimensions of plates.

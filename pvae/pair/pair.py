@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError, DeclarationError, refuse
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
 from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
@@ -136,8 +136,7 @@ class Pair(nn.Module):
         event = () if self._structure is None else self._structure.event
         if not x.dim() or not len(x) or tuple(x.shape[1:]) != event:
             raise DataError.of("pair.pair.no_rows", shape=event, found=x.shape)
-        if problem := other_rows(self._structure, x):
-            raise DataError(str(problem))
+        refuse(problem := other_rows(self._structure, x), str(problem))
         return x
 
     def call(self, program: Callable[..., Any], x: Tensor) -> None:

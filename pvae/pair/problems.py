@@ -13,7 +13,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
-from pvae.errors import DeclarationError, PvaeError
+from pvae.errors import DeclarationError, PvaeError, misdeclared
 from pvae.pair.densities import sum_over
 from pvae.pair.layout import is_enumerable, is_point, plates_around, samples
 from pvae.pair.running import current_store, evaluating, run, whole_plates
@@ -63,8 +63,7 @@ def require_bound(alone: Collection[str]) -> None:
     Raises:
         DeclarationError: the message names the sites.
     """
-    if alone:
-        raise DeclarationError.of("pair.problems.guide_only", sites=alone)
+    misdeclared(alone, "pair.problems.guide_only", sites=alone)
 
 
 def differing_sites(guide_trace: Trace, model_trace: Trace, unpacked: Unpacked | None = None) -> list[Problem]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.component import Shape
 from pvae.distributions import Certain, LogOneHot, Rounded, twin
-from pvae.errors import DataError
+from pvae.errors import DataError, refuse
 from pvae.pair.layout import Layout, SiteShape, Traces, is_point, joined, samples, unwrapped
 from pvae.records import Record, field, replace
 
@@ -264,8 +264,7 @@ class Arguments(Record):
         """
         given = _named(data)
         found = tuple(Argument(tuple(t.shape[1:]), t.dtype, name) for name, t in given)
-        if found != self.parts:
-            raise DataError(f"x: expected the arguments {_words(self.parts)}; got {_words(found)}.")
+        refuse(found != self.parts, f"x: expected the arguments {_words(self.parts)}; got {_words(found)}.")
         if len(rows := {len(t) for _, t in given}) > 1:
             raise DataError(f"x: expected arguments of the same number of rows; got {sorted(rows)}.")
         return torch.cat([t.contiguous().reshape(len(t), -1).view(torch.uint8) for _, t in given], 1)

@@ -15,7 +15,7 @@ from pvae.data import Dataset, Split, load
 from pvae.data.new import FittedTransforms, rows_of_new
 from pvae.data.rows.files import CONFINED
 from pvae.data.sources.python import PassedData, TensorSource
-from pvae.errors import CheckpointError, DataError, DeclarationError
+from pvae.errors import CheckpointError, DataError, DeclarationError, refuse
 from pvae.experiment.experiment import Experiment, reading
 from pvae.experiment.plan import Plan, side_columns
 from pvae.objectives.base import named
@@ -143,8 +143,7 @@ class Run(Applied):
         data = self._given_data
         if isinstance(data, str | Path):
             data = self._passed(data)
-        if self.lacks_data:
-            raise DataError.of("runs.run.no_data", path=self.path, said=self.files.manifest.get("origin"))
+        refuse(self.lacks_data, "runs.run.no_data", path=self.path, said=self.files.manifest.get("origin"))
         if data is None:
             token = CONFINED.set(self._foreign)
             try:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pvae.errors import DeclarationError, near
+from pvae.errors import DeclarationError, misdeclared, near
 from pvae.experiment import zoo
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import apply_overrides
@@ -93,8 +93,7 @@ class Declared(Record):
         trials = [*_trials(file.search, base)] if file.search else []
         _ = [case for trial in trials for case in _cases(file, trial, problems)]
         unknown = (f"{origin}: {line}" for line in _unknown_first_stages(file.sweep, settings))
-        if found := [*_listed(problems, origin, len(settings)), *unknown]:
-            raise DeclarationError(found)
+        misdeclared(found := [*_listed(problems, origin, len(settings)), *unknown], found)
         return cls(file.name, file.description, origin, tuple(cases), file.sweep.measure, file.search, base)
 
 
@@ -143,8 +142,7 @@ def _read_specs(specs: Sequence[str], study: Path) -> dict[str, dict[str, Any]]:
             found[path.stem if path.stem not in found else spec] = toml.read(path)
         except DeclarationError as error:
             problems += [f"{study}: sweep.specs: {problem}" for problem in error.problems]
-    if problems:
-        raise DeclarationError(problems)
+    misdeclared(problems, problems)
     return found
 
 

@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pvae.data.sources.python import PassedData, as_array
-from pvae.errors import DeclarationError, printable
+from pvae.errors import DeclarationError, misdeclared, printable
 from pvae.records import Record
 from pvae.runs import RunDirectory, find
 from pvae.runs.run import Run
@@ -225,8 +225,7 @@ def study(
     if passed and data is None:
         raise DeclarationError.of("studies.study.no_data", file=file, case=passed[0])
     for name, given in (("jobs", jobs), ("threads", threads)):
-        if given is not None and given < 1:
-            raise DeclarationError(f"{name}: expected at least 1; got {given}.")
+        misdeclared(given is not None and given < 1, f"{name}: expected at least 1; got {given}.")
     root, data_folder = Path(run_dir), None if data_dir is None else Path(data_dir)
     searching = Searching(declared.search, declared.base, declared.name, root) if declared.search else None
     trials = range(declared.search.trials) if declared.search else ()
@@ -265,10 +264,8 @@ def placed(
 
     Raises DeclarationError for another place, and for settings of Slurm without it.
     """
-    if on not in (None, "local", "slurm"):
-        raise DeclarationError(f"--on: expected local or slurm; got {on!r}.")
-    if slurm and on != "slurm":
-        raise DeclarationError(f"--slurm: expected with --on slurm; got {' '.join(slurm)[:60]!r} alone.")
+    misdeclared(on not in (None, "local", "slurm"), f"--on: expected local or slurm; got {on!r}.")
+    misdeclared(slurm and on != "slurm", f"--slurm: expected with --on slurm; got {' '.join(slurm)[:60]!r} alone.")
     name = find.slug(declared.name)
     if on == "slurm" or (on is None and submissions(root / CLAIMS / name)):
         return Slurm(root, name, jobs or AT_A_TIME, None if on is None else slurm)

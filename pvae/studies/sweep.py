@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from pvae.component import Names, Section, Table, from_table
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, misdeclared
 from pvae.util import toml
 from pvae.words import text
 
@@ -142,8 +142,7 @@ def validated(raw: dict[str, Any], origin: str) -> StudyFile:
     problems += [*_problems(file.sweep), *(_range_problems(file.search) if file.search else ())]
     if file.search and file.sweep.specs:
         problems.append("search: expected the declaration in this file; got sweep.specs. Write two files.")
-    if problems:
-        raise DeclarationError([f"{origin}: {problem}" for problem in problems])
+    misdeclared(problems, [f"{origin}: {problem}" for problem in problems])
     return file
 
 

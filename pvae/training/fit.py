@@ -12,7 +12,7 @@ import torch
 from pvae.data import Dataset, load
 from pvae.data.sources.python import TensorSource, is_bare
 from pvae.data.sources.tabular import FrameSource, Tabular
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError, DeclarationError, misdeclared, refuse
 from pvae.experiment.experiment import Experiment, reading
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
@@ -123,8 +123,7 @@ def kept_as_it_is(pair: Pair, data: Any, run_dir: str | Path) -> Run:
 
 def _handwritten(given: Pair, data: Any, batch: int) -> tuple[Dataset, Pair]:
     """Return the data set to fit and the pair adopted to it."""
-    if data is None:
-        raise DeclarationError("fit: expected data=... for a hand-written pair; got none.")
+    misdeclared(data is None, "fit: expected data=... for a hand-written pair; got none.")
     rows = given.pack(data)
     dataset = Dataset.of(rows, TensorSource(shape=()) if is_bare(rows) else TensorSource())  # bare numbers are allowed
     if problems := given.check(data if given.arguments else _first_rows(rows, dataset)):
@@ -146,8 +145,7 @@ def look_through(pair: Pair, dataset: Dataset, batch: int, original: Any) -> Pai
     """
     first = _first_rows(original, dataset)
     pair.accept(first if len(first) <= len(dataset.train) else first[: len(dataset.train)])
-    if pair.structure.rows is not None:
-        raise DataError.of("training.fit.rows", rows=pair.structure.rows)
+    refuse(pair.structure.rows is not None, "training.fit.rows", rows=pair.structure.rows)
     with quiet(pair, dataset.train.rows[:1]):
         for rows in (dataset.train.rows, dataset.validation.rows):
             for start in range(0, min(len(rows), batch * BATCHES_LOOKED_AT), batch):
@@ -212,5 +210,4 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
     if isinstance(plan.objective, TraceMeanFieldELBO) and foreign:
         if names := ", ".join(sorted(pair.dependencies(rows).bottom_up)):
             problems.append(f"objective.kind: expected trace_elbo; the guide infers parents of {names} from it.")
-    if problems:
-        raise DeclarationError(problems)
+    misdeclared(problems, problems)

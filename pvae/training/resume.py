@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pvae.data import Dataset
-from pvae.errors import CheckpointError, DataError, DeclarationError
+from pvae.errors import CheckpointError, DataError, DeclarationError, misdeclared
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.objectives.base import ranked_by
@@ -236,8 +236,7 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
     Raises:
         DeclarationError: no prior changes, or something else does.
     """
-    if not old.objective.scores:
-        raise DeclarationError.of("training.resume.no_encoder", kind=old.objective.kind)
+    misdeclared(not old.objective.scores, "training.resume.no_encoder", kind=old.objective.kind)
     if changed.objective != old.objective:
         raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
     name = f"{old.name}_refit" if changed.name == old.name else changed.name

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-from pvae.errors import DataError, DeclarationError, PvaeError, StorageError, near, printable, require_extra
+from pvae.errors import DeclarationError, PvaeError, StorageError, near, printable, refuse, require_extra
 from pvae.runs.export.base import Exporter
 from pvae.runs.export.trackers import MLflow, TensorBoard, without_secrets
 from pvae.runs.rundir import RunDirectory
@@ -99,8 +99,7 @@ def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Itera
                 print(printable(f"pvae: {message}"), file=sys.stderr, flush=True)
 
     def make(kind: str) -> None:
-        if kind not in KINDS:
-            raise DataError(f"no exporter of that name, only {', '.join(KINDS)}")
+        refuse(kind not in KINDS, f"no exporter of that name, only {', '.join(KINDS)}")
         exporters[kind] = KINDS[kind](files)
 
     due = time.monotonic() + SECONDS_BETWEEN_EXPORTS
