@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from pvae.data import MNIST, FashionMNIST, load
+from pvae.data import MNIST, FashionMNIST, Patches, load
 from pvae.data.rows import cache
 from pvae.data.sources.collections import FASHION_MNIST, Collection, IdxFile, read_collection, read_known
 from pvae.errors import BusyError, OutputError
@@ -212,3 +213,20 @@ def test_published_binarisation_of_fashion_mnist():
     assert float(data.train.raw.mean()) == pytest.approx(float(data.train.x.mean()), abs=2e-3)
     assert data.label_names is not None
     assert data.label_names[9] == "Ankle boot"
+
+
+def test_patches_of_two_splits_share_no_pixel(monkeypatch: pytest.MonkeyPatch):
+    number = np.arange(2 * 150 * 220).reshape(2, 150, 220, 1)  # every pixel of the two photographs by its number
+    numbered = (number // [65536, 256, 1] % 256).astype(np.uint8)
+    monkeypatch.setattr("sklearn.datasets.load_sample_images", lambda: SimpleNamespace(images=list(numbered)))
+    data = load(Patches(size=16, scale="raw"))
+    assert tuple(len(split.x) for split in data.splits) == (40 * 81, 4 * 81, 4 * 81)
+    seen = []
+    for split in data.splits:
+        found = (split.x.int() * torch.tensor([65536, 256, 1]).view(3, 1, 1)).sum(1)
+        assert (found.diff(dim=-1) == 1).all()  # rows of a patch lie side by side
+        assert (found.diff(dim=-2) == 220).all()  # under each other
+        assert (found[:, 0, 0] // (150 * 220)).tolist() == split.y.tolist()  # type: ignore[union-attr]
+        assert len(found[:, 0, 0].unique()) == len(found)
+        seen.append(set(found.unique().tolist()))
+    assert not any(seen[i] & seen[j] for i, j in ((0, 1), (0, 2), (1, 2)))

@@ -32,6 +32,7 @@ from pvae.data import (
     Npy,
     Npz,
     Parquet,
+    Patches,
     Splits,
     TensorSource,
     Toy,
@@ -73,6 +74,7 @@ def table_file(source: type[CSV | Parquet], folder: Path) -> Data:
 
 TABLE = {
     "digits": Row(lambda _: Digits(), (1, 8, 8), (1000, 350, 447)),
+    "patches": Row(lambda _: Patches(size=96), (3, 96, 96), (810, 81, 81)),
     "fashion_mnist": Row(lambda _: FashionMNIST(), (1, 28, 28), (50000, 10000, 10000)),
     "mnist": Row(mnist, (1, 3, 3), (10, 2, 4)),
     "npz": Row(lambda p: Npz(path=npz(p, x=X, y=Y), y="y"), (4,), (32, 4, 4)),
@@ -121,7 +123,7 @@ def test_shapes_types_and_ranges(name: str, tmp_path: Path):
         assert row.range[0] <= float(split.x.min()) < float(split.x.max()) <= row.range[1]
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in ("fashion_mnist", "toy")])
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in ("fashion_mnist", "patches", "toy")])
 @pytest.mark.parametrize("binarize", ["threshold", "static", "dynamic"])
 @pytest.mark.usefixtures("small_mnist")
 def test_binarised_data_are_zeros_and_ones_and_the_same_each_time(name: str, binarize: str, tmp_path: Path):

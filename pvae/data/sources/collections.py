@@ -1,8 +1,8 @@
-"""Data sources of published image collections: scikit-learn's digits, MNIST and Fashion-MNIST.
+"""Data sources of published images: scikit-learn's digits and photographs, MNIST and Fashion-MNIST.
 
-The files of the latter two are checked by SHA-256. They are looked for in the user's data folder (``data_dir``, or
-``PVAE_DATA_DIR``), then in the system package, then in the cache; else they are downloaded from a mirror, unless
-``PVAE_OFFLINE=1``.
+The files of MNIST and Fashion-MNIST are checked by SHA-256. They are looked for in the user's data folder
+(``data_dir``, or ``PVAE_DATA_DIR``), then in the system package, then in the cache; else they are downloaded from a
+mirror, unless ``PVAE_OFFLINE=1``.
 """
 
 import hashlib
@@ -12,10 +12,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from pvae.data.rows.cache import cache_folder, locked
 from pvae.data.rows.files import user_folder
@@ -109,6 +109,44 @@ class Digits(Data):
         parts = {"train": range(1000), "validation": range(1000, 1350), "test": range(1350, 1797)}
         x, y = bunch.data.reshape(-1, 1, 8, 8).astype(np.uint8), bunch.target
         return Rows(x, y, parts, largest=16.0, label_names=tuple("0123456789"), name="digits")
+
+
+class Patches(Data):
+    """Colour patches of the two photographs that scikit-learn holds (a temple, a flower); needs no download.
+
+    Each photograph is cut into blocks of twice the side of a patch, which are dealt to the splits in a fixed random
+    order, 80 % to train; the patches of a block are 81, an eighth of a side apart. No two splits share a pixel.
+    """
+
+    source: Literal["patches"] = "patches"
+    size: Annotated[int, Field(ge=8, le=96, multiple_of=8)] = 32
+    """Side of a patch in pixels, a multiple of 8."""
+
+    def read(self, data_dir: Path | None, seed: int) -> Rows:
+        """Return rows (n, 3, size, size) with the photograph as label; n is 9720 at 32 pixels, 2430 at 64."""
+        from sklearn.datasets import load_sample_images
+
+        side, block, x, y = self.size, 2 * self.size, [], []
+        for label, photograph in enumerate(load_sample_images().images):
+            down, across = photograph.shape[0] // block, photograph.shape[1] // block
+            whole = photograph[: down * block, : across * block].reshape(down, block, across, block, 3).swapaxes(1, 2)
+            found = np.lib.stride_tricks.sliding_window_view(whole, (side, side), (2, 3))
+            x.append(found[:, :, :: side // 8, :: side // 8].reshape(-1, PATCHES, 3, side, side))
+            y.append(np.full((len(x[-1]), PATCHES), label))
+        order = np.random.RandomState(0).permutation(sum(map(len, x)))
+        tenth = len(order) // 10 * PATCHES
+        n = len(order) * PATCHES
+        parts = {
+            "train": range(n - 2 * tenth),
+            "validation": range(n - 2 * tenth, n - tenth),
+            "test": range(n - tenth, n),
+        }
+        images = np.concatenate(x)[order].reshape(-1, 3, side, side)
+        return Rows(images, np.concatenate(y)[order].ravel(), parts, 255.0, ("temple", "flower"), "patches")
+
+
+PATCHES = 81
+"""Patches of a block of a photograph: nine across and nine down."""
 
 
 def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
