@@ -8,7 +8,6 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from functools import partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_type_hints
@@ -18,6 +17,7 @@ from typer import Argument, Option
 
 import pvae
 from pvae.errors import EXIT_CODES, misdeclared, printable
+from pvae.records import Record
 from pvae.util.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -44,8 +44,7 @@ OPTIONS, OWN = _declared(DECLARED), {name: _declared(found) for name, found in D
 """Arguments and options by name of the parameter: those of several commands, and those of one, by its function."""
 
 
-@dataclass(frozen=True)
-class Shared:
+class Shared(Record):
     """Values of the shared options in one call of a command, with methods to open runs and print results.
 
     `--help` lists these options in this order, after those of the command itself.

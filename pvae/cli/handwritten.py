@@ -7,7 +7,6 @@ import inspect
 import re
 import sys
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from pvae.data.rows.files import broken_as
 from pvae.data.split import Split
 from pvae.errors import DataError, DeclarationError, misdeclared
 from pvae.pair.pair import Pair
+from pvae.records import Record
 
 PAIR_FILE = re.compile(r"(?P<file>.+\.py):(?P<names>[A-Za-z_]\w*(,[A-Za-z_]\w*)*)", re.ASCII)
 """A pair on the command line: a Python file and the name of a `Pair` in it, or the names of several objects."""
@@ -88,8 +88,7 @@ def load_arguments(path: Path | None, pair: Pair | None) -> Any:
     return tensors
 
 
-@dataclass(frozen=True)
-class PairOnData:
+class PairOnData(Record):
     """A hand-written pair and rows of data, with what the analyses of the command line ask of a run."""
 
     path: str

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -28,14 +27,14 @@ from pvae.data.streamed import Streamed, streams
 from pvae.data.tables.side import notes_of
 from pvae.errors import DataError, DeclarationError, near
 from pvae.graph.frame import Entry
+from pvae.records import Record, replace
 
 if TYPE_CHECKING:
     import pandas
     from numpy.typing import ArrayLike
 
 
-@dataclass(frozen=True, eq=False)
-class Dataset:
+class Dataset(Record, eq=False):
     """Data set: the train, validation and test splits of one source, scaled and binarised as declared.
 
     Arguments:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Self
 
@@ -16,12 +15,12 @@ from pvae.data.rows.rows import Part, chunks
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError
 from pvae.graph.frame import Entry
+from pvae.records import Record, field, replace
 from pvae.util import group, seeds
 from pvae.util.types import Array
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
+class Split(Record, eq=False):
     """Split of a data set: its rows, labels, and covariates if the model is conditional.
 
     Arguments:

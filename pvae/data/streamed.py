@@ -8,7 +8,6 @@ has blocks of its own in every window, so that a process reads those of its shar
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from math import ceil, floor, prod
 from typing import Any, NamedTuple, Self
@@ -22,6 +21,7 @@ from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, kept_missing, require_unit
 from pvae.data.rows.rows import NEW, SPLITS, Part, rows_of
 from pvae.errors import DataError
+from pvae.records import Record, replace
 from pvae.util import group, seeds
 
 BLOCK_BYTES = 2**21
@@ -199,8 +199,7 @@ class Blocks:
         return WindowOrder(len(self), self.block, seed, epoch, self.expect, batch, shards or group.Shards(1))
 
 
-@dataclass(frozen=True, eq=False)
-class Streamed:
+class Streamed(Record, eq=False):
     """Rows `(n, *shape)` float32 of a split, read, scaled and binarised when they are indexed.
 
     Arguments:

@@ -8,7 +8,6 @@ statistics the product is a sum of selected rows of the natural parameters, one 
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
@@ -16,14 +15,14 @@ import torch
 from torch import Tensor
 
 from pvae.distributions.base import Batched
+from pvae.records import Record, replace
 from pvae.util.types import Size
 
 Scorer = Callable[[Tensor, Tensor], None]
 """Function that writes log q_j(z_i) of m values `(m, D)` under n members into a given tensor `(m, n)`, nats."""
 
 
-@dataclass(frozen=True)
-class Members(ABC):
+class Members(Record, ABC):
     """Batch of n distributions (members) of one exponential family over flat values `(..., D)`."""
 
     tensors: ClassVar[tuple[str, ...]] = ()
@@ -107,7 +106,6 @@ class Members(ABC):
         return replace(self, **{name: change(getattr(self, name)) for name in self.tensors})
 
 
-@dataclass(frozen=True)
 class Located(Members):
     """Members of a location family (normals), scored by a matrix product."""
 
@@ -123,7 +121,6 @@ class Located(Members):
         return self.loc.mean(0)
 
 
-@dataclass(frozen=True)
 class Normals(Located):
     """Diagonal normals N(loc_i, diag scale_i^2): T(z) = (z^2, z), eta = (-1 / 2 s^2, m / s^2)."""
 
@@ -151,7 +148,6 @@ class Normals(Located):
         return torch.normal(self.loc, self.scale)
 
 
-@dataclass(frozen=True)
 class FullRankNormals(Located):
     """Full-covariance normals N(loc_i, L_i L_i^T).
 

@@ -1,8 +1,7 @@
 """Exponential-family members over grids of discrete codes, categorical and deterministic, and products of members."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -23,9 +22,10 @@ def one_hots(index: Tensor, states: int) -> Tensor:
     return torch.nn.functional.one_hot(index.long().clamp(0, states - 1), states).flatten(1)
 
 
-class Grids(Members):
-    """Members over grids of P codes, each one of K states."""
+class Grids:
+    """Sizes of members over grids of P codes, each one of K states."""
 
+    tensors: ClassVar[tuple[str, ...]]
     states: Any
     """Number of codes at each position, K."""
 
@@ -36,11 +36,11 @@ class Grids(Members):
 
     @property
     def features(self) -> int:
+        """Width F of the sufficient statistics."""
         return self.positions * self.states
 
 
-@dataclass(frozen=True)
-class Codes(Grids):
+class Codes(Grids, Members):
     """Batch of grids of P independent categoricals over K states: T(z) = one-hot, eta = log probabilities.
 
     `form` is the encoding of a flat value: P indices (0 and 1 of a Bernoulli too), P x K one-hots, or their logarithms.
@@ -121,8 +121,7 @@ class Codes(Grids):
         return self if changed is self.logits else Codes(changed, self.form)
 
 
-@dataclass(frozen=True)
-class CertainCodes(Grids):
+class CertainCodes(Grids, Members):
     """Batch of deterministic grids of P codes: each member has probability 1 at one joint code, 0 elsewhere.
 
     As a family it is `Codes` with log probabilities 0 and `IMPOSSIBLE`; mixtures of it are scored by counting.
@@ -177,7 +176,6 @@ def total(name: str) -> Any:
     return property(lambda members: sum(getattr(part, name) for part in members.parts))
 
 
-@dataclass(frozen=True)
 class Product(Members):
     """Members that are products of independent parts over concatenated values; one row of every part per member.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
 from typing import Literal, Self
@@ -15,6 +14,7 @@ from torch import Tensor
 from pvae.component import Shape
 from pvae.errors import DataError, DeclarationError, near
 from pvae.graph.site import one_hot
+from pvae.records import Record, field
 
 PADDING = ""
 """Padding word, token 0, that fills prompts shorter than the longest."""
@@ -24,8 +24,7 @@ HASH = 6364136223846793005
 """Odd multiplier (Knuth, The Art of Computer Programming, vol. 2, 3.3.4) of a hash modulo 2^64."""
 
 
-@dataclass(frozen=True)
-class Vocabulary:
+class Vocabulary(Record):
     """Word-level vocabulary of a set of prompts: the padding word, then all words in alphabetical order."""
 
     words: tuple[str, ...]
@@ -74,8 +73,7 @@ def word_numbers(words: Sequence[str], length: int) -> list[int]:
     return [int(f"1{word[:10]}", 36) if word else 0 for word in words[:length]] + [0] * (length - len(words))
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(Record):
     """Numbers of a row beside its data point: a label, real numbers, or the tokens of a prompt.
 
     Arguments:
@@ -129,8 +127,7 @@ class Entry:
         return wrong & ~value.isnan() if self.latent else wrong
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(Record):
     """Layout of a row of data: the data point x, followed by its entries if any are declared.
 
     A row with entries is one vector: x flattened, then the numbers of each entry.

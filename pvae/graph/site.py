@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -14,6 +13,7 @@ from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
+from pvae.records import Record, replace
 
 if TYPE_CHECKING:
     from pvae.graph.frame import Frame
@@ -24,8 +24,7 @@ Values = Literal["real", "index", "binary", "relaxed"]
 """Form of a sampled value: a real vector, indices of codes, a vector of 0 and 1, or log relaxed one-hots."""
 
 
-@dataclass(frozen=True)
-class Space:
+class Space(Record):
     """Sample space of a latent variable, and the features that child priors and the decoder receive as input."""
 
     values: Values
@@ -120,8 +119,7 @@ def embedded(name: str) -> str:
     return f"{name}/embedded"
 
 
-@dataclass(frozen=True)
-class Site:
+class Site(Record):
     """One latent variable of a declared graphical model, with its parents in model and guide."""
 
     name: str
@@ -165,8 +163,7 @@ def topological(parents: Mapping[str, Iterable[str]], what: str) -> list[str]:
     return order
 
 
-@dataclass(frozen=True)
-class Law:
+class Law(Record):
     """Declared distribution family of one column of a table.
 
     Arguments:

@@ -1,7 +1,7 @@
 """Results of one run that the sections of a page share, each computed once, on first use."""
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from pvae.analysis.samples.sample import Samples, sample
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
 from pvae.pair.layout import samples as sample_sites
+from pvae.records import Record, field
 from pvae.runs.run import Run
 from pvae.util import seeds
 
@@ -45,8 +46,7 @@ UNFIT = (*UNDEFINED, NotImplementedError, ValueError, RuntimeError, LookupError,
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class ChosenRows:
+class ChosenRows(Record):
     """Rows of a split that a result was computed on: all, or a random subset."""
 
     x: Tensor

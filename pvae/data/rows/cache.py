@@ -4,7 +4,6 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +13,7 @@ import numpy as np
 
 from pvae.data.rows.files import FileArray, version_of
 from pvae.errors import BusyError, DataError, OutputError, StorageError
+from pvae.records import Record
 from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
 from pvae.util.types import Array
 
@@ -74,8 +74,7 @@ def locked(folder: Path) -> Iterator[None]:
             raise BusyError(f"Expected the lock {lock}; another process holds it for {LOCK_SECONDS} s.") from None
 
 
-@dataclass(frozen=True)
-class Decoded:
+class Decoded(Record):
     """Cache entry of a source: its arrays as files that can be read by rows, and the notes made while decoding."""
 
     arrays: dict[str, FileArray]

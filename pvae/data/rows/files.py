@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pvae.errors import DataError, PvaeError
+from pvae.records import Record
 from pvae.util.files import raising
 from pvae.util.memory import require_memory
 from pvae.util.types import Array
@@ -244,8 +245,7 @@ def held(x: Stored, stream: bool, name: str) -> AnyArray:
     return x[:] if x.shape and 0 not in x.shape else np.empty(x.shape, x.dtype)
 
 
-@dataclass(frozen=True)
-class ArrayLayout:
+class ArrayLayout(Record):
     """ArrayLayout of an array in a binary stream.
 
     Arguments:

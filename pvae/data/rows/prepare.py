@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Index, Stored
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError
+from pvae.records import Record, field
 from pvae.util.types import Array
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
@@ -30,8 +30,7 @@ PUBLISHED_SEED = 777
 TRAIN_SEED = 778
 
 
-@dataclass(frozen=True, eq=False)
-class Scaled:
+class Scaled(Record, eq=False):
     """Stored rows with their declared scaling ``(f(x) - shift) / divisor``; f is the identity except for `warps`."""
 
     x: AnyArray

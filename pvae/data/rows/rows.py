@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from itertools import combinations, pairwise
 from math import prod
 from typing import Any
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Joined
 from pvae.errors import DataError
+from pvae.records import Record, field
 from pvae.util.types import Array
 
 PARTLY_LABELLED: ContextVar[bool] = ContextVar("partly_labelled", default=False)
@@ -29,8 +29,7 @@ NEW = "new"
 CHUNK_ELEMENTS = 2**22
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(Record, eq=False):
     """Stored rows of a data source, with labels and default splits.
 
     Arguments:

@@ -9,7 +9,6 @@ import hashlib
 import os
 import tempfile
 from contextlib import suppress
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,6 +22,7 @@ from pvae.data.rows.rows import Rows
 from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
 from pvae.errors import DataError
+from pvae.records import Record
 from pvae.util import toml
 from pvae.util.types import Array
 from pvae.words import text
@@ -31,8 +31,7 @@ DOWNLOAD_PIECE_BYTES = 2**20
 CONNECT_AND_READ_SECONDS = (10, 60)
 
 
-@dataclass(frozen=True)
-class IdxFile:
+class IdxFile(Record):
     """IDX file of an image collection: name without ``.gz``, shape of its array, SHA-256 of its decompressed bytes."""
 
     name: str
@@ -40,8 +39,7 @@ class IdxFile:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Collection:
+class Collection(Record):
     """Image collection of four IDX files ``x_train, y_train, x_test, y_test``, and the places to look for them."""
 
     slug: str

@@ -6,7 +6,6 @@ of the Gaussian noise, in the same units.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -19,6 +18,7 @@ from pvae.data.rows.files import require_room
 from pvae.data.rows.prepare import Floats, Scale
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data, Seed
+from pvae.records import Record
 
 Draws = tuple[Floats, NDArray[np.int64]]
 DensityName = Literal["moons", "rings", "pinwheel", "checkerboard", "eight_gaussians", "spiral"]
@@ -77,8 +77,7 @@ def rotated(x: Floats, angle: Floats) -> Floats:
     return np.stack([cos * x[..., 0] - sin * x[..., 1], sin * x[..., 0] + cos * x[..., 1]], -1)
 
 
-@dataclass(frozen=True)
-class ToyDensity:
+class ToyDensity(Record):
     """Toy density in the plane.
 
     Arguments:

@@ -9,7 +9,7 @@ import datetime
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from pvae.data.rows.prepare import Floats
 from pvae.data.rows.rows import PARTLY_LABELLED
 from pvae.errors import DataError, near
 from pvae.graph.frame import split, word_numbers
+from pvae.records import Record, field
 from pvae.util.types import Array
 from pvae.words import text
 
@@ -39,8 +40,7 @@ DAY = 86_400.0
 YEAR_DAYS = 365.25
 
 
-@dataclass(frozen=True)
-class Spelling:
+class Spelling(Record):
     """Marks with which a table writes its numbers.
 
     Arguments:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from pvae.data.rows.rows import Part, natural, tenths
 from pvae.data.tables.cells import NA, SPELLINGS, Spelling, listed, moments, numbers_of, shown, word_of
 from pvae.data.tables.readers import TextTable, opened_parquet, opened_text
 from pvae.errors import DataError, near
+from pvae.records import Record
 
 if TYPE_CHECKING:
     import pandas
@@ -45,8 +45,7 @@ SEPARATORS = (",", ";", "\t", "|")
 Found = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Guess:
+class Guess(Record):
     """Guessed declaration of an experiment on a table.
 
     Arguments:

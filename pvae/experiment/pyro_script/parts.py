@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import nn
@@ -12,6 +11,7 @@ from pvae.distributions.bijections import near_identity
 from pvae.graph.site import Site
 from pvae.nn.conv import ConvModule
 from pvae.nn.network import MLP, Dense, Gated, NetworkModule
+from pvae.records import Record
 
 if TYPE_CHECKING:
     from pvae.experiment.pyro_script.programs import PlainScript
@@ -24,8 +24,7 @@ class NotPlainError(Exception):
     """A component can neither be written in plain Pyro nor be built apart from the other components of the pair."""
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(Record):
     """Prior or posterior of a latent that a script writes out.
 
     Arguments:
