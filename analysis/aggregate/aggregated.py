@@ -13,11 +13,11 @@ from pvae.analysis.aggregate.components import LOG_ZERO, Components, Reread, hel
 from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.aggregate.pairwise import GuideRuns
 from pvae.analysis.figures.estimate import jackknife, misdeclared, refuse
+from pvae.distributions.base import Size
 from pvae.distributions.exponential import Members
 from pvae.pair import Pair, Undrawn
 from pvae.records import Record, replace
 from pvae.util import seeds
-from pvae.util.types import Size
 
 MEMORY = 2**29
 """Default number of bytes that an aggregated posterior may take in addition to the data and the scored values."""

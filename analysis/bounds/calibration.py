@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 from torch.distributions import Bernoulli, OneHotCategorical
@@ -276,7 +275,7 @@ def _disagreement(alike: Tensor) -> Estimate:
     return Estimate(value, float((own - value * off).std()) * math.sqrt(len(own)) / total)
 
 
-def _ranks(true: Tensor, z: Tensor) -> NDArray[np.int64]:
+def _ranks(true: Tensor, z: Tensor) -> np.typing.NDArray[np.int64]:
     """Return the ranks of true values `(n, D)` among samples `(L, n, D)`, `(n, D)`; ties are broken at random."""
     below, ties = (z < true).sum(0), (z == true).sum(0)
     return np.asarray((below + (torch.rand(true.shape, device=true.device) * (ties + 1)).long()).cpu().numpy())

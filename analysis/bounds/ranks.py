@@ -10,7 +10,6 @@ from scipy.stats import chi2
 
 from pvae.analysis.figures.estimate import Estimate
 from pvae.records import Record, replace
-from pvae.util.types import Array
 
 LEVEL = 0.05
 """Proportion of exact posteriors for which any coordinate, or all of them jointly, is not called fine."""
@@ -54,7 +53,7 @@ class RankTest(Record):
         return replace(self, verdict=verdict, width=width, shift=Estimate(0.0))
 
 
-def rank_tests(ranks: Array, samples: int, names: Sequence[str]) -> tuple[RankTest, ...]:
+def rank_tests(ranks: np.ndarray, samples: int, names: Sequence[str]) -> tuple[RankTest, ...]:
     r"""Test whether ranks are uniform on 0 .. L, independently over the rows, for several coordinates together.
 
     The test of one coordinate is Neyman's smooth test: with polynomials h_1, ..., h_4 that are orthonormal under the
@@ -81,7 +80,7 @@ def rank_tests(ranks: Array, samples: int, names: Sequence[str]) -> tuple[RankTe
     return tuple(map(RankTest, names, map(tuple, counts.tolist()), *figures))
 
 
-def holm(p: Array) -> Array:
+def holm(p: np.ndarray) -> np.ndarray:
     """Return p-values `(m,)` adjusted by Holm's method, which holds under any dependence."""
     order = np.argsort(p, kind="stable")
     return np.maximum.accumulate(np.minimum(1.0, p[order] * np.arange(len(p), 0, -1)))[order.argsort()]
@@ -99,7 +98,7 @@ def _verdict(width: Estimate, shift: Estimate) -> str:
 # ---------------------------------------------------------------------- width and shift
 
 
-def _moments(counts: Array, samples: int) -> tuple[list[Estimate], list[Estimate]]:
+def _moments(counts: np.ndarray, samples: int) -> tuple[list[Estimate], list[Estimate]]:
     """Return width and shift of every coordinate, from the first two moments of its ranks, with delta-method errors.
 
     With m = P(z' < z) and a = P(z', z'' < z), of which r / L and r (r - 1) / (L (L - 1)) are unbiased estimates.
@@ -116,7 +115,7 @@ def _moments(counts: Array, samples: int) -> tuple[list[Estimate], list[Estimate
     return out[0], out[1]
 
 
-def _normals(m: Array, a: Array) -> tuple[Array, Array]:
+def _normals(m: np.ndarray, a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return width and shift of normals q and posterior with these m and a, `(D,)`.
 
     For h = ndtri(m) and the correlation rho = 1 / (1 + width^2) of z - z' and z - z'' it holds that

@@ -11,7 +11,6 @@ from typing import Any, Self
 import numpy as np
 import pandas
 import xarray
-from numpy.typing import NDArray
 
 from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
 from pvae.records import Record
@@ -157,7 +156,7 @@ def _lead(draws: xarray.DataArray) -> int:
     return sum(dim in ("chain", "draw", "datum") for dim in draws.dims)
 
 
-def _figures(draws: NDArray[Any], hdi: float) -> list[float]:
+def _figures(draws: np.ndarray, hdi: float) -> list[float]:
     """Return mean, sd, sd of the means over data, and the narrowest interval of one coordinate `(1, draw[, datum])`."""
     wide = draws.astype(np.float64)
     of_means = wide.mean((0, 1)).std() if wide.ndim == 3 else np.nan

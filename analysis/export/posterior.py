@@ -23,7 +23,6 @@ from pvae.pair import ROWS_OF_A_BATCH, Pair, samples
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
 from pvae.util.group import add_up, is_mine
-from pvae.util.types import Array
 
 FLOAT64_BYTES = 8
 RESOLVED_ROUNDINGS = 8
@@ -120,7 +119,7 @@ class PosteriorExport:
         return [] if structure.determined else [name for name in self.pair.layout.latents if name in structure.points]
 
     @cached_property
-    def log_weight(self) -> Array:
+    def log_weight(self) -> np.ndarray:
         """Log weight log p(x, z) - log q(z | x), `(1, draws, n)`, nats; every row has 1/n of the global log ratio."""
         share = self.global_log_ratio[..., None] / len(self.rows)
         return np.asarray(self.log_likelihood + self.log_p - self.log_q - share)

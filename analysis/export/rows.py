@@ -22,7 +22,6 @@ from pvae.errors import DeclarationError, require_extra
 from pvae.records import Record, field
 from pvae.util import follows
 from pvae.util.files import replaced
-from pvae.util.types import Array
 
 if TYPE_CHECKING:
     import pandas
@@ -39,7 +38,7 @@ class Origin(Record, eq=False):
         table: transforms of the data of the fit, which give rows of a table its units and words; or None.
     """
 
-    columns: Mapping[str, Array] = field(default_factory=dict)
+    columns: Mapping[str, np.ndarray] = field(default_factory=dict)
     table: FittedTransforms | None = None
 
     @classmethod
@@ -203,7 +202,7 @@ def _h5ad(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None) 
             _put(file[room], name, values)
 
 
-def _put(group: Any, name: str, values: Array) -> None:
+def _put(group: Any, name: str, values: np.ndarray) -> None:
     """Write an array into a group of an h5ad file, in place of what had its name."""
     import h5py
 
@@ -214,7 +213,7 @@ def _put(group: Any, name: str, values: Array) -> None:
     made.attrs.update({"encoding-type": "string-array" if is_text else "array", "encoding-version": "0.2.0"})
 
 
-def _place(key: str, values: Array, width: int, several: bool) -> tuple[str, str]:
+def _place(key: str, values: np.ndarray, width: int, several: bool) -> tuple[str, str]:
     """Return the group and the name of an array in an h5ad file of `width` variables."""
     if key.startswith("latents/"):
         return "obsm", f"X_pvae_{_stem(key)}" if several else "X_pvae"
@@ -223,10 +222,10 @@ def _place(key: str, values: Array, width: int, several: bool) -> tuple[str, str
 
 
 @contextmanager
-def _spooled(path: Path, parts: Iterable[Part]) -> Iterator[dict[str, Array]]:
+def _spooled(path: Path, parts: Iterable[Part]) -> Iterator[dict[str, np.ndarray]]:
     """Context with the arrays `(n, ...)` of all parts by key, which lie on the disk beside a file, not in memory."""
     with TemporaryDirectory(prefix=f"{path.name}-", dir=path.parent) as folder, ExitStack() as stack:
-        files: dict[str, tuple[Any, Array]] = {}
+        files: dict[str, tuple[Any, np.ndarray]] = {}
         for part in parts:
             for key, t in part.items():
                 values = np.ascontiguousarray(numpy_of(t))

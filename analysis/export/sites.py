@@ -16,9 +16,8 @@ from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions.codes import Certain
 from pvae.pair import Layout, Pair, numbers_of, samples, site_shape, unwrapped
 from pvae.records import Record, field
-from pvae.util.types import Array
 
-Variable = tuple[tuple[str, ...], Array, dict[str, Any]]
+Variable = tuple[tuple[str, ...], np.ndarray, dict[str, Any]]
 """Variable of an xarray Dataset: names of its dims, values, attributes."""
 RESERVED_DIMS = frozenset({"chain", "draw", "datum", "datum_predictive", "sample", "variable", "column"})
 LONGEST_NAME = 64
@@ -105,7 +104,7 @@ def as_value(rows: Tensor, node: Mapping[str, Any], layout: Layout) -> Tensor:
     return site_shape(node, layout).spread(rows.to(node["value"]).reshape(len(rows), -1))
 
 
-def numpy_of(t: Tensor) -> Array:
+def numpy_of(t: Tensor) -> np.ndarray:
     """Return a tensor as an array on the CPU; bfloat16, which NumPy lacks, as float32."""
     t = t.detach().cpu()
     return np.asarray((t.float() if t.dtype is torch.bfloat16 else t).numpy())
@@ -139,9 +138,9 @@ class ExportedSite(Record, eq=False):
     """Name of the sample site in the pair."""
     name: str
     """Name of the variable in the export."""
-    like: Array
+    like: np.ndarray
     """Value of one datum, or of a global latent, which gives shape and type."""
-    parameters: Mapping[str, Array] = field(default_factory=dict)
+    parameters: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Posterior parameters of the first row, of a supported family that depends on x alone; else none."""
     hidden: str = ""
     """Reason why the parameters of the posterior are not exported; empty if they are."""
@@ -154,11 +153,11 @@ class ExportedSite(Record, eq=False):
         """Names of the event dims of the variable, one for every axis of a value."""
         return dims_of(self.name, self.like.shape)
 
-    def empty(self, *lead: int) -> Array:
+    def empty(self, *lead: int) -> np.ndarray:
         """Return an array of zeros, `(*lead, *event)`, of the site's type."""
         return np.zeros((*lead, *self.like.shape), self.like.dtype)
 
-    def variable(self, values: Array, *lead: str, **attrs: str) -> Variable:
+    def variable(self, values: np.ndarray, *lead: str, **attrs: str) -> Variable:
         """Return values `(*lead, *event)` as a variable, whose attributes name the sample site."""
         return (*lead, *self.dims), values, {**attrs, "site": storable(self.site)}
 
@@ -201,17 +200,17 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
     return ExportedSites(tuple(latents), whole_sites, seen, summed)
 
 
-def values_of(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
+def values_of(node: Mapping[str, Any], layout: Layout, count: int) -> np.ndarray:
     """Return the value of a site for `count` rows, `(count, *event)`."""
     return numpy_of(rows_of(node["value"], node, layout, count))
 
 
-def value_of(node: Mapping[str, Any], layout: Layout, count: int) -> Array:
+def value_of(node: Mapping[str, Any], layout: Layout, count: int) -> np.ndarray:
     """Return the value of a site for the first of `count` rows, `(*event)`; of a global latent, its only value."""
     return values_of(node, layout, count)[0] if layout.holds(node) else whole(node)
 
 
-def whole(node: Mapping[str, Any]) -> Array:
+def whole(node: Mapping[str, Any]) -> np.ndarray:
     """Return the value of a global latent, without plates of size one."""
     fn = node["fn"]
     return numpy_of(node["value"].reshape((*(size for size in fn.batch_shape if size > 1), *fn.event_shape)))

@@ -2,11 +2,9 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.stats import entropy
 from sklearn.compose import ColumnTransformer
 from sklearn.exceptions import ConvergenceWarning
@@ -155,7 +153,7 @@ def probe(
     return Probe(tuple(readings), majority, len(y), len(labels), split)
 
 
-def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
+def _some(split: Split, most: int, seed: int) -> tuple[Tensor, np.ndarray]:
     """Return at most `most` random rows of a split `(m, *row)`, and their labels `(m,)`."""
     if (y := split.labels) is None or y.isnan().all():
         raise DataError(f"probe: expected labels; got none in {split.name}.")
@@ -164,7 +162,7 @@ def _some(split: Split, most: int, seed: int) -> tuple[Tensor, NDArray[Any]]:
     return split.rows[index.to(split.rows.device)], y[index.to(y.device)].long().cpu().numpy()
 
 
-def _right(blocks: Sequence[Block], y: NDArray[Any], labels: NDArray[Any]) -> list[Tensor]:
+def _right(blocks: Sequence[Block], y: np.ndarray, labels: np.ndarray) -> list[Tensor]:
     """Return 1 for each row whose label is predicted correctly, else 0, by nearest neighbours and logistic regression.
 
     Arguments:

@@ -8,7 +8,6 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from numpy.typing import NDArray
 from scipy.stats import multivariate_normal
 from torch import Tensor
 
@@ -107,7 +106,7 @@ class LinearGaussian(Record, eq=False):
             out |= {"total_correlation": total, "coordinate_kl": kl - joint - total}
         return out
 
-    def label_information(self, x: FloatArray, labels: NDArray[Any]) -> float:
+    def label_information(self, x: FloatArray, labels: np.ndarray) -> float:
         """Return the mutual information I[y, z] of z and labels `(n,)`, nats; exact.
 
         It is the entropy of q_agg minus the mean entropy of the aggregated posteriors of the classes.
@@ -143,7 +142,7 @@ def linear(
     name: str,
     law: LinearGaussian,
     x: FloatArray,
-    labels: NDArray[Any] | None = None,
+    labels: np.ndarray | None = None,
     known: Mapping[str, float] | None = None,
     **rest: Any,
 ) -> Truth:
@@ -187,7 +186,7 @@ def probabilistic_pca(x: FloatArray, q: int) -> LinearGaussian:
     return LinearGaussian(w, x.mean(0), math.sqrt(s2), g, -g @ x.mean(0), np.diag(s2 / values[:q]), np.eye(q))
 
 
-def linear_vae(x: FloatArray, q: int, labels: NDArray[Any] | None = None) -> Truth:
+def linear_vae(x: FloatArray, q: int, labels: np.ndarray | None = None) -> Truth:
     """Return a test model: the linear VAE of `probabilistic_pca` with q latents, fitted to the data x `(n, d)`.
 
     As its guide is the true posterior, all importance weights are equal, so IWAE_K = log p(x) for every K.

@@ -9,7 +9,6 @@ from itertools import groupby
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -27,7 +26,7 @@ from pvae.util import StageProgress, plain, silent
 from pvae.util.threads import threads
 
 
-def digits(n: int | None = 1000) -> tuple[FloatArray, NDArray[Any]]:
+def digits(n: int | None = 1000) -> tuple[FloatArray, np.ndarray]:
     """Return the first n (None: all) of scikit-learn's 8 x 8 digits in [0, 1], `(n, 64)`, and their labels `(n,)`."""
     from sklearn.datasets import load_digits
 

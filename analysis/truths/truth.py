@@ -6,7 +6,6 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import rel_entr
 from scipy.stats import multivariate_normal, norm
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from pvae.pair.pair import Pair
 from pvae.records import Record, replace
 
-FloatArray = NDArray[np.floating[Any]]
+FloatArray = np.typing.NDArray[np.floating[Any]]
 EstimatorName = Literal["surgery", "evidence", "prior_evidence", "ais", "bracket", "gap"]
 
 EVIDENCE_SAMPLES = 512
@@ -82,7 +81,7 @@ class Programs(nn.Module):
     def __getattr__(self, name: str) -> Any:
         return super().__getattr__(name)
 
-    def truth(self, name: str, x: NDArray[Any], exact: Mapping[str, float], **rest: Any) -> Truth:
+    def truth(self, name: str, x: np.ndarray, exact: Mapping[str, float], **rest: Any) -> Truth:
         """Return the test model of these programs and the data x; `rest` are further fields of `Truth`.
 
         Surgery samples so often that the mean over the data is nearly normal, even of squared normals.

@@ -12,12 +12,11 @@ from pyro.nn import ConditionalAutoRegressiveNN
 from torch import Tensor, nn
 
 from pvae.component import Ints, Shape
-from pvae.distributions.base import Batched, Determined
+from pvae.distributions.base import Batched, Determined, Size
 from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Link, Site
 from pvae.guides.posteriors.base import Linked, Posterior, head
 from pvae.nn.network import MLP, LogVarianceBounds, Network, NetworkModule, NormalHead, diagonal_normal
-from pvae.util.types import Size
 
 GATE_OFFSET = 2.0
 """Constant added to the logits of the gates, so that every step is initially close to the identity."""

@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Shape
-from pvae.distributions import Batched
+from pvae.distributions.base import Batched, Size
 from pvae.errors import DeclarationError
 from pvae.graph.site import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
 from pvae.models.likelihoods.continuous import heavy_tailed
 from pvae.models.likelihoods.counts import dispersed, logged, poisson
-from pvae.util.types import Size
 
 ABSENT_LOGIT = -1e30
 """Logit of the levels that pad a column with fewer levels than another: probability 0, without a NaN in gradients."""

@@ -16,11 +16,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pvae.component import Shape
+from pvae.distributions.base import Size
 from pvae.distributions.codes import Conditional, Enumerated
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site, Values
 from pvae.models.priors.base import Prior
-from pvae.util.types import Size
 
 Choose = Callable[[Tensor], Tensor]
 """Function that chooses (usually samples) the codes `(n,)` of one position from their logits `(n, K)`."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pvae.component import Ints, Shape
-from pvae.distributions import Batched, Bijection, Coordinates, near_identity
+from pvae.distributions import Bijection, Coordinates, near_identity
+from pvae.distributions.base import Batched, Size
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site, Space, Values
 from pvae.models.priors.base import Prior
 from pvae.nn.network import Network, NetworkModule, flatten
-from pvae.util.types import Size
 
 
 class FlowModule(nn.Module):

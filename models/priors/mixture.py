@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.distributions import Batched, FullRankNormals, Members, Mixture, Normals, bits, code_grid, lattice, unwrapped
+from pvae.distributions.base import Size
 from pvae.distributions.codes import Enumerated
 from pvae.errors import DeclarationError
 from pvae.graph.lifecycle import Begun, FirstRows, MadeOfData
 from pvae.graph.site import Link, Site, Values
 from pvae.models.priors.base import Prior
 from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead, diagonal_normal
-from pvae.util.types import Size
 
 
 class NormalMixtureModule(nn.Module):

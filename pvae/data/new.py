@@ -28,7 +28,6 @@ from pvae.data.split import Split
 from pvae.data.streamed import streams
 from pvae.data.tables.side import notes_of, side_rows, tokenised, vocabularies
 from pvae.errors import DataError, near
-from pvae.util.types import Array
 
 if TYPE_CHECKING:
     import pandas
@@ -233,11 +232,11 @@ class Chosen(Stored):
         order: number of each chosen feature.
     """
 
-    def __init__(self, x: AnyArray, order: Array) -> None:
+    def __init__(self, x: AnyArray, order: np.ndarray) -> None:
         self.x, self.order, self.shape, self.dtype = x, order, (len(x), len(order)), x.dtype
         self.scattered = isinstance(x, Stored) and x.scattered  # type: ignore[misc]
 
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         return self.x[index][:, self.order]
 
 

@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributions import constraints
 
@@ -17,7 +16,6 @@ from pvae.errors import DataError
 from pvae.graph.frame import Entry
 from pvae.records import Record, field, replace
 from pvae.util import group, seeds
-from pvae.util.types import Array
 
 
 class Split(Record, eq=False):
@@ -44,9 +42,9 @@ class Split(Record, eq=False):
     raw: Tensor | Streamed | None = None
     event: tuple[int, ...] | None = None
     part: Part | None = None
-    ids: Array | None = None
+    ids: np.ndarray | None = None
     label_names: tuple[str, ...] | None = None
-    origin: Array | None = None
+    origin: np.ndarray | None = None
     notes: tuple[str, ...] = ()
     side: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -63,18 +61,18 @@ class Split(Record, eq=False):
         return self.rows[:] if isinstance(self.rows, Streamed) else self.rows
 
     @property
-    def numbers(self) -> NDArray[np.int64]:
+    def numbers(self) -> np.typing.NDArray[np.int64]:
         """Number of each row in its source, `(n,)` int64 counted from 0; of an archive of splits, in their order."""
         part = range(len(self)) if self.part is None else self.part
         return np.arange(part.start, part.stop) if isinstance(part, range) else part
 
     @property
-    def splits(self) -> Array:
+    def splits(self) -> np.ndarray:
         """Name of the split of each row, `(n,)` NumPy text."""
         return np.full(len(self), self.name) if self.origin is None else self.origin
 
     @property
-    def words(self) -> Array | None:
+    def words(self) -> np.ndarray | None:
         """Name of the label of each row, `(n,)` NumPy text, its number if it has none; None without labels."""
         if self.y is None or self.label_names is None:
             return None if self.y is None else self.y.cpu().numpy().astype(np.str_)

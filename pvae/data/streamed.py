@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pvae.data.rows.files import Stored
@@ -30,9 +29,9 @@ WINDOW = 64
 MATERIALISED_BYTES = 2**29
 """Largest number of bytes of streamed rows that one indexing call reads, beyond a window of blocks."""
 
-Expect = Callable[[NDArray[np.int64]], None]
+Expect = Callable[[np.typing.NDArray[np.int64]], None]
 """Function that starts to prefetch blocks, given by their numbers."""
-BlockRule = Callable[[Floats, int], NDArray[Any]]
+BlockRule = Callable[[Floats, int], np.ndarray]
 """Binarisation of a block: function of its scaled rows and its number, which can seed different samples per block."""
 
 
@@ -43,8 +42,8 @@ class Survey(NamedTuple):
     values, their scaling and their binarisation.
     """
 
-    low: NDArray[Any]
-    high: NDArray[Any]
+    low: np.ndarray
+    high: np.ndarray
     digest: bytes
 
 
@@ -78,7 +77,7 @@ class WindowOrder:
         self.order = seeds.permutation(-(-rows // block), self.seed, 0).numpy()
         sizes = np.minimum(block, rows - self.order * block)
         self.starts = np.concatenate([[0], np.cumsum(np.add.reduceat(sizes, np.arange(0, len(sizes), WINDOW)))])
-        self._kept: tuple[int, NDArray[Any]] = (-1, np.empty(0, np.int64))
+        self._kept: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
 
     def __len__(self) -> int:
         return self.rows
@@ -93,7 +92,7 @@ class WindowOrder:
             start, first = min(stop, high), first + 1
         return torch.from_numpy(np.concatenate(pieces))
 
-    def _window(self, number: int) -> NDArray[Any]:
+    def _window(self, number: int) -> np.ndarray:
         if self._kept[0] != number:
             blocks = self.order[number * WINDOW : (number + 1) * WINDOW]
             rows = (blocks[:, None] * self.block + np.arange(self.block)).flatten()
@@ -109,7 +108,7 @@ class WindowOrder:
             self.expect(following[floor(mine.start * each) : ceil(mine.stop * each)])
         return self._kept[1]
 
-    def _shard_of(self, position: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _shard_of(self, position: np.typing.NDArray[np.int64]) -> np.typing.NDArray[np.int64]:
         """Return the number of the shard to which each position of the epoch belongs."""
         whole = self.rows // self.batch * self.batch
         ends, last = (np.array(self.shards.bounds(n))[:, 1] for n in (self.batch, self.rows - whole))
@@ -138,13 +137,13 @@ class Blocks:
         self._next = 0
 
     @cached_property
-    def _held(self) -> NDArray[np.float32]:
+    def _held(self) -> np.typing.NDArray[np.float32]:
         return np.empty((len(self._owners) * self.block, *self.row), np.float32)
 
     def __len__(self) -> int:
         return len(self.part)
 
-    def __getitem__(self, where: NDArray[np.int64]) -> NDArray[np.float32]:
+    def __getitem__(self, where: np.typing.NDArray[np.int64]) -> np.typing.NDArray[np.float32]:
         """Return the rows `(m, *row)` at given positions in the split, in any order."""
         if self.scattered:
             order = np.argsort(where, kind="stable")
@@ -163,7 +162,7 @@ class Blocks:
             out[here] = self[where[here]]
         return out
 
-    def _load(self, wanted: NDArray[np.int64]) -> None:
+    def _load(self, wanted: np.typing.NDArray[np.int64]) -> None:
         """Read the wanted blocks that are not cached, each in place of the oldest cached block that is not wanted."""
         for number in wanted[self._slots[wanted] < 0].tolist():
             rows = self._read(number)
@@ -179,13 +178,13 @@ class Blocks:
     def _part_of(self, number: int) -> Part:
         return self.part[number * self.block : (number + 1) * self.block]
 
-    def _read(self, number: int) -> NDArray[Any]:
+    def _read(self, number: int) -> np.ndarray:
         part = self._part_of(number)
         if (rule := self.rule) is not None:
             return kept_missing(lambda block: rule(block, number), self.rows.of(part))
         return rows_of(self.rows.x, part) if self.rows.as_stored else self.rows.of(part)
 
-    def expect(self, numbers: NDArray[np.int64]) -> None:
+    def expect(self, numbers: np.typing.NDArray[np.int64]) -> None:
         """Start to prefetch blocks, given by their numbers, without waiting for them; a window begins."""
         self._next = 0  # in place of the window before, so that a process that reads a part of each holds a part
         if isinstance(source := self.rows.x, Stored):
@@ -285,11 +284,11 @@ def streams(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     return x, plain.get("train") if binarize == "dynamic" else None
 
 
-def threshold(block: Floats, _number: int) -> NDArray[np.bool_]:
+def threshold(block: Floats, _number: int) -> np.typing.NDArray[np.bool_]:
     """Return True for each intensity above 0.5."""
     return block > 0.5
 
 
-def fixed(split: int, block: Floats, number: int) -> NDArray[np.bool_]:
+def fixed(split: int, block: Floats, number: int) -> np.typing.NDArray[np.bool_]:
     """Return Bernoulli samples of a block of intensities, with a seed that depends only on split and block number."""
     return np.random.RandomState([PUBLISHED_SEED, split, number]).random_sample(block.shape) < block

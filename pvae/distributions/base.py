@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pvae.errors import DeclarationError
-from pvae.util.types import Size
 
+Size = torch.Size | list[int] | tuple[int, ...]
+"""Shape of samples, as `sample(Size)` and `expand(Size)` of a distribution accept it."""
 HALF_LOG_2PI = math.log(math.sqrt(2 * math.pi))
 
 

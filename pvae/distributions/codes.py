@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.distributions import register_kl
 
-from pvae.distributions.base import Batched, Event, unwrapped
+from pvae.distributions.base import Batched, Event, Size, unwrapped
 from pvae.distributions.exponential_codes import IMPOSSIBLE
-from pvae.util.types import Size
 
 MAX_STATES = 4096
 """Largest number of joint states of the codes of one data point that is enumerated."""

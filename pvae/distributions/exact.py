@@ -11,8 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
-from pvae.distributions.base import Batched
-from pvae.util.types import Size
+from pvae.distributions.base import Batched, Size
 
 GAMMA_FAMILIES = (
     torch.distributions.Beta, torch.distributions.Binomial, torch.distributions.Dirichlet,

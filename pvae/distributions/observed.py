@@ -5,10 +5,9 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints, kl_divergence, register_kl
 
-from pvae.distributions.base import Batched
+from pvae.distributions.base import Batched, Size
 from pvae.distributions.codes import code_grid
 from pvae.distributions.exponential_codes import IMPOSSIBLE
-from pvae.util.types import Size
 
 
 def observed(fn: dist.TorchDistribution, value: Tensor) -> tuple[dist.TorchDistribution, Tensor]:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to
 
 from pvae.component import Shape
-from pvae.distributions.base import Batched
+from pvae.distributions.base import Batched, Size
 from pvae.distributions.codes import Certain, Conditional, code_grid, conditional_logits
 from pvae.distributions.exponential_codes import IMPOSSIBLE
-from pvae.util.types import Size
 
 
 class LogSimplex(dist.constraints.Constraint):

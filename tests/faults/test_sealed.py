@@ -29,7 +29,6 @@ from pvae.training.launch import own_plan
 from pvae.training.trainer import State
 from pvae.util.files import digest, sealed
 from pvae.util.provenance import surroundings
-from pvae.util.types import Array
 from tests.cli_runner import run_cli, run_cli_json
 from tests.data.writers import matlab
 from tests.runs_shared import assert_same, fit, interrupted, resume, signalled_at, tiny
@@ -70,20 +69,20 @@ def test_a_fit_with_rollbacks_resumes_bit_for_bit(tmp_path: Path, seconds: float
 # ---------------------------------------------------------------------- files that changed
 
 
-def csv(path: Path, x: Array) -> None:
+def csv(path: Path, x: np.ndarray) -> None:
     np.savetxt(path, x, "%.6f", ",", header="a,b", comments="")
 
 
-def npz(path: Path, x: Array) -> None:
+def npz(path: Path, x: np.ndarray) -> None:
     np.savez_compressed(path, x_train=x)
 
 
-def images(path: Path, x: Array) -> None:
+def images(path: Path, x: np.ndarray) -> None:
     for number, row in enumerate(x):
         Image.fromarray((200 * row).astype(np.uint8).reshape(1, 2)).save(path / f"{number:02}.bmp")
 
 
-REWRITTEN: dict[str, tuple[Callable[[Path, Array], object], dict[str, Any]]] = {
+REWRITTEN: dict[str, tuple[Callable[[Path, np.ndarray], object], dict[str, Any]]] = {
     "table.csv": (csv, {"source": "csv", "columns": {"a": "continuous", "b": "continuous"}}),
     "x.npz": (npz, {"source": "npz"}),
     "images": (images, {"source": "images"}),

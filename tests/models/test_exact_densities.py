@@ -24,7 +24,6 @@ from pvae.models.likelihoods.columns import ColumnsModule
 from pvae.models.likelihoods.counts import LOWEST_LOG_RATE, NegativeBinomial, Poisson
 from pvae.nn.precision import products_in
 from pvae.objectives.base import Loss
-from pvae.util.types import Array
 
 EXACT = 1e-3
 COUNTS = torch.tensor([0, 1, 2, 3, 7, 20, 100, 1e3, 31_623, 1e5, 1e6, 1e7, 2**24 - 1, 2**24])
@@ -33,11 +32,11 @@ SIZES = (1e-6, 1e-3, 0.5, 1.0, 30.0, 1e3, 1e5, 1e8, 1e12, 1e20, 1e30)
 TABLE = COUNTS[:, None].expand(-1, len(LOG_MEANS))  # every count by every mean
 
 
-def poisson(rate: Tensor, x: Tensor) -> Array:
+def poisson(rate: Tensor, x: Tensor) -> np.ndarray:
     return scipy.stats.poisson.logpmf(x.double().numpy(), rate.double().numpy())
 
 
-def negative_binomial(*given: Tensor) -> Array:
+def negative_binomial(*given: Tensor) -> np.ndarray:
     """Log density of x: r (r + 1) ... (r + x - 1) / x! as a Beta function up to r = 1e6, else by Stirling's formula."""
     r, logits, x = np.broadcast_arrays(*(t.detach().double().numpy() for t in given))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -47,7 +46,7 @@ def negative_binomial(*given: Tensor) -> Array:
     return rising - r * np.logaddexp(0, logits) - x * np.logaddexp(0, -logits)
 
 
-def off(found: Tensor, exact: Array) -> float:
+def off(found: Tensor, exact: np.ndarray) -> float:
     assert found.dtype == torch.float64
     return float(np.abs(found.detach().numpy() - exact).max())
 
@@ -88,7 +87,7 @@ def test_heavy_tails_are_exact_at_any_degrees_of_freedom():
 HALF = torch.tensor([1e5, 3e6, 2.0**23])
 WIDE = HALF.double()
 """Large parameters of the families below."""
-GAMMA: dict[str, tuple[dist.TorchDistribution, Tensor, Callable[[Array], Array]]] = {
+GAMMA: dict[str, tuple[dist.TorchDistribution, Tensor, Callable[[np.ndarray], np.ndarray]]] = {
     "gamma": (dist.Gamma(HALF, 2.0), HALF / 2 + 10, lambda v: scipy.stats.gamma.logpdf(v, WIDE, scale=0.5)),
     "beta": (
         dist.Beta(HALF, 2 * HALF), torch.full((3,), 1 / 3), lambda v: scipy.stats.beta.logpdf(v, WIDE, 2 * WIDE),
@@ -209,7 +208,7 @@ def declared() -> tuple[Experiment, pvae.Pair]:
     return experiment, pair
 
 
-def read(pair: pvae.Pair, x: Tensor, seed: int = 0) -> Array:
+def read(pair: pvae.Pair, x: Tensor, seed: int = 0) -> np.ndarray:
     """The exact log p(x | z) of every row, at the rates that the trace holds."""
     torch.manual_seed(seed)
     fn: Any = pair.traces(x)[1].nodes["x"]["fn"]
@@ -266,7 +265,7 @@ def test_compiled_densities_are_exact(family: Any):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5 * float(x.max()))
 
 
-def known(kind: str) -> tuple[pvae.Pair, Tensor, Array]:
+def known(kind: str) -> tuple[pvae.Pair, Tensor, np.ndarray]:
     """A float32 pair by hand, its data, and the exact log p(x) of every row: nothing of z or all of c is summed out."""
     rates = torch.tensor([[3e5, 1e7, 2.0], [3.001e5, 1.0003e7, 5.0]])
     x = torch.poisson(rates[[0, 1, 0, 1, 1, 0]], generator=torch.Generator().manual_seed(1))

@@ -21,15 +21,13 @@ from pvae.analysis.pages.plots.base import BLUE, GREY, RED, nats, panels, plain,
 from pvae.analysis.pages.plots.pictures import tiles
 from pvae.pair.code_usage import SILENT
 from pvae.records import Record
-from pvae.util.types import Array
 
+USE = ("active", "inactive")
 BARS, HISTOGRAMS = 10, 5
 """Largest numbers of bars of a histogram, and of histograms."""
 
 
-def _bars(
-    axes: Axes, heights: Array, active: Array, bottom: float = 0.0, among: tuple[str, str] = ("active", "inactive")
-) -> None:
+def _bars(axes: Axes, heights: np.ndarray, active: np.ndarray, bottom: float = 0.0, among: Sequence[str] = USE) -> None:
     """Draw bars of heights `(n,)`: filled if active, hatched otherwise; `among` names the two kinds in the legend."""
     place, width = np.arange(1, len(heights) + 1), 0.82 if len(heights) <= 100 else 1.0
     empty: dict[str, Any] = {"color": "white", "edgecolor": GREY, "hatch": "////" if len(heights) <= 100 else None}
@@ -100,7 +98,7 @@ def code_use(name: str, use: CodeUse) -> Figure:
 
 
 @style()
-def code_maps(name: str, data: Array, maps: Array, states: int, low: float, high: float) -> Figure:
+def code_maps(name: str, data: np.ndarray, maps: np.ndarray, states: int, low: float, high: float) -> Figure:
     """Draw images `(n, *shape)` above their grids of codes `(n, H, W)`; colours are ranks of use, most used first."""
     counts, rank = np.bincount(maps.ravel(), minlength=states), np.empty(states, dtype=np.int64)
     rank[np.argsort(-counts, kind="stable")] = np.arange(states)

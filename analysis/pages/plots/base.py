@@ -22,8 +22,6 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 from torch import Tensor
 
-from pvae.util.types import Array
-
 Names = Sequence[str]
 FIGURE_WIDTH = 6.0
 """Width of a plot in inches: 720 pixels, so that text is legible on a phone."""
@@ -43,7 +41,7 @@ style = partial(rc_context, rc_params_from_file(Path(__file__).with_name("pages.
 """Context manager and decorator: apply the settings of pages.mplstyle, and restore those of the user afterwards."""
 
 
-def array(t: Tensor) -> Array:
+def array(t: Tensor) -> np.ndarray:
     """Return a tensor as a NumPy array of float64, as plots take it."""
     return np.asarray(t.detach().double().cpu().numpy())
 

@@ -14,24 +14,23 @@ from scipy.ndimage import gaussian_filter
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLACK, BLUE, CLASS_COLOURS, SHORT, SKY, YELLOW, nats, panels, plain, style
 from pvae.records import Record
-from pvae.util.types import Array
 
 
 class Cloud(Record):
     """Points of one latent to plot: posterior means, posterior samples, and prior samples."""
 
     name: str
-    means: Array
+    means: np.ndarray
     """Posterior means, `(n, D)`."""
-    values: Array
+    values: np.ndarray
     """One sample of q(z | x) per datum, `(n, D)`."""
-    prior: Array
+    prior: np.ndarray
     """Samples of the prior, `(m, D)`."""
-    prior_normal: tuple[Array, Array] | None = None
+    prior_normal: tuple[np.ndarray, np.ndarray] | None = None
     """Location and scale, each `(D,)`, of a diagonal normal prior that is the same for all rows; None for others."""
 
 
-def leading(means: Array) -> tuple[Array, Array, Array]:
+def leading(means: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the first two principal components of posterior means `(n, D)`.
 
     Returns:
@@ -44,7 +43,7 @@ def leading(means: Array) -> tuple[Array, Array, Array]:
     return centre, two * np.where(signs == 0, 1, signs), singular[:2] ** 2 / (float((singular**2).sum()) or 1.0)
 
 
-def groups(labels: Array | None) -> list[int]:
+def groups(labels: np.ndarray | None) -> list[int]:
     """Return the distinct labels if they can be colours: 2 to 10 integers, beside NaN; else an empty list."""
     if labels is None or labels.ndim != 1 or not len(labels):
         return []
@@ -55,7 +54,7 @@ def groups(labels: Array | None) -> list[int]:
 
 
 @style()
-def plane(cloud: Cloud, labels: Array | None = None, names: Sequence[str] | None = None) -> Figure:
+def plane(cloud: Cloud, labels: np.ndarray | None = None, names: Sequence[str] | None = None) -> Figure:
     """Plot q_agg and prior in the two leading directions of the posterior means; as histograms for one coordinate."""
     if cloud.values.shape[1] == 1 or len(cloud.means) < 2:
         return _line(cloud)
@@ -86,7 +85,7 @@ def _line(cloud: Cloud) -> Figure:
     return made
 
 
-def _histograms(axes: Axes, values: Array, prior: Array, edges: list[float], linewidth: float) -> None:
+def _histograms(axes: Axes, values: np.ndarray, prior: np.ndarray, edges: list[float], linewidth: float) -> None:
     """Draw histograms of q_agg, filled, and of the prior, as an outline, both as densities."""
     of_posterior, of_prior = (np.histogram(sample, edges, density=True)[0] for sample in (values, prior))
     axes.stairs(of_posterior, edges, fill=True, color=SKY, label="aggregated posterior")
@@ -98,7 +97,7 @@ def class_name(value: int, names: Sequence[str] | None) -> str:
     return plain(names[value])[:SHORT] if names and 0 <= value < len(names) else str(value)
 
 
-def _scatter(axes: Axes, points: Array, labels: Array | None, names: Sequence[str] | None) -> None:
+def _scatter(axes: Axes, points: np.ndarray, labels: np.ndarray | None, names: Sequence[str] | None) -> None:
     look: dict[str, Any] = {"s": float(np.clip(9000 / len(points), 3, 16)), "linewidths": 0}
     if not (found := groups(labels)):
         axes.scatter(*points.T, color=BLUE, alpha=0.5, label="samples of q(z | x)", **look)
@@ -109,7 +108,7 @@ def _scatter(axes: Axes, points: Array, labels: Array | None, names: Sequence[st
         base.note(axes, name, np.median(inside, 0), (0, 0), 3.5, ha="center", va="center", **font)
 
 
-def _ellipses(axes: Axes, normal: tuple[Array, Array], centre: Array, directions: Array) -> None:
+def _ellipses(axes: Axes, normal: tuple[np.ndarray, np.ndarray], centre: np.ndarray, directions: np.ndarray) -> None:
     """Draw a normal prior, projected on the plane, as ellipses at 1, 2 and 3 standard deviations."""
     loc, scale = normal
     middle = (loc - centre) @ directions
@@ -124,7 +123,7 @@ def _ellipses(axes: Axes, normal: tuple[Array, Array], centre: Array, directions
     axes.update_datalim([middle - reach, middle + reach])
 
 
-def _contours(axes: Axes, prior: Array, points: Array) -> None:
+def _contours(axes: Axes, prior: np.ndarray, points: np.ndarray) -> None:
     """Draw contours that contain 39, 86 and 99 % of prior samples, as 1, 2, 3 standard deviations of a normal do."""
     both = np.concatenate([prior, points])
     low, high = both.min(0), both.max(0)

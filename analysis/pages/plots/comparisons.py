@@ -15,7 +15,6 @@ from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLACK, GREY, PALE, SERIES, Names, nats, note, panels, plain, style
 from pvae.analysis.pages.plots.curves import MetricsRow, curve, over_epochs, robust_limits
-from pvae.util.types import Array
 
 Values = Sequence[float]
 DASHES = ("-", "--", ":", "-.")
@@ -80,7 +79,7 @@ def _look(i: int) -> dict[str, Any]:
     return {"marker": MARKERS[i % len(MARKERS)], "color": SERIES[i % len(SERIES)]}
 
 
-def _frame(axes: Axes, low: Array, high: Array, pad: float, least: float) -> None:
+def _frame(axes: Axes, low: np.ndarray, high: np.ndarray, pad: float, least: float) -> None:
     """Set the limits of both axes to `low` and `high`, `(2,)`, and a margin, at least `least` for points on a line."""
     margin = np.where(high > low, pad * (high - low), np.maximum(least, 0.05 * np.abs(high)))
     axes.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
@@ -141,7 +140,7 @@ def shortened(name: str) -> str:
     return name if len(name) <= LABEL else f"{name[: LABEL // 2]}…{name[-LABEL // 2 + 1 :]}"
 
 
-def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, taken: list[Bbox]) -> None:
+def label_points(made: Figure, axes: Axes, names: Sequence[str], points: np.ndarray, taken: list[Bbox]) -> None:
     """Label each point at the first place inside the axes that is clear of other labels, points and the boxes `taken`.
 
     If no place is free of all, one that is clear of the labels is preferred.
@@ -164,7 +163,7 @@ def label_points(made: Figure, axes: Axes, names: Sequence[str], points: Array, 
             label.arrow_patch.set_visible(False)
 
 
-def _beside(place: Array, width: float, height: float, turn: float, reach: float) -> Bbox:
+def _beside(place: np.ndarray, width: float, height: float, turn: float, reach: float) -> Bbox:
     """Return the box of a label at distance `reach` from a point in direction `turn` (radians), in display pixels."""
     cos, sin = math.cos(turn), math.sin(turn)
     middle = place + np.array([cos * (reach + width / 2), sin * (reach + height / 2)])

@@ -12,7 +12,6 @@ from pvae.analysis.bounds.weights import Bounds
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLUE, GREEN, GREY, RED, SERIES, nats, panels, plain, style, whole_numbers
 from pvae.analysis.population.interval import Population
-from pvae.util.types import Array
 
 MetricsRow = Mapping[str, Any]
 """Type of the training metrics of one epoch and one split, by name."""
@@ -23,7 +22,7 @@ JOINT = {"elbo": "log_joint", "log_joint": "elbo"}
 # ---------------------------------------------------------------------- over epochs
 
 
-def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[Array, Array]:
+def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Return epochs and values, both `(m,)`, of one metric of one split; values that are not finite are left out.
 
     Where the guide sets a latent to a point, `elbo` is the log joint, as earlier versions named it.
@@ -35,7 +34,7 @@ def series(rows: Sequence[MetricsRow], split: str, key: str) -> tuple[Array, Arr
     return table[:, 0], table[:, 1]
 
 
-def curve(axes: Axes, rows: Sequence[MetricsRow], split: str, key: str, **look: Any) -> tuple[Array, Array]:
+def curve(axes: Axes, rows: Sequence[MetricsRow], split: str, key: str, **look: Any) -> tuple[np.ndarray, np.ndarray]:
     """Plot one metric of one split over epochs, with circles for fewer than 10 points; return epochs and values."""
     epochs, values = series(rows, split, key)
     axes.plot(epochs, values, marker="o" if len(epochs) < 10 else None, markersize=4, **look)
@@ -93,7 +92,7 @@ def _elbo_curves(axes: Axes, rows: Sequence[MetricsRow], figure: str, total: str
     axes.legend(loc="lower right")
 
 
-def robust_limits(axes: Axes, curves: Sequence[tuple[Array, Array]]) -> None:
+def robust_limits(axes: Axes, curves: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
     """Set the y limits from the last 90 % of epochs, as the first epochs can be lower by orders of magnitude."""
     last = max((float(epochs[-1]) for epochs, _ in curves if len(epochs)), default=0.0)
     late = [values[epochs > 0.1 * last] for epochs, values in curves if len(values)]
@@ -186,7 +185,7 @@ def importance(found: Bounds) -> Figure:
 
 
 @style()
-def khats(khat: Array, limit: float) -> Figure:
+def khats(khat: np.ndarray, limit: float) -> Figure:
     """Plot a histogram of k-hat over the data `(n,)`, with `limit`, above which importance sampling is not reliable."""
     known = khat[np.isfinite(khat)]
     edges = np.linspace(min(float(known.min()), 0.0), max(float(known.max()), 1.0), 41)

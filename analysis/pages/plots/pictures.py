@@ -18,15 +18,14 @@ from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.sample import Samples
 from pvae.analysis.samples.traversal import Interpolation, Traversal
 from pvae.records import Record
-from pvae.util.types import Array
 
 Planes = dict[str, Figure]
-Groups = Sequence[tuple[Array, str]]
+Groups = Sequence[tuple[np.ndarray, str]]
 SHEET = 100
 """Largest number of samples that a plot shows as images."""
 
 
-def tiles(images: Array, columns: int, low: float, high: float) -> Array:
+def tiles(images: np.ndarray, columns: int, low: float, high: float) -> np.ndarray:
     """Return images `(n, 1|3, H, W)` or `(n, H, W)` tiled in a grid, as one RGB image with white gaps.
 
     Values from `low` to `high` are scaled to 0 to 1, missing ones (NaN) are a pale orange; the result is
@@ -47,7 +46,7 @@ def image_width(columns: int) -> float:
     return min(1.1, 0.9 * FIGURE_WIDTH / columns)
 
 
-def show_tiles(axes: Axes, images: Array, columns: int, low: float, high: float, *names: Sequence[str]) -> None:
+def show_tiles(axes: Axes, images: np.ndarray, columns: int, low: float, high: float, *names: Sequence[str]) -> None:
     """Draw images in a grid with `columns` columns; `names` of rows are at the left, then names of columns below."""
     row_names, column_names, *_ = (*names, (), ())
     h, w = images.shape[-2:]
@@ -66,12 +65,12 @@ class Rebuilt(Record):
     """
 
     title: str
-    data: Array
-    means: Array
-    nats: Array
+    data: np.ndarray
+    means: np.ndarray
+    nats: np.ndarray
 
 
-def best_to_worst(scores: Array, most: int) -> dict[str, Array]:
+def best_to_worst(scores: np.ndarray, most: int) -> dict[str, np.ndarray]:
     """Return the indices of the `most` best, median and worst of n `scores`; of the best only, if n < 3 `most`."""
     order = np.argsort(-scores, kind="stable")
     count = min(most, len(order))
@@ -117,7 +116,7 @@ def _rebuilt_lines(parts: Sequence[Rebuilt], columns: int) -> Figure:
 
 
 @style()
-def samples(means: Array, data: Array, low: float, high: float) -> Figure:
+def samples(means: np.ndarray, data: np.ndarray, low: float, high: float) -> Figure:
     """Draw means of p(x | z) at samples z of the prior: as images, or as lines or points beside data."""
     shape = means.shape[1:]
     if is_image(shape):
@@ -148,7 +147,7 @@ def samples(means: Array, data: Array, low: float, high: float) -> Figure:
 
 
 @style()
-def gallery(images: Array, low: float, high: float, row_names: Names = (), column_names: Names = ()) -> Figure:
+def gallery(images: np.ndarray, low: float, high: float, row_names: Names = (), column_names: Names = ()) -> Figure:
     """Draw images `(rows, columns, *shape)` in a grid; names of rows are at the left, names of columns below."""
     rows, columns = images.shape[:2]
     h, w = images.shape[-2:]
@@ -168,7 +167,7 @@ def is_shown(shape: Sequence[int]) -> bool:
     return tuple(shape) == (2,) or (is_image(shape) and (len(shape) == 3 or shape[0] == shape[1]))
 
 
-def sampled(found: Samples, data: Array) -> Figure | None:
+def sampled(found: Samples, data: np.ndarray) -> Figure | None:
     """Draw samples of a model as images, or as points over the data `(m, 2)`; None for data of other shapes."""
     x, what = array(found.x), "means of p(x | z)" if found.is_mean else "draws of p(x | z)"
     shown, told = x[:SHEET], {plain(name): _range(numpy_of(values)) for name, values in found.covariates.items()}
@@ -177,13 +176,13 @@ def sampled(found: Samples, data: Array) -> Figure | None:
     return _drawn(words, shown, side, data, [(x, what)])
 
 
-def _range(values: Array) -> str:
+def _range(values: np.ndarray) -> str:
     low, high = f"{values.min():g}", f"{values.max():g}"
     return low if low == high else f"{low} to {high}"
 
 
 @style()
-def reconstructed(found: Reconstructions, x: Array, data: Array) -> Figure | None:
+def reconstructed(found: Reconstructions, x: np.ndarray, data: np.ndarray) -> Figure | None:
     """Draw best, median and worst reconstructions below their data `x`, `(n, *shape)`; None for data of other shapes.
 
     Points in the plane are joined to their reconstructions by lines. `data` gives the range of grey values.
@@ -211,7 +210,7 @@ def moved(found: Traversal) -> tuple[list[str], list[str], str]:
     return names, [f"{v:.3g}".replace("-", "−") for v in values[0]], f"Below: its value{said}."
 
 
-def traversed(found: Traversal, data: Array) -> Figure | None:
+def traversed(found: Traversal, data: np.ndarray) -> Figure | None:
     """Draw a latent traversal: a row of images per coordinate, or paths over 2D data; None for data of other shapes."""
     x, (names, columns, below) = array(found.x), moved(found)
     images, paths = x.reshape(-1, *x.shape[2:]), list(zip(x, names, strict=True))
@@ -220,7 +219,7 @@ def traversed(found: Traversal, data: Array) -> Figure | None:
     return _drawn(words, images, x.shape[1], data, paths, names, columns, lines="path")
 
 
-def interpolated(found: Interpolation, data: Array) -> Figure | None:
+def interpolated(found: Interpolation, data: np.ndarray) -> Figure | None:
     """Draw an interpolation of two data: a row of images, or a path over 2D data; None for data of other shapes."""
     x, known = array(found.x), [] if found.log_prior is None else found.log_prior.tolist()
     below = [f"{value:.1f}".replace("-", "−") for value in known]
@@ -230,7 +229,7 @@ def interpolated(found: Interpolation, data: Array) -> Figure | None:
 
 @style()
 def _drawn(
-    words: Names, x: Array, columns: int, data: Array, groups: Groups, *names: Names, lines: str = ""
+    words: Names, x: np.ndarray, columns: int, data: np.ndarray, groups: Groups, *names: Names, lines: str = ""
 ) -> Figure | None:
     """Draw images x on a sheet, or else groups of 2D points, under title and caption; None for data of other shapes.
 
@@ -249,7 +248,7 @@ def _drawn(
     return made
 
 
-def encoded(found: Encoding, prior: Samples, labels: Array | None = None, names: Names | None = None) -> Planes:
+def encoded(found: Encoding, prior: Samples, labels: np.ndarray | None = None, names: Names | None = None) -> Planes:
     """Return plots of q_agg against the prior, from samples of both, by real latent with at least two rows."""
     planes = {}
     for name, code in found.latents.items():
@@ -261,7 +260,7 @@ def encoded(found: Encoding, prior: Samples, labels: Array | None = None, names:
 
 
 @style()
-def _points(groups_of: Groups, data: Array, title: str, caption: str, lines: str = "") -> Figure:
+def _points(groups_of: Groups, data: np.ndarray, title: str, caption: str, lines: str = "") -> Figure:
     """Draw groups of 2D points over the data; `lines` join them to their "data", or each group to a "path"."""
     made, (axes,) = panels(5.4, title=title, xlabel="x[0]", ylabel="x[1]")
     size = float(np.clip(9000 / max(map(len, (data, groups_of[0][0]))), 4, 16))

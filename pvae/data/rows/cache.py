@@ -15,7 +15,6 @@ from pvae.data.rows.files import FileArray, version_of
 from pvae.errors import BusyError, DataError, OutputError, StorageError
 from pvae.records import Record
 from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
-from pvae.util.types import Array
 
 LOCK_SECONDS = 900
 DECODED_FORMAT = 5
@@ -25,7 +24,7 @@ NAME_BYTES = 200
 """Largest number of bytes of the name of a row of a table."""
 
 
-def texts(values: Any) -> Array:
+def texts(values: Any) -> np.ndarray:
     """Return names of rows `(n,)` as NumPy text, exactly as they are written; missing ones are empty."""
     import pandas
 
@@ -80,7 +79,7 @@ class Decoded(Record):
     arrays: dict[str, FileArray]
     notes: dict[str, Any]
 
-    def texts(self, name: str) -> Array | None:
+    def texts(self, name: str) -> np.ndarray | None:
         """Return the texts `(n,)` that were written under a name; None if there are none."""
         return np.char.decode(self.arrays[name][:], "utf-8") if name in self.arrays else None
 
@@ -99,13 +98,13 @@ class Writer:
         self.arrays: dict[str, dict[str, Any]] = {}
         """Type (as NumPy writes it) and shape of the rows of every array, by its name."""
 
-    def append(self, name: str, rows: Array) -> None:
+    def append(self, name: str, rows: np.ndarray) -> None:
         """Append rows `(m, *row)` to the named array, all of one type and one row shape."""
         self.arrays.setdefault(name, {"dtype": rows.dtype.str, "row": rows.shape[1:]})
         with room(self.folder), (self.folder / name).open("ab") as file:
             file.write(np.ascontiguousarray(rows).data)
 
-    def append_texts(self, name: str, words: Array, width: int | None = NAME_BYTES) -> None:
+    def append_texts(self, name: str, words: np.ndarray, width: int | None = NAME_BYTES) -> None:
         """Append texts `(m,)` of at most `width` bytes in UTF-8, the same at each call; None for texts of one call.
 
         Raises:
@@ -117,7 +116,7 @@ class Writer:
             raise DataError(f"Expected names of rows of at most {width} bytes; got one of {encoded.itemsize}.")
         self.append(name, encoded.astype(f"S{width}"))
 
-    def extend(self, name: str, pieces: Iterable[Array]) -> None:
+    def extend(self, name: str, pieces: Iterable[np.ndarray]) -> None:
         """Append all chunks of rows to the named array."""
         for rows in pieces:
             self.append(name, rows)

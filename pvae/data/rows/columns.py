@@ -14,11 +14,10 @@ from pvae.component import LARGEST_FLOAT, Component, Ints
 
 if TYPE_CHECKING:
     import numpy as np
-    from numpy.typing import NDArray
 
     from pvae.graph.site import Law
 
-    Floats = NDArray[np.float64]
+    Floats = np.typing.NDArray[np.float64]
 
 Levels = Annotated[tuple[int | str, ...], Field(strict=False)]
 """Levels of a column: a tuple of strings or integers; a list, as TOML gives it, is accepted."""
@@ -75,7 +74,7 @@ class Column(Component):
         return getattr(self, "transform", "none") != "none"
 
     @abstractmethod
-    def inside(self, values: Floats) -> NDArray[np.bool_]:
+    def inside(self, values: Floats) -> np.typing.NDArray[np.bool_]:
         """Return True for each value that the column allows; NaN is checked separately."""
 
     def code_of(self, word: str) -> int | None:
@@ -120,7 +119,7 @@ class ContinuousColumn(Column):
             raise ValueError('a format with time = "days" or another reading of a date; got a format alone')
         return self
 
-    def inside(self, values: Floats) -> NDArray[np.bool_]:
+    def inside(self, values: Floats) -> np.typing.NDArray[np.bool_]:
         low = {"log": 0.0, "log1p": -1.0, "logit": 0.0}.get(self.transform, -LARGEST_FLOAT)
         high = 1.0 if self.transform == "logit" else LARGEST_FLOAT
         return (values > low) & (values < high)
@@ -137,7 +136,7 @@ class CountColumn(Column):
     def expected(self) -> str:
         return f"a count, an integer 0 .. {LARGEST_COUNT}"
 
-    def inside(self, values: Floats) -> NDArray[np.bool_]:
+    def inside(self, values: Floats) -> np.typing.NDArray[np.bool_]:
         return (values >= 0) & (values <= LARGEST_COUNT) & (values % 1 == 0)
 
 
@@ -158,7 +157,7 @@ class WordColumn(Column):
         shown = ", ".join(map(repr, self.words[:12]))
         return f"one of {shown}{', ...' if len(self.words) > 12 else ''}"
 
-    def inside(self, values: Floats) -> NDArray[np.bool_]:
+    def inside(self, values: Floats) -> np.typing.NDArray[np.bool_]:
         return (values >= 0) & (values < len(self.words)) & (values % 1 == 0)
 
     @model_validator(mode="after")

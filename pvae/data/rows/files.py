@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import IO, Any, ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pvae.errors import DataError, PvaeError
 from pvae.records import Record
 from pvae.util.files import raising
 from pvae.util.memory import require_memory
-from pvae.util.types import Array
 
 SPAN_BYTES = 2**25
 """Largest span of a file, in bytes, that is mapped at once to read scattered rows, which bounds the memory used."""
@@ -30,7 +28,7 @@ MAX_DIMENSIONS = 32
 CONFINED: ContextVar[str] = ContextVar("confined", default="")
 """Kind of the declaration that names the data, if it is not the user's: then only the user's data folder is read."""
 
-Index = slice | NDArray[np.int64]
+Index = slice | np.typing.NDArray[np.int64]
 """Index of rows: a slice of consecutive rows, or row numbers in ascending order."""
 
 
@@ -44,7 +42,7 @@ class Stored(ABC):
     dtype: np.dtype[Any]
 
     @abstractmethod
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         """Return a copy of the indexed rows, `(m, ...)`, with all values of each row but not necessarily its shape.
 
         Raises:
@@ -63,12 +61,12 @@ class Stored(ABC):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def __getitem__(self, index: Index) -> Array:
+    def __getitem__(self, index: Index) -> np.ndarray:
         rows = self.read(index)
         return rows.reshape(len(rows), *self.shape[1:])
 
 
-AnyArray = Array | Stored
+AnyArray = np.ndarray | Stored
 """Rows of a source: a NumPy array in memory, or a `Stored` array that is read when it is indexed."""
 
 
@@ -93,7 +91,7 @@ class FileArray(Stored):
     offset: int
     version: tuple[int, ...]
 
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         if isinstance(index, slice):
             return np.array(self._mapped()[index])
         out, start = np.empty((len(index), *self.shape[1:]), self.dtype), 0
@@ -107,7 +105,7 @@ class FileArray(Stored):
     def _row_bytes(self) -> int:
         return self.dtype.itemsize * prod(self.shape[1:])
 
-    def _mapped(self) -> Array:
+    def _mapped(self) -> np.ndarray:
         if version_of(self.path) != self.version:
             raise DataError(f"{self.path}: expected the file of the start; got another, changed since. Start again.")
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
@@ -147,7 +145,7 @@ class SparseRows(Stored):
         self.matrix = csr_array(matrix)
         self.shape, self.dtype = self.matrix.shape, self.matrix.dtype
 
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         return np.asarray(self.matrix[index].toarray())
 
 
@@ -160,7 +158,7 @@ class Joined(Stored):
         self.dtype = np.result_type(*(part.dtype for part in parts))
         self.starts = np.cumsum([0, *(len(part) for part in parts)])
 
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         pieces = []
         for part, start, stop in zip(self.parts, self.starts[:-1], self.starts[1:], strict=True):
             if isinstance(index, slice):
@@ -265,7 +263,7 @@ class ArrayLayout(Record):
         """Number of bytes of the whole stream, header included."""
         return self.offset + self.dtype.itemsize * prod(self.shape)
 
-    def pieces(self, stream: IO[bytes], where: str) -> Iterator[Array]:
+    def pieces(self, stream: IO[bytes], where: str) -> Iterator[np.ndarray]:
         """Yield the rows of a stream, which stands at the first value, in chunks `(m, *row)` of about `PIECE_BYTES`.
 
         Raises:

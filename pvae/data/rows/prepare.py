@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from scipy.special import expit, logit
 from torch import Tensor
 
@@ -18,13 +17,12 @@ from pvae.data.rows.files import AnyArray, Index, Stored
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError
 from pvae.records import Record, field
-from pvae.util.types import Array
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 Scale = Literal["unit", "raw", "standardise"]
 
-Floats = NDArray[np.float64]
-Rule = Callable[[Floats], Array]
+Floats = np.typing.NDArray[np.float64]
+Rule = Callable[[Floats], np.ndarray]
 
 PUBLISHED_SEED = 777
 TRAIN_SEED = 778
@@ -53,7 +51,7 @@ class Scaled(Record, eq=False):
         """Return the rows numbered in `part` after the declared scaling, as one float64 array."""
         return self.scale(rows_of(self.x, part))
 
-    def scale(self, chunk: Array) -> Floats:
+    def scale(self, chunk: np.ndarray) -> Floats:
         """Return a chunk of stored values after the declared scaling, as float64.
 
         Scaling is the column functions of `warps`, then minus `shift`, then divided by `divisor`.
@@ -90,7 +88,7 @@ class Holed(Stored):
             raise DataError(f"{where}: expected booleans {list(x.shape)}; got {mask.dtype} {list(mask.shape)}.")
         self.x, self.mask, self.shape, self.dtype = x, mask, x.shape, np.result_type(x.dtype, np.float32)
 
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         return np.where(self.mask[index], np.nan, self.x[index]).astype(self.dtype)
 
 
@@ -135,7 +133,7 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
     return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, deviation, 1.0), warps)
 
 
-def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats, NDArray[np.bool_]]:
+def _moments(data: Scaled, part: Part) -> tuple[Floats, Floats, np.typing.NDArray[np.bool_]]:
     """Return mean and standard deviation of each scaled feature, `(*row)`, over the rows in `part`, without NaN.
 
     The third array is True for each feature whose standard deviation is no larger than rounding error.
@@ -177,7 +175,7 @@ def worded(values: Floats, column: Column) -> Any:
     return values
 
 
-def extremes(x: AnyArray, part: Part, digest: hashlib._Hash | None = None) -> tuple[Array, Array]:
+def extremes(x: AnyArray, part: Part, digest: hashlib._Hash | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Return minimum and maximum of every feature, each `(*row)`, over the rows in `part`, ignoring NaN (missing).
 
     The stored values are added to `digest`, if given, in the same pass.
@@ -211,7 +209,7 @@ def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     if binarize == "threshold":
         rules = dict.fromkeys(rules, lambda p: p > 0.5)
 
-    def binarized(name: str, chunk: Floats) -> Array:
+    def binarized(name: str, chunk: Floats) -> np.ndarray:
         require_unit(name, np.fmin.reduce(chunk, None), np.fmax.reduce(chunk, None))
         return kept_missing(rules[name], chunk)
 
@@ -219,7 +217,7 @@ def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[d
     return x, data.apply(parts["train"]) if binarize == "dynamic" and "train" in parts else None
 
 
-def kept_missing(rule: Rule, chunk: Floats) -> Array:
+def kept_missing(rule: Rule, chunk: Floats) -> np.ndarray:
     """Return the values of a rule of binarisation for a chunk of intensities; missing ones (NaN) stay missing."""
     missing = np.isnan(chunk)
     return np.where(missing, np.nan, rule(np.where(missing, 0.0, chunk))) if missing.any() else rule(chunk)

@@ -9,19 +9,17 @@ from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Joined
 from pvae.errors import DataError
 from pvae.records import Record, field
-from pvae.util.types import Array
 
 PARTLY_LABELLED: ContextVar[bool] = ContextVar("partly_labelled", default=False)
 """True while data are read whose labels may be missing, because a latent observes them: a missing one is then -1."""
 UNKNOWN = ("", "unknown")
 """Words for a missing label, where labels may be missing."""
-Part = range | NDArray[np.int64]
+Part = range | np.typing.NDArray[np.int64]
 """Row numbers of a split: a range, which a declaration may replace, or the indices of a random permutation."""
 SPLITS = ("train", "validation", "test")
 NEW = "new"
@@ -52,14 +50,14 @@ class Rows(Record, eq=False):
     """
 
     x: AnyArray
-    y: Array | None
+    y: np.ndarray | None
     parts: Mapping[str, Part]
     largest: float | None = None
     label_names: tuple[str, ...] | None = None
     name: str = "x"
     notes: tuple[str, ...] = ()
     table: Mapping[str, Column] = field(default_factory=dict)
-    ids: Array | None = None
+    ids: np.ndarray | None = None
     features: tuple[str, ...] | None = None
     read: Mapping[str, str | None] = field(default_factory=dict)
     masked: bool = False
@@ -161,14 +159,14 @@ def _moved(row: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...] | No
     return None
 
 
-def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, Array]]:
+def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, np.ndarray]]:
     """Yield consecutive chunks of ``x[part]`` of about `CHUNK_ELEMENTS` values, each with its offset in the part."""
     step = max(1, CHUNK_ELEMENTS // max(1, prod(x.shape[1:])))
     for start in range(0, len(part), step):
         yield start, rows_of(x, part[start : start + step])
 
 
-def rows_of(x: AnyArray, part: Part) -> Array:
+def rows_of(x: AnyArray, part: Part) -> np.ndarray:
     """Return the stored rows whose numbers are in `part`, `x[part]`."""
     return x[part.start : part.stop] if isinstance(part, range) else x[part]
 
@@ -212,7 +210,9 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
     return {"train": np.sort(order[len(missing) * size :]), **parts}
 
 
-def joined(given: Mapping[str, tuple[AnyArray, Array | None]], seed: int, name: str = "train", **more: Any) -> Rows:
+def joined(
+    given: Mapping[str, tuple[AnyArray, np.ndarray | None]], seed: int, name: str = "train", **more: Any
+) -> Rows:
     """Return rows that concatenate the given splits; each split not given is a random tenth of "train".
 
     Arguments:
@@ -255,7 +255,7 @@ def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
     return int(np.isin(_hashes(x, parts[name]), np.sort(_hashes(x, parts["train"]))).sum())
 
 
-def _hashes(x: AnyArray, part: Part) -> NDArray[np.uint64]:
+def _hashes(x: AnyArray, part: Part) -> np.typing.NDArray[np.uint64]:
     """Return a 64-bit hash of every row, `(n,)`: the sum of its mixed 8-byte words, each times a random odd number."""
     width = -(-x.dtype.itemsize * prod(x.shape[1:]) // 8)
     factors = np.random.RandomState(0).randint(0, 2**63, width, np.int64).astype(np.uint64) * 2 + 1
@@ -283,7 +283,7 @@ def natural(text: str) -> tuple[object, ...]:
     return (0, (int(text),), text) if whole else (1, split, text)
 
 
-def in_order(codes: Array, words: Iterable[str]) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+def in_order(codes: np.ndarray, words: Iterable[str]) -> tuple[np.typing.NDArray[np.int64], tuple[str, ...]]:
     """Return labels `(n,)` renumbered by the natural order of their words, and the sorted words; -1 stays."""
     words = tuple(words)
     order = sorted(range(len(words)), key=lambda i: natural(words[i]))
@@ -291,8 +291,8 @@ def in_order(codes: Array, words: Iterable[str]) -> tuple[NDArray[np.int64], tup
 
 
 def plain_labels(
-    given: Mapping[str, Array | None],
-) -> tuple[dict[str, Array | None], tuple[str, ...] | None, tuple[str, ...]]:
+    given: Mapping[str, np.ndarray | None],
+) -> tuple[dict[str, np.ndarray | None], tuple[str, ...] | None, tuple[str, ...]]:
     """Return the labels of every split as integers `(n,)`, the names of text labels, and remarks on what was changed.
 
     A column `(n, 1)` is flattened, one-hot rows `(n, K)` become the index of their one, integral floats integers, and
@@ -317,7 +317,7 @@ def plain_labels(
     return dict(zip(texts, np.split(numbers, ends), strict=True)), names, tuple(notes)
 
 
-def _integers(y: Array, split: str, changed: dict[str, str]) -> Array:
+def _integers(y: np.ndarray, split: str, changed: dict[str, str]) -> np.ndarray:
     """Return labels as integers or texts `(n,)` where they are equivalent to some; what was changed goes to a dict."""
     if y.ndim == 2 and y.shape[1] == 1:
         changed["column"] = "of shape (n, 1): read as one label a row"
@@ -345,5 +345,5 @@ def _integers(y: Array, split: str, changed: dict[str, str]) -> Array:
     return y
 
 
-def _is_one_hot(y: Array) -> bool:
+def _is_one_hot(y: np.ndarray) -> bool:
     return bool(((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all())

@@ -25,7 +25,6 @@ from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near, printable
-from pvae.util.types import Array
 
 MAX_DEFLATE_RATIO = 1032
 """Largest compression ratio of the deflate format (output bytes for each input byte)."""
@@ -68,7 +67,7 @@ class Idx(FileData):
 
 
 def unpacked(
-    content: Iterator[Array], layout: ArrayLayout, stream: bool, where: str, key: Mapping[str, Any]
+    content: Iterator[np.ndarray], layout: ArrayLayout, stream: bool, where: str, key: Mapping[str, Any]
 ) -> AnyArray:
     """Return the array of a compressed stream: decoded once into the cache under `key` if `stream`, else in memory."""
     if stream:
@@ -98,7 +97,7 @@ def read_idx(path: Path, wanted: tuple[int, ...] | None = None, *, stream: bool 
         stream: leave the values on the disk; a gzipped file is decompressed once into the cache.
 
     Returns:
-        Array of shape (n, *row), big-endian as stored.
+        np.ndarray of shape (n, *row), big-endian as stored.
 
     Raises:
         DataError: the magic bytes, sizes or length of the file are wrong, or the array is too large for memory. Sizes
@@ -143,7 +142,7 @@ def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> 
     return ArrayLayout(shape, np.dtype(TYPES[magic[2]]), 4 + len(sizes))
 
 
-def _unzipped(file: IO[bytes], layout: ArrayLayout, path: Path, size: int) -> Iterator[Array]:
+def _unzipped(file: IO[bytes], layout: ArrayLayout, path: Path, size: int) -> Iterator[np.ndarray]:
     """Yield chunks of rows of a gzipped IDX file; refuse a file that is too short or has trailing bytes."""
     with _idx_errors(path, size):
         yield from layout.pieces(file, str(path))
@@ -231,7 +230,7 @@ class NamedArrays(FileData):
             if lacking := [split for split in found if split not in arrays]:
                 raise DataError.of("data.sources.beside", path=path, wanted=want, y=self.y, of=lacking, names=names)
 
-        def text(name: str | None, split: str) -> Array | None:
+        def text(name: str | None, split: str) -> np.ndarray | None:
             return np.asarray(self.array(path, known[name][split], True)) if name else None
 
         def rows(name: str, split: str) -> AnyArray:
@@ -312,7 +311,7 @@ def read_array(path: Path, key: str, stream: bool = False, *, text: bool = False
         return layout.in_rows(unpacked(content, layout, stream, where, entry))
 
 
-def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: ArrayLayout, path: Path) -> Iterator[Array]:
+def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: ArrayLayout, path: Path) -> Iterator[np.ndarray]:
     """Yield the rows of an array in chunks of a few MiB, and then verify its zip checksum."""
     with _archive_errors(path), archive.open(info) as file:
         file.read(layout.offset)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
+import numpy as np
 from pydantic import Field
 
 from pvae.component import Component, Ints, Section, Table
@@ -18,7 +19,6 @@ from pvae.data.rows.files import AnyArray, candidate
 from pvae.data.rows.prepare import Binarize, Scale
 from pvae.data.rows.rows import Rows, joined
 from pvae.errors import DataError
-from pvae.util.types import Array
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
 """Range of rows ``[start, stop)`` of a source; a list of two integers is accepted."""
@@ -113,7 +113,7 @@ class FileData(Data):
     stream: bool = False
     """Stream the rows from the disk in shuffled blocks, for data larger than memory, instead of loading them."""
 
-    def to_rows(self, x: AnyArray, y: Array | None, name: str, **more: Any) -> Rows:
+    def to_rows(self, x: AnyArray, y: np.ndarray | None, name: str, **more: Any) -> Rows:
         """Return the values of a file as rows with random splits: 80 % train, 10 % validation, 10 % test.
 
         Arguments:

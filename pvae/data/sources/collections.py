@@ -24,7 +24,6 @@ from pvae.data.sources.base import Data
 from pvae.errors import DataError
 from pvae.records import Record
 from pvae.util import toml
-from pvae.util.types import Array
 from pvae.words import text
 
 DOWNLOAD_PIECE_BYTES = 2**20
@@ -166,19 +165,19 @@ def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
     return Rows(x, y, parts, 255.0, collection.label_names, collection.slug)
 
 
-def _checked_array(path: Path, key: str, file: IdxFile) -> Array:
+def _checked_array(path: Path, key: str, file: IdxFile) -> np.ndarray:
     array = np.asarray(read_array(path, key))
     if array.dtype != np.uint8 or array.size != prod(file.shape) or len(array) != file.shape[0]:
         raise DataError.of("data.sources.bytes", path=path, file=file, array=array)
     return _checked_digest(array.reshape(file.shape), file, path)
 
 
-def _read_file(collection: Collection, file: IdxFile, folder: Path | None) -> Array:
+def _read_file(collection: Collection, file: IdxFile, folder: Path | None) -> np.ndarray:
     path = collection.find(file, folder)
     return read_known(path, file) if path else _cached(collection, file)
 
 
-def read_known(path: Path, file: IdxFile) -> Array:
+def read_known(path: Path, file: IdxFile) -> np.ndarray:
     """Return the array of an IDX file of a collection, plain or gzipped, uint8 of shape ``file.shape``.
 
     Raises:
@@ -187,7 +186,7 @@ def read_known(path: Path, file: IdxFile) -> Array:
     return _checked_digest(np.asarray(read_idx(path, file.shape)), file, path)
 
 
-def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
+def _checked_digest(array: np.ndarray, file: IdxFile, path: Path) -> np.ndarray:
     digest = hashlib.sha256(idx_header(file.shape))
     digest.update(np.ascontiguousarray(array).data)
     if digest.hexdigest() != file.sha256:
@@ -195,7 +194,7 @@ def _checked_digest(array: Array, file: IdxFile, path: Path) -> Array:
     return array
 
 
-def _cached(collection: Collection, file: IdxFile) -> Array:
+def _cached(collection: Collection, file: IdxFile) -> np.ndarray:
     """Return the array of a collection's file from the cache; if it is absent or damaged, download it first."""
     path = cache_folder() / collection.slug / f"{file.name}.gz"
     if (found := _verified(path, file)) is not None:
@@ -209,7 +208,7 @@ def _cached(collection: Collection, file: IdxFile) -> Array:
         return _download(collection, file, path)
 
 
-def _verified(path: Path, file: IdxFile) -> Array | None:
+def _verified(path: Path, file: IdxFile) -> np.ndarray | None:
     with suppress(DataError):
         return read_known(path, file) if path.is_file() else None
     return None
@@ -220,7 +219,7 @@ def _by_hand(collection: Collection) -> str:
     return text("data.sources.by_hand", names=names, collection=collection)
 
 
-def _download(collection: Collection, file: IdxFile, path: Path) -> Array:
+def _download(collection: Collection, file: IdxFile, path: Path) -> np.ndarray:
     """Return the array of a file downloaded from the first mirror that works; the checked file is kept at `path`.
 
     Raises:

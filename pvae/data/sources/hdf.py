@@ -26,7 +26,6 @@ from pvae.data.sources.base import FileData
 from pvae.data.sources.python import LARGEST_GAP, column_labels
 from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near, printable
-from pvae.util.types import Array
 
 MAX_CHUNK_BYTES = 2**30
 """Largest chunk of a data set of an HDF5 file; a chunk is decompressed whole."""
@@ -43,7 +42,7 @@ class ArrayFile(NamedArrays):
     """Axis of the arrays along which the rows are: the first, or the last (of a matrix, its columns)."""
 
     def in_rows(
-        self, shape: tuple[int, ...], reverse: bool, take: Callable[[Any], Array], path: Path, name: str, stream: bool
+        self, shape: tuple[int, ...], reverse: bool, take: Callable[[Any], Any], path: Path, name: str, stream: bool
     ) -> Any:
         """Return an array with its rows first, read piece by piece.
 
@@ -59,7 +58,7 @@ class ArrayFile(NamedArrays):
         rest = shape[:-1] if last else shape[1:]
         axis = len(shape) - 1 if last else 0
 
-        def piece(start: int, stop: int) -> Array:
+        def piece(start: int, stop: int) -> np.ndarray:
             found = take((slice(None),) * axis + (slice(start, stop),))
             found = np.moveaxis(found, axis, 0)
             return np.ascontiguousarray(found.transpose(0, *range(found.ndim - 1, 0, -1)) if reverse else found)
@@ -298,7 +297,7 @@ class CsrRows(Stored):
         if not fits or self.starts[-1] != len(self.data) or len(self.indices) != len(self.data):
             raise DataError(f"{where}: expected {shape[0]} compressed rows; got arrays of other sizes.")
 
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         rows = np.arange(self.shape[0])[index] if isinstance(index, slice) else index
         if not len(rows):
             return np.zeros((0, self.shape[1]), self.dtype)
@@ -333,18 +332,18 @@ def _column(file: h5py.File, name: str, path: Path, table: str = "obs") -> Any:
     return pandas.Series(_values(node))
 
 
-def _index(file: h5py.File, table: str, path: Path) -> Array | None:
+def _index(file: h5py.File, table: str, path: Path) -> np.ndarray | None:
     """Return the names of the rows (`obs`) or features (`var`) of an AnnData file; None if it has none."""
     there = file.get(table)
     name = str(there.attrs.get("_index", "index")) if isinstance(there, h5py.Group) else ""
     return texts(_column(file, name, path, table)) if name and name in there else None
 
 
-def _values(node: h5py.Dataset) -> Array:
+def _values(node: h5py.Dataset) -> np.ndarray:
     return node.asstr()[...] if h5py.check_string_dtype(node.dtype) is not None else node[...]
 
 
-def _categories(codes: Array, words: h5py.Dataset, ordered: bool = False) -> Any:
+def _categories(codes: np.ndarray, words: h5py.Dataset, ordered: bool = False) -> Any:
     import pandas
 
     return pandas.Categorical.from_codes(codes.astype(np.int64), list(_values(words)), ordered=ordered)  # type: ignore[call-overload]

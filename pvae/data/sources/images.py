@@ -21,7 +21,6 @@ from pvae.data.rows.rows import Rows, natural
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, printable
 from pvae.util.files import digest, pretty
-from pvae.util.types import Array
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())
@@ -155,7 +154,7 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
     writer.notes |= {"told": told, "label_names": known}
 
 
-def image(path: Path, declared: Images) -> tuple[Array, list[str]] | str:
+def image(path: Path, declared: Images) -> tuple[np.ndarray, list[str]] | str:
     """Return an image (C, H, W) uint8, rotated as its EXIF tag says, and remarks on it; or why it cannot be read."""
     try:
         with Image.open(path, formats=FORMATS) as file:  # its header alone; nothing is decoded yet

@@ -23,7 +23,6 @@ from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources.base import Data, Seed
 from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near
-from pvae.util.types import Array
 
 LARGEST_GAP = 4
 """Largest number of rows read for each row wanted: a sparser selection of rows is read row by row."""
@@ -103,7 +102,7 @@ def is_bare(data: Any) -> bool:
     return not isinstance(data, TorchDataset) and not is_anndata(data) and np.ndim(data) == 1
 
 
-def tensors(part: Any, name: str) -> tuple[AnyArray, Array | None]:
+def tensors(part: Any, name: str) -> tuple[AnyArray, np.ndarray | None]:
     """Return x (n, ...) and labels (n,) or None of a split, given as x or as a tuple (x, y) of tensors or arrays.
 
     Raises:
@@ -147,11 +146,11 @@ class Spool(Stored):
     def __init__(self, file: NamelessFile, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
         self.file, self.dtype, self.shape = file, dtype, shape
 
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         return np.array(np.memmap(self.file.file, self.dtype, "r", 0, self.shape)[index])
 
 
-def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | None]:
+def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, np.ndarray | None]:
     """Return all items of a torch dataset, in order: x (n, ...), and labels (n,) or None.
 
     Arguments:
@@ -162,7 +161,7 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | 
     Raises:
         DataError: the dataset is empty, its items differ in shape or type, or they are too large for memory.
     """
-    blocks: list[Array] = []
+    blocks: list[np.ndarray] = []
     labels: list[Any] = []
     file = NamelessFile() if stream else None
     for x, y in _blocks(dataset, name):
@@ -184,9 +183,9 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, Array | 
     return held, np.asarray(as_array(known, f"Labels of {name}")) if known else None
 
 
-def _blocks(dataset: Any, name: str) -> Iterator[tuple[Array, list[Any]]]:
+def _blocks(dataset: Any, name: str) -> Iterator[tuple[np.ndarray, list[Any]]]:
     """Yield stacked items x `(m, ...)` and their labels, in chunks of about `PIECE_BYTES`."""
-    first, xs, ys = None, list[Array](), list[Any]()
+    first, xs, ys = None, list[np.ndarray](), list[Any]()
     for number, item in enumerate(_items(dataset, name)):
         x, y = _parted(item, f"{name}, item {number}")
         first = x if first is None else first
@@ -211,7 +210,7 @@ def _items(dataset: Any, name: str) -> Iterator[Any]:
     return (dataset[number] for number in range(len(dataset)))
 
 
-def _parted(item: Any, where: str) -> tuple[Array, Any]:
+def _parted(item: Any, where: str) -> tuple[np.ndarray, Any]:
     if isinstance(item, Mapping):
         if "x" not in item:
             raise DataError(f'{where}: expected "x" and perhaps "y"; got {", ".join(map(str, item))}.')
@@ -239,7 +238,7 @@ class Sliced(Stored):
     def __init__(self, source: Any) -> None:
         self.source, self.shape, self.dtype = source, tuple(source.shape), np.dtype(source.dtype)
 
-    def read(self, index: Index) -> Array:
+    def read(self, index: Index) -> np.ndarray:
         chosen: Any = slice(None)  # of what is read
         if not isinstance(index, slice):
             low, high = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0)
@@ -296,7 +295,7 @@ def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
     return Sliced(matrix)
 
 
-def column_labels(found: Any, column: str) -> tuple[Array, tuple[str, ...] | None]:
+def column_labels(found: Any, column: str) -> tuple[np.ndarray, tuple[str, ...] | None]:
     """Return a column of `obs` as integer labels `(n,)`, and the names of the categories (None for integers).
 
     Categories keep an order of the user's own; those in pandas' alphabetical order are numbered in natural order.

@@ -11,7 +11,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 from numpy.random import Generator
-from numpy.typing import NDArray
 from pydantic import Field
 
 from pvae.data.rows.files import require_room
@@ -20,7 +19,7 @@ from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data, Seed
 from pvae.records import Record
 
-Draws = tuple[Floats, NDArray[np.int64]]
+Draws = tuple[Floats, np.typing.NDArray[np.int64]]
 DensityName = Literal["moons", "rings", "pinwheel", "checkerboard", "eight_gaussians", "spiral"]
 
 COMPASS = ("east", "north-east", "north", "north-west", "west", "south-west", "south", "south-east")

@@ -15,7 +15,6 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pvae.data.rows.cache import texts
 from pvae.data.rows.columns import Column, ContinuousColumn
@@ -24,7 +23,6 @@ from pvae.data.rows.rows import PARTLY_LABELLED
 from pvae.errors import DataError, near
 from pvae.graph.frame import split, word_numbers
 from pvae.records import Record, field
-from pvae.util.types import Array
 from pvae.words import text
 
 if TYPE_CHECKING:
@@ -132,7 +130,7 @@ def read_time(seconds: Floats, unit: str) -> Floats:
     return np.sin(angle) if wave == "sin" else np.cos(angle)
 
 
-def numbers_of(cells: pandas.Series[Any], spelling: Spelling) -> tuple[Floats, NDArray[np.bool_]]:
+def numbers_of(cells: pandas.Series[Any], spelling: Spelling) -> tuple[Floats, np.typing.NDArray[np.bool_]]:
     """Return cells as numbers `(n,)`, NaN where a cell is missing or no number; and True for cells that are no number.
 
     Arguments:
@@ -151,7 +149,7 @@ def numbers_of(cells: pandas.Series[Any], spelling: Spelling) -> tuple[Floats, N
 MAX_LABELS = 2**16
 NAMES_LISTED = 12
 
-Numbers = tuple[Floats, NDArray[np.int64] | None]
+Numbers = tuple[Floats, np.typing.NDArray[np.int64] | None]
 """Decoded rows: x `(m, columns)`, NaN for missing values, and integer labels `(m,)` or None."""
 
 Where = Callable[[int], str]
@@ -202,7 +200,7 @@ class CellDecoder:
     side: Mapping[str, Column] = field(default_factory=dict)
     beside: Floats | None = None
     """Values of the columns beside x of the last chunk, `(m, columns)`; None without such columns."""
-    ids: Array | None = None
+    ids: np.ndarray | None = None
     """Names of the rows of the last chunk, `(m,)` text; None without a column of them."""
     labels: dict[str, int] = field(default_factory=dict)
     """Integer code of every label found so far, by the label's text, in order of appearance."""
@@ -313,7 +311,7 @@ class CellDecoder:
             raise self._wrong(at, name, column.expected, f"{shown(word)}{near(word, column.words)}", where)
         return np.array([*found, np.nan], np.float64)[codes]
 
-    def _words(self, cells: Cells) -> tuple[NDArray[np.int64], list[str | None]]:
+    def _words(self, cells: Cells) -> tuple[np.typing.NDArray[np.int64], list[str | None]]:
         """Return the code of each cell (-1 if missing) and the string of each code (None for a missing value)."""
         import pandas
 
@@ -321,7 +319,7 @@ class CellDecoder:
         words = [None if self._is_missing(value) else word_of(value) for value in kinds.cat.categories]
         return np.asarray(kinds.cat.codes, np.int64), words
 
-    def _labels(self, cells: Cells, name: str, where: Where) -> NDArray[np.int64]:
+    def _labels(self, cells: Cells, name: str, where: Where) -> np.typing.NDArray[np.int64]:
         codes, words = self._words(cells)
         missing = (codes < 0) | np.isin(codes, [place for place, word in enumerate(words) if word is None])
         if missing.any() and not PARTLY_LABELLED.get():

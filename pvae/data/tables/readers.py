@@ -20,7 +20,6 @@ from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pvae.data.tables.cells import CellDecoder, Numbers, Spelling, require_named_once, shown
 from pvae.errors import DataError, require_extra
@@ -47,7 +46,7 @@ class Piece(NamedTuple):
     """
 
     text: bytes
-    lines: NDArray[np.int64]
+    lines: np.typing.NDArray[np.int64]
 
 
 class TextTable:
@@ -110,7 +109,7 @@ class TextTable:
                     line = _line(text, size, line)
                 rest, block = text[size:], file.read(TEXT_PIECE_BYTES)
 
-    def _piece(self, text: bytes, ends: NDArray[np.int64], line: int) -> Piece:
+    def _piece(self, text: bytes, ends: np.typing.NDArray[np.int64], line: int) -> Piece:
         """Return a chunk of records that end at `ends`, after checking its text, its quotes and the number of cells."""
         self._decoded(text, line)
         if b"\r" in text:
@@ -194,7 +193,7 @@ def _line(text: bytes, place: int, first: int) -> int:
     return first + text.count(b"\n", 0, place)
 
 
-def _quoted(marks: NDArray[np.uint8]) -> NDArray[np.bool_]:
+def _quoted(marks: np.typing.NDArray[np.uint8]) -> np.typing.NDArray[np.bool_]:
     """Return True for each byte inside quotes, including the opening quote."""
     return np.cumsum(marks == QUOTE, dtype=np.int32) % 2 == 1
 
