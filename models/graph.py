@@ -9,7 +9,6 @@ import pyro.distributions as dist
 from pydantic import PrivateAttr
 from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Names, Section, Shape
 from pvae.distributions.base import Determined
@@ -64,7 +63,7 @@ class Decoder(Section):
         return IndicatorReader(x, own) if self._takes_missing and not self.likelihood.of_tables else own
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Constraint on each element of x: the likelihood's or, if z determines x, that of the network's output."""
         own = self.likelihood.support
         return own if own.is_discrete or not self.likelihood.is_point else self.network.support or own

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Component, Shape
 from pvae.errors import DataError
@@ -34,7 +33,7 @@ class Likelihood(Component):
 
     @property
     @abstractmethod
-    def support(self) -> constraints.Constraint:
+    def support(self) -> torch.distributions.constraints.Constraint:
         """Constraint on each element of x (real numbers, 0 or 1, ...)."""
 
     @property

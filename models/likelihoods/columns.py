@@ -8,7 +8,6 @@ import pyro.distributions as dist
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.distributions.base import Batched, Size
@@ -43,7 +42,7 @@ class Family(nn.Module):
         floor: smallest scale of a continuous column.
     """
 
-    support: constraints.Constraint
+    support: dist.constraints.Constraint
     """Constraint on the values of a column, in families where it is the same for all columns (all but categorical)."""
     outputs: int
     """Number of parameters that the decoder outputs for these columns."""
@@ -77,7 +76,7 @@ class Family(nn.Module):
 class NormalColumns(Family):
     """Normal columns: the decoder outputs the means; one standard deviation for each column is learned."""
 
-    support = constraints.real
+    support = dist.constraints.real
     learned = {"log_scale": 0.0}
     log_scale: nn.Parameter
 
@@ -101,7 +100,7 @@ class StudentTColumns(NormalColumns):
 class PoissonColumns(Family):
     """Poisson columns: the decoder outputs the logarithms of the rates."""
 
-    support = constraints.nonnegative_integer
+    support = dist.constraints.nonnegative_integer
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         return poisson(h, validate_args=False)
@@ -124,7 +123,7 @@ class NegativeBinomialColumns(PoissonColumns):
 class BernoulliColumns(Family):
     """Bernoulli columns: the decoder outputs the logits."""
 
-    support = constraints.boolean
+    support = dist.constraints.boolean
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         return dist.Bernoulli(logits=h, validate_args=False)
@@ -169,14 +168,14 @@ def grouped(laws: Sequence[Law]) -> dict[str, list[int]]:
     return {name: places for name, places in found.items() if places}
 
 
-def support_of(law: Law) -> constraints.Constraint:
+def support_of(law: Law) -> dist.constraints.Constraint:
     """Return the constraint on the values of a column that are not missing."""
     if law.family == "categorical":
-        return constraints.integer_interval(0, law.levels - 1)
+        return dist.constraints.integer_interval(0, law.levels - 1)
     return FAMILIES[law.family].support
 
 
-class columns(constraints.Constraint):  # noqa: N801 - named as torch names its constraints
+class columns(dist.constraints.Constraint):  # noqa: N801 - named as torch names its constraints
     """Constraint on rows of a table: every element lies in its column's support, or is NaN if it may be missing.
 
     Arguments:
@@ -254,8 +253,8 @@ class ColumnsDistribution(Batched):
         super().__init__(parts[0].batch_shape[:-1], torch.Size(module.x))
 
     @property
-    def support(self) -> constraints.Constraint:
-        return constraints.independent(columns(self.module.laws), 1)
+    def support(self) -> dist.constraints.Constraint:
+        return dist.constraints.independent(columns(self.module.laws), 1)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return the log density of the columns that are not missing, nats, `(...)`; exact."""
@@ -265,7 +264,7 @@ class ColumnsDistribution(Batched):
         return sum(scores[1:], scores[0])
 
     @property
-    def element_supports(self) -> list[constraints.Constraint]:
+    def element_supports(self) -> list[dist.constraints.Constraint]:
         """Constraint on the values of each column."""
         return [support_of(law) for law in self.module.laws]
 
@@ -333,7 +332,7 @@ class ColumnsLikelihood(Likelihood):
         return bound
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Constraint on a row: each element lies in the support of its own column."""
         return columns(self._laws)
 

@@ -6,7 +6,6 @@ from typing import ClassVar, Literal
 import pyro.distributions as dist
 from pydantic import Field
 from torch import Tensor
-from torch.distributions import constraints
 
 from pvae.distributions.exact import ExactBeta, ExactContinuousBernoulli, ExactStudentT, open_unit
 from pvae.models.likelihoods.standard import Elements
@@ -25,7 +24,7 @@ class ContinuousBernoulli(Elements):
 
     kind: Literal["continuous_bernoulli"] = "continuous_bernoulli"
     hint: ClassVar[str] = "set data.scale = 'unit'"
-    support: ClassVar[constraints.Constraint] = constraints.unit_interval
+    support: ClassVar[dist.constraints.Constraint] = dist.constraints.unit_interval
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
         return ExactContinuousBernoulli(logits=parameters[0].clamp(-MOST_LOGIT, MOST_LOGIT))  # type: ignore[call-arg]
@@ -39,7 +38,7 @@ class Beta(Elements):
 
     kind: Literal["beta"] = "beta"
     hint: ClassVar[str] = "move values away from 0 and 1, or use likelihood 'continuous_bernoulli'"
-    support: ClassVar[constraints.Constraint] = open_unit
+    support: ClassVar[dist.constraints.Constraint] = open_unit
     channels: ClassVar[int] = 2
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
@@ -53,7 +52,7 @@ class LogNormal(Elements):
 
     kind: Literal["log_normal"] = "log_normal"
     hint: ClassVar[str] = "use data of positive numbers"
-    support: ClassVar[constraints.Constraint] = constraints.positive
+    support: ClassVar[dist.constraints.Constraint] = dist.constraints.positive
     learned: ClassVar[Mapping[str, float]] = {"log_scale": 0.0}
     floor: float = Field(default=1e-3, gt=0)
     """Smallest scale of log x."""
@@ -76,7 +75,7 @@ class StudentT(Elements):
     """
 
     kind: Literal["student_t"] = "student_t"
-    support: ClassVar[constraints.Constraint] = constraints.real
+    support: ClassVar[dist.constraints.Constraint] = dist.constraints.real
     learned: ClassVar[Mapping[str, float]] = {"log_scale": 0.0, "log_df": 2.0}
     floor: float = Field(default=1e-3, gt=0)
     """Smallest scale."""

@@ -3,14 +3,12 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from math import prod
 from typing import ClassVar, Literal, Self
 
 import pyro.distributions as dist
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.distributions.base import Event
@@ -63,7 +61,7 @@ class Counts(Likelihood):
     """Base of likelihoods of independent counts, of log-means that the decoder gives, or shares of a size."""
 
     hint: ClassVar[str] = "set data.scale = 'raw', or use likelihood 'normal'"
-    support: ClassVar[constraints.Constraint] = constraints.nonnegative_integer
+    support: ClassVar[dist.constraints.Constraint] = dist.constraints.nonnegative_integer
     size: str | None = None
     """Number of counts of a datum, of which the decoder gives the shares, mean = size * softmax(h): `library`, the sum
     of the counts of the datum, on which log p(x | z) is then conditional; `learned`, e^s of one more output s of the
@@ -130,7 +128,7 @@ class CountsModule(LikelihoodModule):
     def inputs(self) -> Shape:
         """Event shape of the decoder's output: for a learned size flattened, with one number more."""
         found = super().inputs
-        return (prod(found) + 1,) if self.declared.size == "learned" else found
+        return (math.prod(found) + 1,) if self.declared.size == "learned" else found
 
     def forward(self, h: Tensor, beside: Mapping[str, Tensor] | None = None) -> dist.TorchDistribution:
         """Return the distribution of x.

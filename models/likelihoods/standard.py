@@ -3,14 +3,12 @@
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
-from math import prod
 from typing import ClassVar, Literal
 
 import pyro.distributions as dist
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.distributions import base as distributions
@@ -59,7 +57,7 @@ class Bernoulli(Elements):
 
     kind: Literal["bernoulli"] = "bernoulli"
     hint: ClassVar[str] = "set data.binarize to 'dynamic', 'static' or 'threshold', or use likelihood 'normal'"
-    support: ClassVar[constraints.Constraint] = constraints.boolean
+    support: ClassVar[dist.constraints.Constraint] = dist.constraints.boolean
     closed_form: ClassVar[type[base.ClosedForm] | None] = base.BernoulliForm
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
@@ -76,9 +74,9 @@ class Categorical(Elements):
     """Number of levels of an element."""
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Support of each element: integers 0 .. levels - 1."""
-        return constraints.integer_interval(0, self.levels - 1)
+        return dist.constraints.integer_interval(0, self.levels - 1)
 
     @property
     def channels(self) -> int:
@@ -101,7 +99,7 @@ class DiscretizedLogisticLikelihood(Elements):
     """Smallest log-scale of the logistic density, for pixels in [0, 1]."""
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Support of each pixel: the grey values k / (levels - 1)."""
         return lattice(self.levels)
 
@@ -129,7 +127,7 @@ class MixtureOfLogistics(Elements):
     """Smallest log-scale of a component, for pixels in [0, 1]."""
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Support of each pixel: the grey values k / (levels - 1)."""
         return lattice(self.levels)
 
@@ -149,7 +147,7 @@ class Normal(Likelihood):
     """Normal likelihood of independent elements; a fixed scale makes the reconstruction a scaled squared error."""
 
     kind: Literal["normal"] = "normal"
-    support: ClassVar[constraints.Constraint] = constraints.real
+    support: ClassVar[dist.constraints.Constraint] = dist.constraints.real
     closed_form: ClassVar[type[base.ClosedForm] | None] = base.NormalForm
     scale: Literal["fixed", "shared", "per_datum"] = "shared"
     """Standard deviation: `fixed` at `value`; `shared`, one learned number; `per_datum`, predicted per element."""
@@ -192,7 +190,7 @@ class MultivariateNormal(Likelihood):
     """Multivariate normal likelihood over all of x; for a code and the network `table` it gives a Gaussian mixture."""
 
     kind: Literal["multivariate_normal"] = "multivariate_normal"
-    support: ClassVar[constraints.Constraint] = constraints.real
+    support: ClassVar[dist.constraints.Constraint] = dist.constraints.real
     closed_form: ClassVar[type[base.ClosedForm] | None] = base.MultivariateNormalForm
     covariance: Literal["full", "tied"] = "full"
     """Covariance: `full`, predicted for every datum (one per mixture component); `tied`, one learned for all data."""
@@ -216,7 +214,7 @@ class MultivariateNormalModule(LikelihoodModule):
 
     def __init__(self, x: Shape, declared: MultivariateNormal) -> None:
         super().__init__(x, 1)
-        self.size = d = prod(self.x)
+        self.size = d = math.prod(self.x)
         self.full, self.offset, self.floor = declared.covariance == "full", math.log(declared.value), declared.floor
         if not self.full:
             self.factor = nn.Parameter(torch.zeros(d * (d + 1) // 2))
@@ -251,9 +249,9 @@ class DeterminedLikelihood(Likelihood):
     """`sigmoid`: x in [0, 1] is the logistic function of the decoder's output; for the objective `gan` only."""
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Support of each element: real numbers, or [0, 1] with `squash = "sigmoid"`."""
-        return constraints.unit_interval if self.squash == "sigmoid" else constraints.real
+        return dist.constraints.unit_interval if self.squash == "sigmoid" else dist.constraints.real
 
     def point(self, h: Tensor, event_dim: int) -> Determined:
         """Return the point mass at x for a decoder output `(..., *x)` of `event_dim` event dimensions."""
@@ -273,7 +271,7 @@ class RoundedLikelihood(Likelihood):
     """Number of grey values; a pixel takes the values k / (levels - 1), k = 0 .. levels - 1."""
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Support of each pixel: the grey values k / (levels - 1)."""
         return lattice(self.levels)
 

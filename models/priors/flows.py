@@ -10,7 +10,6 @@ import pyro.distributions.transforms as bijections
 import torch
 from pydantic import Field, WithJsonSchema, field_validator
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Ints, Shape
 from pvae.distributions import Bijection, Coordinates, near_identity
@@ -67,7 +66,7 @@ class FlowModule(nn.Module):
 class Flow(Batched):
     """Distribution p(z) of a normalising flow `FlowModule` for any batch shape, or p(z | context) for each context."""
 
-    support = constraints.real_vector
+    support = dist.constraints.real_vector
 
     def __init__(self, module: FlowModule, context: Tensor | None = None) -> None:
         self.module, self.context = module, context
@@ -315,8 +314,8 @@ class BijectionNetwork(Network):
     """Margin of `squash = "logit"`: x is mapped to [edge, 1 - edge] before the logit, so that 0 and 1 stay finite."""
 
     @property
-    def support(self) -> constraints.Constraint | None:
-        return None if self.squash == "none" else constraints.unit_interval
+    def support(self) -> dist.constraints.Constraint | None:
+        return None if self.squash == "none" else dist.constraints.unit_interval
 
     @field_validator("flow")
     @classmethod

@@ -10,9 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.distributions import constraints
-from torch.utils.data import Dataset as TorchDataset
 
 from pvae.component import from_table
 from pvae.data.new import FittedTransforms, rows_of, source_of
@@ -129,8 +126,8 @@ class Dataset(Record, eq=False):
     @classmethod
     def from_tensors(
         cls,
-        x: Tensor | ArrayLike,
-        y: Tensor | ArrayLike | None = None,
+        x: torch.Tensor | ArrayLike,
+        y: torch.Tensor | ArrayLike | None = None,
         *,
         validation: Any = None,
         test: Any = None,
@@ -157,7 +154,7 @@ class Dataset(Record, eq=False):
         return _passed(tensors, (x, y), validation, test, declared, label_names)
 
     @classmethod
-    def from_torch(cls, dataset: TorchDataset[Any], *, stream: bool = False, **more: Any) -> Dataset:
+    def from_torch(cls, dataset: torch.utils.data.Dataset[Any], *, stream: bool = False, **more: Any) -> Dataset:
         """Make a data set of a torch `Dataset`, map-style or iterable, whose items are read once.
 
         Arguments:
@@ -243,7 +240,7 @@ class Dataset(Record, eq=False):
         data, declared = {"x": data, **covariates} if covariates else data, declared or TensorSource()
         return _assembled(declared, rows_of(data, source_of(data, declared)))
 
-    def require_support(self, constraint: constraints.Constraint, hint: str) -> None:
+    def require_support(self, constraint: torch.distributions.constraints.Constraint, hint: str) -> None:
         """Refuse data with values outside the support of a likelihood.
 
         Arguments:

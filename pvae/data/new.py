@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import numpy as np
 import torch
 from pydantic import Field
-from torch.distributions import constraints
 
 from pvae.component import Section
 from pvae.data.rows.columns import Column, ContinuousColumn
@@ -207,7 +206,7 @@ class FittedTransforms(Section):
         if np.dtype(self.dtype).kind in "biu" and x.dtype.kind == "f" and self.divisor != 1.0:
             stored: Any = x
             of = f"the data of the fit have ({self.dtype}, divided by {self.divisor})"
-            Split(rows.name, stored).require_support(constraints.nonnegative_integer, "", of)
+            Split(rows.name, stored).require_support(torch.distributions.constraints.nonnegative_integer, "", of)
         return x
 
     def _labels(self, rows: Rows, closed: bool) -> tuple[torch.Tensor | None, tuple[str, ...] | None]:

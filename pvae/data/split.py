@@ -8,7 +8,6 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 
 from pvae.data.rows.rows import Part, chunks
 from pvae.data.streamed import Streamed, WindowOrder
@@ -196,7 +195,8 @@ class Split(Record, eq=False):
         """
         constraint = elementwise(constraint)
         row = 0
-        for chunk in () if constraint is constraints.real else self.chunks():  # all data are finite, or missing
+        # All data are finite, or missing.
+        for chunk in () if constraint is torch.distributions.constraints.real else self.chunks():
             inside = constraint.check(chunk) | (chunk.isnan() & holed)
             if not bool(inside.all()):
                 first, *element = (int(i) for i in (~inside).nonzero()[0])
@@ -257,7 +257,7 @@ def fingerprint_of(splits: Iterable[Split], shape: tuple[int, ...], binarize: st
 
 def elementwise(constraint: Any) -> Any:
     """Return the constraint on a single element, without `independent` wrappers: ``real`` for ``real_vector``."""
-    while isinstance(constraint, constraints.independent):
+    while isinstance(constraint, torch.distributions.constraints.independent):
         constraint = constraint.base_constraint
     return constraint
 

@@ -11,7 +11,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import register_kl
 
 from pvae.distributions.base import Batched, Event, Size, unwrapped
 from pvae.distributions.exponential_codes import IMPOSSIBLE
@@ -127,7 +126,7 @@ class Certain(Batched):
         return self.index
 
 
-@register_kl(Certain, torch.distributions.Distribution)
+@torch.distributions.register_kl(Certain, torch.distributions.Distribution)
 def _certain_kl(q: Certain, p: torch.distributions.Distribution) -> Tensor:
     """Return KL(q || p) of deterministic codes q, nats: exactly -log p of the codes."""
     return -p.log_prob(q.index)

@@ -8,7 +8,6 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints
 from torch.nn.functional import logsigmoid
 
 from pvae.distributions.base import Batched, Size
@@ -94,7 +93,7 @@ class ExactStudentT(dist.StudentT):
         return ratio - 0.5 * (df + 1) * (unit.square() / df).log1p()
 
 
-class OpenUnit(constraints.Constraint):
+class OpenUnit(dist.constraints.Constraint):
     """Constraint of proportions: numbers above 0 and below 1."""
 
     def check(self, value: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ class ZeroInflated(Batched):
         super().__init__(base_dist.batch_shape)
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         return self.base_dist.support
 
     def log_prob(self, value: Tensor) -> Tensor:

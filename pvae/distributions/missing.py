@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
 from pvae.distributions.base import HALF_LOG_2PI, Event, FactoredNormal, unwrapped
 from pvae.errors import DeclarationError
@@ -61,7 +60,7 @@ class Absence:
 
     def absence_log_prob(self, value: Tensor) -> Tensor:
         """Return the log probability of every element to be missing or observed, as it is, nats, `(..., *x)`."""
-        return logsigmoid(torch.where(value.isnan(), self.absence, -self.absence))
+        return torch.nn.functional.logsigmoid(torch.where(value.isnan(), self.absence, -self.absence))
 
     def hidden(self, value: Tensor) -> Tensor:
         """Return complete rows with NaN for the elements that are missing in a sample of the mask."""

@@ -3,7 +3,6 @@
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import constraints, kl_divergence, register_kl
 
 from pvae.distributions.base import Batched, Size
 from pvae.distributions.codes import code_grid
@@ -56,7 +55,7 @@ class PartlyObserved(Batched):
         super().__init__(shape, base.event_shape, validate_args=False)
 
     @property
-    def support(self) -> constraints.Constraint:
+    def support(self) -> dist.constraints.Constraint:
         """Support of the distribution of the other rows."""
         return self.base.support
 
@@ -77,7 +76,7 @@ class PartlyObserved(Batched):
         return self._chosen(self.base.mean)
 
 
-@register_kl(PartlyObserved, torch.distributions.Distribution)
+@torch.distributions.register_kl(PartlyObserved, torch.distributions.Distribution)
 def _partly_observed_kl(q: PartlyObserved, p: torch.distributions.Distribution) -> Tensor:
     """Return KL(q || p), nats: -log p of the value where it is known."""
-    return torch.where(q.known, -p.log_prob(q.value), kl_divergence(q.base, p))
+    return torch.where(q.known, -p.log_prob(q.value), torch.distributions.kl_divergence(q.base, p))

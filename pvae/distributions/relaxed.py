@@ -8,7 +8,6 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
-from torch.distributions import Transform, biject_to
 
 from pvae.component import Shape
 from pvae.distributions.base import Batched, Size
@@ -46,7 +45,7 @@ def from_coordinates(u: Tensor) -> Tensor:
     return left + nn.functional.pad(nn.functional.logsigmoid(shifted), (0, 1))  # the last piece is all that is left
 
 
-class Coordinates(Transform):
+class Coordinates(torch.distributions.Transform):
     """Transform from stick-breaking coordinates u to log c; its Jacobian is 1 in the measure of `RelaxedCodes`."""
 
     domain, codomain = dist.constraints.real_vector, log_simplex
@@ -70,7 +69,7 @@ class Coordinates(Transform):
         return *shape[:-1], shape[-1] - 1
 
 
-biject_to.register(type(log_simplex), lambda _constraint: Coordinates())
+torch.distributions.biject_to.register(type(log_simplex), lambda _constraint: Coordinates())
 
 
 class Simplices(Batched):

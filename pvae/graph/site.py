@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import constraints
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
@@ -80,7 +78,7 @@ class Space(Record):
     @property
     def log_states(self) -> float:
         """Logarithm of the number of joint states, nats; infinite for real vectors."""
-        return prod(self.shape) * math.log(self.states) if self.states else math.inf
+        return math.prod(self.shape) * math.log(self.states) if self.states else math.inf
 
     def see(self, value: Tensor, like: Tensor, codebook: Tensor | None = None) -> Tensor:
         """Return the features of a sampled value that child priors and the decoder receive, `(..., *features)`.
@@ -186,7 +184,7 @@ class Link:
     guide: GraphGuide
     frame: Frame
     """Layout of a row of data: the data point, then its covariates."""
-    support: constraints.Constraint = constraints.real
+    support: torch.distributions.constraints.Constraint = torch.distributions.constraints.real
     """Support of one element of a data point under the declared likelihood."""
     building: bool = False
     """True while the pair is being built, when Modules that keep the training data have not received them yet."""

@@ -5,8 +5,6 @@ from typing import Any
 
 import pyro
 import pyro.distributions as dist
-from pyro import poutine
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.replay_messenger import ReplayMessenger
 from pyro.poutine.runtime import _PYRO_STACK, InferDict
 from pyro.poutine.trace_messenger import TraceMessenger
@@ -17,9 +15,9 @@ class DataPlate(pyro.plate):
     """Plate over all `count` rows of a batch at dim -1; in a trace it leaves no site of its own."""
 
     def __init__(self, count: int) -> None:
-        with poutine.block():
+        with pyro.poutine.block():
             super().__init__("data", count, dim=-1)
-        self.frames = (CondIndepStackFrame("data", -1, count, 0, count),)
+        self.frames = (pyro.poutine.indep_messenger.CondIndepStackFrame("data", -1, count, 0, count),)
 
 
 data_plate = lru_cache(maxsize=16)(DataPlate)

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pvae.errors import DataError, DeclarationError, out_of_memory
@@ -34,7 +33,7 @@ Step = Callable[[Any], object]
 """Function that runs a training step on a module without memory."""
 
 
-class _Weighing(TorchDispatchMode):
+class _Weighing(torch.utils._python_dispatch.TorchDispatchMode):
     """Torch mode that counts the bytes of the living tensors, and makes large ones on the meta device, without memory.
 
     Whatever is computed from a tensor on the meta device is one, too.

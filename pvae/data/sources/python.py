@@ -11,7 +11,6 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 from scipy.sparse import issparse
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
@@ -86,7 +85,7 @@ def as_array(values: Any, name: str) -> AnyArray:
         if values.ndim != 2:
             raise DataError(f"{name}: expected a sparse matrix (rows, features); got shape {values.shape}.")
         return SparseRows(values)
-    if isinstance(values, Tensor):
+    if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
         return np.asarray(values.float() if values.dtype is torch.bfloat16 else values)
     if isinstance(values, np.ma.MaskedArray):  # of numbers in general, NaN where masked
@@ -222,7 +221,7 @@ def _parted(item: Any, where: str) -> tuple[np.ndarray, Any]:
     else:
         x, y = item, None
     array = np.asarray(as_array(x, where))
-    return array, y.item() if isinstance(y, Tensor) and y.numel() == 1 else y
+    return array, y.item() if isinstance(y, torch.Tensor) and y.numel() == 1 else y
 
 
 # AnnData
@@ -290,7 +289,7 @@ def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
         raise DataError.of("data.sources.layer", layer=layer, held=adata.layers, hint=near(layer, adata.layers))
     if (matrix := adata.X if layer is None else adata.layers[layer]) is None:
         raise DataError(f"{name}: expected a matrix; got none. Name a layer.")
-    if isinstance(matrix, np.ndarray | Stored | Tensor) or issparse(matrix):
+    if isinstance(matrix, np.ndarray | Stored | torch.Tensor) or issparse(matrix):
         return as_array(matrix, name)
     return Sliced(matrix)
 
