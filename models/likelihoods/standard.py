@@ -17,7 +17,18 @@ from pvae.models.likelihoods import base
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule
 from pvae.nn.network import lower_factor
 
-GREYS = "set data.scale = 'unit', data.binarize = 'none' and likelihood.levels (17 for digits)"
+
+class Greys(Likelihood):
+    """Base of likelihoods of pixels that take grey values."""
+
+    hint: ClassVar[str] = "set data.scale = 'unit', data.binarize = 'none' and likelihood.levels (17 for digits)"
+    levels: int = Field(default=256, gt=1)
+    """Number of grey values; a pixel takes the values k / (levels - 1): 256 for 8-bit images of data.scale = 'unit'."""
+
+    @property
+    def support(self) -> dist.constraints.Constraint:
+        """Support of each pixel: the grey values k / (levels - 1)."""
+        return lattice(self.levels)
 
 
 class Elements(Likelihood):
@@ -87,28 +98,20 @@ class Categorical(Elements):
         return dist.Categorical(logits=torch.stack(parameters, -1))
 
 
-class DiscretizedLogisticLikelihood(Elements):
+class DiscretizedLogisticLikelihood(Greys, Elements):
     """Discretised logistic likelihood of pixels: a logistic density integrated over the bin of each grey value."""
 
     kind: Literal["discretized_logistic"] = "discretized_logistic"
-    hint: ClassVar[str] = GREYS
     channels: ClassVar[int] = 2
-    levels: int = Field(default=256, gt=1)
-    """Number of grey values; a pixel takes the values k / (levels - 1), k = 0 .. levels - 1."""
     floor: float = -7.0
     """Smallest log-scale of the logistic density, for pixels in [0, 1]."""
-
-    @property
-    def support(self) -> dist.constraints.Constraint:
-        """Support of each pixel: the grey values k / (levels - 1)."""
-        return lattice(self.levels)
 
     def element(self, *parameters: Tensor) -> dist.TorchDistribution:
         loc, log_scale = parameters
         return DiscretizedLogistic(loc + 0.5, (log_scale - 2.0).clamp(min=self.floor), self.levels)
 
 
-class MixtureOfLogistics(Elements):
+class MixtureOfLogistics(Greys, Elements):
     """Mixture of discretised logistic likelihoods of pixels: each grey value has the mass of its bin, summing to one.
 
     Pixels and colours are independent given z. The measure counts grey values: log p is a log probability in nats, not
@@ -118,18 +121,10 @@ class MixtureOfLogistics(Elements):
     """
 
     kind: Literal["mixture_of_logistics"] = "mixture_of_logistics"
-    hint: ClassVar[str] = GREYS
-    levels: int = Field(default=256, gt=1)
-    """Number of grey values; a pixel takes the values k / (levels - 1): 256 for 8-bit images of data.scale = 'unit'."""
     components: int = Field(default=5, gt=1)
     """Number of logistic components of a pixel."""
     floor: float = -7.0
     """Smallest log-scale of a component, for pixels in [0, 1]."""
-
-    @property
-    def support(self) -> dist.constraints.Constraint:
-        """Support of each pixel: the grey values k / (levels - 1)."""
-        return lattice(self.levels)
 
     @property
     def channels(self) -> int:
@@ -261,19 +256,11 @@ class DeterminedLikelihood(Likelihood):
         return PointModule(x, self)
 
 
-class RoundedLikelihood(Likelihood):
+class RoundedLikelihood(Greys):
     """Point-mass likelihood: x is g(z) in [0, 1] rounded down to a grey value; the posterior must be `dequantised`."""
 
     kind: Literal["rounded"] = "rounded"
-    hint: ClassVar[str] = GREYS
     is_point: ClassVar[bool] = True
-    levels: int = Field(default=256, gt=1)
-    """Number of grey values; a pixel takes the values k / (levels - 1), k = 0 .. levels - 1."""
-
-    @property
-    def support(self) -> dist.constraints.Constraint:
-        """Support of each pixel: the grey values k / (levels - 1)."""
-        return lattice(self.levels)
 
     def point(self, h: Tensor, event_dim: int) -> Determined:
         """Return the point mass at x for a decoder output `(..., *x)` in [0, 1] of `event_dim` event dimensions."""

@@ -183,13 +183,8 @@ class FittedTransforms(Section):
         part: dict[str, Part] = {NEW: range(len(ready.x))}
         prepared: Any = (streams if isinstance(ready.x, Stored) else prepare)(ready, part, self.binarize)[0]
         y, label_names = self._labels(rows, closed)
-        known: Any = {
-            "ids": rows.ids,
-            "label_names": label_names,
-            "notes": notes_of(rows),
-            "side": self.beside(rows.side, range(len(rows.x))),
-        }
-        return Split(NEW, prepared[NEW], y, **known)
+        side = self.beside(rows.side, range(len(rows.x)))
+        return Split(NEW, prepared[NEW], y, ids=rows.ids, label_names=label_names, notes=notes_of(rows), side=side)
 
     def _arranged(self, rows: Rows) -> AnyArray:
         """Return the stored values with the features in the order of the fit; raises DataError if they do not fit."""

@@ -20,19 +20,7 @@ from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_piec
 from pvae.data.tables.side import beside_rows
 from pvae.errors import DataError
 
-DECODED_FIELDS = {
-    "source",
-    "columns",
-    "label",
-    "id",
-    "na",
-    "decimal",
-    "thousands",
-    "separator",
-    "encoding",
-    "header",
-    "side",
-}
+DECODED_FIELDS = set("source columns label id na decimal thousands separator encoding header side".split())
 """Fields of a declaration on which the decoded numbers of a table depend."""
 
 
@@ -84,7 +72,7 @@ class TableFile(Tabular, FileData):
 
     @abstractmethod
     def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
-        """Yield the rows of the file as numbers, chunk by chunk: x `(m, columns)`, and labels `(m,)` or None.
+        """Yield the rows of the file as numbers, chunk by chunk.
 
         Raises:
             DataError: a value is not allowed (the message gives line or row, and column), or the file is damaged.
@@ -112,15 +100,10 @@ class TableFile(Tabular, FileData):
     def _decode(self, writer: Writer, path: Path) -> None:
         decoder = self.decoder(str(path))
         rows = 0
-        for x, y in self.pieces(path, decoder):
-            writer.append("x", x)
-            if y is not None:
-                writer.append("y", y)
-            if decoder.ids is not None:
-                writer.append_texts("id", decoder.ids)
-            if decoder.beside is not None:
-                writer.append("side", decoder.beside)
-            rows += len(x)
+        for found in self.pieces(path, decoder):
+            for name, part in found.items():
+                (writer.append_texts if name == "id" else writer.append)(name, part)
+            rows += len(found["x"])
         if not rows:
             raise DataError(f"{path}: expected rows below the names of the columns; got none.")
         writer.notes |= {"labels": list(decoder.labels), "notes": decoder.notes}
@@ -182,11 +165,11 @@ class FrameSource(Tabular, PassedData):
         if not len(data):
             raise DataError("data: expected a DataFrame with rows; got none.")
         try:
-            x, y = decoder.decode(data.set_axis(names, axis=1), lambda row: f"row {row}")
+            found = decoder.decode(data.set_axis(names, axis=1), lambda row: f"row {row}")
         except (TypeError, ValueError) as error:  # cells that are lists or the like
             raise DataError(f"data: expected numbers and words; got something else: {brief(error)}.") from error
-        y, words = (None, None) if y is None else in_order(y, list(decoder.labels))
+        y, words = in_order(found["y"], list(decoder.labels)) if "y" in found else (None, None)
         more: dict[str, Any] = {"label_names": words, "notes": decoder.notes, "table": self.columns}
-        if decoder.beside is not None:
-            more["side"] = beside_rows(decoder.beside, self.side, "data")
-        return joined({"train": (x, y)}, self.split_seed, "data", ids=decoder.ids, **more)
+        if self.side:
+            more["side"] = beside_rows(found["side"], self.side, "data")
+        return joined({"train": (found["x"], y)}, self.split_seed, "data", ids=found.get("id"), **more)

@@ -149,8 +149,11 @@ def numbers_of(cells: pandas.Series[Any], spelling: Spelling) -> tuple[Floats, n
 MAX_LABELS = 2**16
 NAMES_LISTED = 12
 
-Numbers = tuple[Floats, np.typing.NDArray[np.int64] | None]
-"""Decoded rows: x `(m, columns)`, NaN for missing values, and integer labels `(m,)` or None."""
+Numbers = dict[str, np.ndarray]
+"""Decoded rows: `x` `(m, columns)` and, if declared, labels `y` and names `id`, `(m,)`, and `side` `(m, columns)`.
+
+Missing values are NaN.
+"""
 
 Where = Callable[[int], str]
 """Function from the position of a row in a chunk to its name in messages, such as "line 12" or "row 11"."""
@@ -198,10 +201,6 @@ class CellDecoder:
     spelling: Spelling = Spelling()
     id: str | None = None
     side: Mapping[str, Column] = field(default_factory=dict)
-    beside: Floats | None = None
-    """Values of the columns beside x of the last chunk, `(m, columns)`; None without such columns."""
-    ids: np.ndarray | None = None
-    """Names of the rows of the last chunk, `(m,)` text; None without a column of them."""
     labels: dict[str, int] = field(default_factory=dict)
     """Integer code of every label found so far, by the label's text, in order of appearance."""
     notes: tuple[str, ...] = ()
@@ -235,20 +234,20 @@ class CellDecoder:
             self.notes = (f"{len(left)} of {len(found)} columns are not declared and left out: {listed(left)}",)
 
     def decode(self, frame: pandas.DataFrame, where: Where) -> Numbers:
-        """Return the rows of a chunk of the table as numbers: x `(m, columns)`, and labels `(m,)` or None.
+        """Return the rows of a chunk of the table as numbers.
 
         Raises:
             DataError: a value is not allowed; the message gives its row and column.
         """
-        x, beside = (
-            np.column_stack([self._column(frame[c.of or name], name, c, where) for name, c in columns.items()])
-            if columns
-            else np.empty((len(frame), 0))
-            for columns in (self.columns, self.side)
-        )
-        self.beside = beside if self.side else None
-        self.ids = None if self.id is None else texts(frame[self.id])
-        return x, None if self.label is None else self._labels(frame[self.label], self.label, where)
+        found = {"x": np.empty((len(frame), 0))}
+        for key, columns in {"x": self.columns, "side": self.side}.items():
+            if cells := [self._column(frame[c.of or name], name, c, where) for name, c in columns.items()]:
+                found[key] = np.column_stack(cells)
+        if self.id is not None:
+            found["id"] = texts(frame[self.id])
+        if self.label is not None:
+            found["y"] = self._labels(frame[self.label], self.label, where)
+        return found
 
     def _column(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
         if size := getattr(column, "text", None):
