@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, dataclass_transform
 
-__all__ = ["Record", "field", "replace"]
-
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Record:

@@ -3,5 +3,4 @@
 from pvae.component import load_members
 from pvae.guides.posteriors.base import Posterior, PosteriorModule
 
-__all__ = ["Posterior", "PosteriorModule"]
 load_members(__name__)

@@ -3,5 +3,4 @@
 from pvae.component import load_members
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
 
-__all__ = ["Likelihood", "LikelihoodModule", "ReaderModule"]
 load_members(__name__)

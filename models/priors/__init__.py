@@ -3,5 +3,4 @@
 from pvae.component import load_members
 from pvae.models.priors.base import Prior
 
-__all__ = ["Prior"]
 load_members(__name__)

@@ -10,11 +10,3 @@ from pvae.pair.problems import ProgramError, require_bound
 from pvae.pair.running import PARTICLES, evaluating, quiet
 from pvae.pair.structure import ROWS_OF_A_BATCH, PairData, is_code, numbers_of
 from pvae.pair.terms import Terms, terms_of
-
-__all__ = [
-    "CHECKED_ROWS", "Dependencies", "JointStates", "Layout", "PARTICLES", "Pair", "PairData", "ProgramError",
-    "ROWS_OF_A_BATCH", "SILENT", "SiteShape", "Tally", "Terms", "Undrawn", "Unweighed", "certainty", "codebook_of",
-    "eliminated", "evaluating", "full_size", "in_use", "is_code", "is_masked", "is_point", "log_prob", "members",
-    "numbers_of", "perplexity", "quiet", "read_joint_states", "require_bound", "revival", "rows_first", "samples",
-    "silence", "site_shape", "sum_over", "tallies", "terms_of", "unwrapped",
-]  # fmt: skip

@@ -1,5 +1,3 @@
 """Studies: one file that declares many fits, which run in parallel processes and whose results are compared."""
 
 from pvae.studies.study import Study, states, study
-
-__all__ = ["Study", "states", "study"]

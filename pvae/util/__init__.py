@@ -2,5 +2,3 @@
 
 from pvae.util.files import digest, follows, plain, write_atomic
 from pvae.util.progress import Progress, ProgressBar, StageProgress, silent
-
-__all__ = ["Progress", "ProgressBar", "StageProgress", "digest", "follows", "plain", "silent", "write_atomic"]

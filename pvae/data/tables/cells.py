@@ -239,7 +239,7 @@ class CellDecoder:
         Raises:
             DataError: a value is not allowed; the message gives its row and column.
         """
-        found = {"x": np.empty((len(frame), 0))}
+        found: Numbers = {"x": np.empty((len(frame), 0))}
         for key, columns in {"x": self.columns, "side": self.side}.items():
             if cells := [self._column(frame[c.of or name], name, c, where) for name, c in columns.items()]:
                 found[key] = np.column_stack(cells)

@@ -42,8 +42,8 @@ def side_rows(raw: Mapping[Any, Any], columns: Mapping[str, Column], rows: int, 
         cells |= {key: pandas.Series(part).reset_index(drop=True) for key, part in parts.items()}
         table |= dict.fromkeys(parts, column.model_copy(update={"of": None}))
     decoder = CellDecoder({}, None, NA, origin, side=table)
-    found = decoder.decode(pandas.DataFrame(cells), "row {}".format)
-    return beside_rows(found["side"], table, origin, decoder.notes) if table else None
+    values = decoder.decode(pandas.DataFrame(cells), "row {}".format)
+    return beside_rows(values["side"], table, origin, decoder.notes) if table else None
 
 
 def beside_rows(x: Floats, columns: Mapping[str, Column], origin: str, notes: Sequence[str] = ()) -> Rows:
