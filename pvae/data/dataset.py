@@ -185,9 +185,8 @@ class Dataset(Record, eq=False):
         Raises:
             DataError: the layer or column does not exist, or a row has no label; see `from_tensors`.
         """
-        declared = declared or TensorSource()
-        more = declared.split_seed, declared.masked, declared.side
-        return _assembled(declared, anndata_rows(adata, layer, labels, *more))
+        declared = (declared or TensorSource()).model_copy(update={"layer": layer, "labels": labels})
+        return _assembled(declared, anndata_rows(adata, declared))
 
     @classmethod
     def from_frame(

@@ -322,8 +322,7 @@ def rows_of(data: Any, source: Data, data_dir: Path | None = None, name: str = "
         with named(source, data_dir):
             return source.read(data_dir, 0)
     if isinstance(source, H5ad):
-        more = source.split_seed, source.masked, source.side
-        return anndata_rows(data, source.layer, source.labels, *more)
+        return anndata_rows(data, source)
     assert isinstance(source, PassedData)  # noqa: S101 - no other reads objects
     return source.rows_of(data, name)
 

@@ -86,11 +86,9 @@ def mixed(transform: bijections.NeuralAutoregressive, x: Tensor) -> tuple[Tensor
     slope, logits, shift = transform.arn(x)
     slope, log_weight = nn.functional.softplus(slope) + MIN_SLOPE, logits.log_softmax(-2)
     c = slope * x.unsqueeze(-2) + shift
-    low, high = (
-        (log_weight + nn.functional.logsigmoid(c)).logsumexp(-2),
-        (log_weight + nn.functional.logsigmoid(-c)).logsumexp(-2),
-    )
-    log_density = (slope.log() + log_weight + nn.functional.logsigmoid(c) + nn.functional.logsigmoid(-c)).logsumexp(-2)
+    below, above = nn.functional.logsigmoid(c), nn.functional.logsigmoid(-c)
+    low, high = (log_weight + below).logsumexp(-2), (log_weight + above).logsumexp(-2)
+    log_density = (slope.log() + log_weight + below + above).logsumexp(-2)
     return low - high, (log_density - low - high).sum(-1)
 
 

@@ -283,9 +283,9 @@ class ResnetModule(NetworkModule):
     """Network of `Resnet`: inputs are resized to one working size, pass residual blocks, then go to the output."""
 
     def __init__(self, inputs: Mapping[str, Shape], output: Shape | None, declared: Resnet) -> None:
-        images = {name: shape for name, shape in inputs.items() if len(shape) == 3}
+        images = [shape for shape in inputs.values() if len(shape) == 3]
         channels, act = declared.channels, ACTIVATIONS[declared.activation]
-        highest = tuple(max(sides) for sides in zip(*(shape[1:] for shape in images.values()), strict=True))
+        highest = tuple(max(sides) for sides in zip(*(shape[1:] for shape in images), strict=True))
         self.spatial = output is not None and len(output) == 3
         if output is not None and self.spatial:
             least = highest or tuple(-(-side // 2**declared.halvings) for side in output[1:])
@@ -297,9 +297,8 @@ class ResnetModule(NetworkModule):
         self.start, self.width = (channels, *work), size
         self.lead = nn.ModuleDict()
         for name, shape in inputs.items():
-            self.lead[name] = (
-                Resize(shape, channels, work, act) if name in images else nn.Linear(math.prod(shape), size)
-            )
+            is_image = len(shape) == 3
+            self.lead[name] = Resize(shape, channels, work, act) if is_image else nn.Linear(math.prod(shape), size)
         inner = declared.inner or channels // 2
         self.blocks = nn.Sequential(*(Residual(channels, inner, act) for _ in range(declared.blocks)), act())
         self.head: nn.Module = nn.Identity()

@@ -322,7 +322,7 @@ def _integers(y: np.ndarray, split: str, changed: dict[str, str]) -> np.ndarray:
     if y.ndim == 2 and y.shape[1] == 1:
         changed["column"] = "of shape (n, 1): read as one label a row"
         y = y[:, 0]
-    if y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind in "biuf" and _is_one_hot(y):
+    if y.ndim == 2 and y.shape[1] > 1 and y.dtype.kind in "biuf" and np.isin(y, (0, 1)).all() and (y.sum(1) == 1).all():
         changed["one-hot"] = f"one-hot over {y.shape[1]} classes: read as the index of the one"
         y = y.argmax(1)
     if y.ndim != 1:
@@ -343,7 +343,3 @@ def _integers(y: np.ndarray, split: str, changed: dict[str, str]) -> np.ndarray:
         except UnicodeDecodeError as error:
             raise DataError(f"Labels of {split}: expected text in UTF-8; got {error.object!r}.") from None
     return y
-
-
-def _is_one_hot(y: np.ndarray) -> bool:
-    return bool(((y == 0) | (y == 1)).all() and (y.sum(1) == 1).all())

@@ -149,9 +149,8 @@ def named(data: Data, data_dir: Path | None) -> Iterator[None]:
         if not isinstance(data, FileData):
             raise
         kind = signature(candidate(data.path, data_dir, Path.is_file))
-        said = (
-            f"{error} By its first bytes it is {kind}." if kind and getattr(data, data.tag) not in kind else f"{error}"
-        )
+        is_other = kind and getattr(data, data.tag) not in kind
+        said = f"{error} By its first bytes it is {kind}." if is_other else str(error)
         raise DataError(said if Path(data.path).name in said else f"{data.path}: {said}") from error
 
 

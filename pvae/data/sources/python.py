@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data import Dataset as TorchDataset
 
 from pvae.data.rows.cache import cache_folder, created, room, texts
-from pvae.data.rows.columns import Column
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
@@ -255,23 +254,19 @@ def is_anndata(data: Any) -> bool:
     return hasattr(data, "X") and hasattr(data, "obs")
 
 
-def anndata_rows(
-    adata: Any, layer: str | None, labels: str | None, seed: int, holed: bool = False, side: Mapping[str, Column] = {}
-) -> Rows:
+def anndata_rows(adata: Any, source: Any) -> Rows:
     """Return the rows of an AnnData-like object with random splits: 80 % train, 10 % validation, 10 % test.
 
     Arguments:
         adata: AnnData-like object.
-        layer: name of the layer that holds x; None for the matrix `X`.
-        labels: column of `obs` that holds the labels, or None.
-        seed: seed of the permutation that makes the splits.
-        holed: True if values may be missing, NaN.
-        side: columns of `obs` to read beside x, by name.
+        source: declaration with `layer`, which holds x (None for the matrix `X`), `labels`, a column of `obs` (or
+            None), the columns of `obs` to read beside x, and `split_seed`.
 
     Raises:
         DataError: the layer or column does not exist; labels are missing, or are neither integers nor names; see
             `Rows`.
     """
+    layer, labels = source.layer, source.labels
     name = "X" if layer is None else f"layers[{layer!r}]"
     x, y, words, ids = _matrix(adata, layer, name), None, None, getattr(adata, "obs_names", None)
     if labels is not None:
@@ -280,8 +275,8 @@ def anndata_rows(
             raise DataError(f"Expected a column of obs, {', '.join(names)}; got {labels!r}{near(labels, names)}.")
         y, words = column_labels(adata.obs[labels], labels)
     more: dict[str, Any] = {"ids": None if ids is None else texts(ids), "read": {"layer": layer, "labels": labels}}
-    more["side"] = side_rows(adata.obs, side, x.shape[0], "obs")
-    return joined({"train": (x, y)}, seed, name, label_names=words, features=feature_names(adata), masked=holed, **more)
+    more |= {"side": side_rows(adata.obs, source.side, x.shape[0], "obs"), "masked": source.masked}
+    return joined({"train": (x, y)}, source.split_seed, name, label_names=words, features=feature_names(adata), **more)
 
 
 def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
