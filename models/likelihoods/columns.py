@@ -48,8 +48,6 @@ class Family(nn.Module):
     """Number of parameters that the decoder outputs for these columns."""
     learned: ClassVar[Mapping[str, float]] = {}
     """Parameters that are learned, one for each column, by name, with their initial values."""
-    stand_in: ClassVar[float] = 0.0
-    """Placeholder for a missing value, in the support of every column; its log density is discarded."""
 
     def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
         super().__init__()
@@ -278,7 +276,7 @@ class ColumnsDistribution(Batched):
         for family, part in self.module.each(self.parts):
             given = family.pick(value)
             missing = given.isnan()
-            score = part.log_prob(given.masked_fill(missing, family.stand_in))
+            score = part.log_prob(given.masked_fill(missing, 0.0))  # in every support; its density is discarded
             scores.append(torch.where(missing, 0.0, score))
         return scores
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.distributions.base import Size
-from pvae.distributions.codes import Conditional, Enumerated
+from pvae.distributions.codes import Conditional, Enumerated, codes_below
 from pvae.errors import DeclarationError
 from pvae.graph.site import Link, Site, Values
 from pvae.models.priors.base import Prior
@@ -126,9 +126,7 @@ class Autoregressive(Enumerated, Conditional):  # type: ignore[override]
     @dist.constraints.dependent_property(is_discrete=True)
     def support(self) -> dist.constraints.Constraint:
         """Support: codes 0 .. K - 1 at every position."""
-        return dist.constraints.independent(
-            dist.constraints.integer_interval(0, self.network.codes - 1), len(self.event_shape)
-        )
+        return codes_below(self.network.codes, len(self.event_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Return log p(c | parents) of indices `(..., *grid)`, nats, `(...)`; exact, in single precision or better."""

@@ -145,9 +145,8 @@ class FittedTransforms(Section):
 
     def on(self, x: AnyArray) -> Scaled:
         """Return stored rows `(n, *shape)` with the scaling of the fit."""
-        shift, divisor = (
-            n if isinstance(n, float) else np.array(n).reshape(self.shape) for n in (self.shift, self.divisor)
-        )
+        given = self.shift, self.divisor
+        shift, divisor = (n if isinstance(n, float) else np.array(n).reshape(self.shape) for n in given)
         return Scaled(x, shift, divisor, warps_of(self.columns))
 
     def to_frame(self, x: Any) -> pandas.DataFrame:

@@ -82,6 +82,11 @@ def conditional_logits(p: Any, value: Tensor) -> Tensor:
     return p.conditional_logits(value) if isinstance(p, Conditional) else p.logits
 
 
+def codes_below(states: int, grid: int) -> dist.constraints.Constraint:
+    """Return the constraint of codes 0 .. `states` - 1 at every position of a grid of some dimensions."""
+    return dist.constraints.independent(dist.constraints.integer_interval(0, states - 1), grid)
+
+
 class Certain(Batched):
     """Deterministic codes, such as nearest codes (VQ); `log_prob` is 0 for any value, as values are not compared.
 
@@ -101,9 +106,7 @@ class Certain(Batched):
     @dist.constraints.dependent_property(is_discrete=True)
     def support(self) -> dist.constraints.Constraint:
         """Support: indices 0 .. K - 1 at every position of the grid."""
-        return dist.constraints.independent(
-            dist.constraints.integer_interval(0, self.states - 1), len(self.event_shape)
-        )
+        return codes_below(self.states, len(self.event_shape))
 
     def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
         """Return the codes themselves, expanded to `sample_shape + (..., *grid)`."""

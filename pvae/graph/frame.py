@@ -205,9 +205,7 @@ class Frame(Record):
         for name, column in self.columns(rows).items():
             entry = self.entries[name]
             if len(wrong := column[entry.wrong(column)]):
-                raise DataError.of(
-                    "graph.frame.entry", name=name, codes=entry.codes, found=float(wrong[0]), size=entry.size
-                )
+                raise DataError.of("graph.frame.entry", name=name, entry=entry, found=float(wrong[0]))
         for name, column in self.known(rows).items():
             if 0 < (count := int((~column.isnan()).reshape(len(rows), -1).any(1).sum())) < len(rows):
                 raise DataError.of("graph.frame.mixed", name=name, count=count, rows=len(rows))

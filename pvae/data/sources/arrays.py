@@ -128,9 +128,7 @@ def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> 
     if wanted:
         known, expected = magic == idx_header(wanted)[:4], idx_header(wanted)[:4].hex(" ")
     if not known:
-        raise DataError.of(
-            "data.sources.magic", path=path, expected=expected, found=magic.hex(" "), page=magic[:1] == b"<"
-        )
+        raise DataError.of("data.sources.magic", path=path, expected=expected, found=magic.hex(" "))
     sizes = file.read(4 * magic[3])
     if len(sizes) < 4 * magic[3]:
         raise DataError(f"{path}: expected a header of {4 + 4 * magic[3]} bytes; got {4 + len(sizes)}.")
