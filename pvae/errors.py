@@ -125,6 +125,23 @@ def misdeclared(problem: object, words: str | Sequence[str], /, **fields: Any) -
     refuse(problem, words, DeclarationError, **fields)
 
 
+@contextmanager
+def instead(
+    of: type[Exception] | tuple[type[Exception], ...], words: str, error: type[PvaeError] = DataError, /, **fields: Any
+) -> Iterator[None]:
+    """Raise a DataError in place of an exception in the context, whose message stands for `{problem}` in the words.
+
+    The words are a message, or the name of a text, which is given the exception as the field `problem`, as `refuse` has
+    it.
+    """
+    try:
+        yield
+    except of as problem:
+        named = ENTRY.fullmatch(words)
+        found = error.of(words, **fields, problem=problem) if named else error(words.replace("{problem}", str(problem)))
+        raise found from problem
+
+
 def near(name: str, names: Iterable[str]) -> str:
     """Return the hint `` (did you mean 'a' or 'b'?)`` with the names similar to ``name``; an empty text if none is."""
     close = get_close_matches(name, list(names), n=2, cutoff=0.6)

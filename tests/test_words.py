@@ -20,10 +20,10 @@ IMPORTS = {
     "figures": re.compile(
         r"figures.estimate import .*\b(texts?|refuse|misdeclared)\b|^text, texts = WORDS", re.MULTILINE
     ),
-    "rooms": re.compile(r"pvae.(words import .*\btexts?\b|errors import (\(\n)?.*\b(refuse|misdeclared)\b)"),
+    "rooms": re.compile(r"pvae.(words import .*\btexts?\b|errors import (\(\n)?.*\b(refuse|misdeclared|instead)\b)"),
 }
 NAMES = {"figures": estimate.TEXT_NAME, "rooms": ENTRY}
-REFUSING = ("refuse", "misdeclared")
+REFUSING = ("refuse", "misdeclared", "instead")
 """Functions whose second argument is a message or the name of an entry."""
 
 
@@ -53,6 +53,7 @@ def calls() -> Iterator[tuple[str, str, set[str]]]:
             ]
             if of and isinstance(call, ast.Call):
                 fields = {str(keyword.arg) for keyword in call.keywords if keyword.arg}
+                fields |= {"problem"} if function == "instead" else set()
                 if len(fields) < len(call.keywords):
                     fields |= {str(k.value) for k in ast.walk(tree) if isinstance(k, ast.Constant)}
                 for node in ast.walk(call.args[function in REFUSING]):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pvae
 from pvae.cli.app import Shared, beside, command, tell
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError, DeclarationError, instead
 from pvae.util.files import write_atomic, write_together
 
 if TYPE_CHECKING:
@@ -90,10 +90,8 @@ def _value(text: str) -> Any:
 
 def _integers(option: str, text: str) -> list[int]:
     """Return the integers that an option lists, such as `0,1`."""
-    try:
+    with instead(ValueError, f"{option}: expected an integer, or several as in 0,1; got {text!r}.", DeclarationError):
         return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise DeclarationError(f"{option}: expected an integer, or several as in 0,1; got {text!r}.") from None
 
 
 def background(run: Run) -> Any:

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pvae.errors import DataError, DeclarationError, refuse
+from pvae.errors import DataError, DeclarationError, instead, refuse
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
 from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
@@ -122,10 +122,9 @@ class Pair(nn.Module):
         """
         parameter = next((p for m in (self, *self.owners()) for p in m.parameters() if p.is_floating_point()), None)
         x = self.pack(x)
-        try:
+        holds = isinstance(getattr(x, "x", None), Tensor)
+        with instead((TypeError, ValueError, RuntimeError), "pair.pair.no_tensor", x=x, holds=holds):
             x = torch.as_tensor(x)
-        except (TypeError, ValueError, RuntimeError):
-            raise DataError.of("pair.pair.no_tensor", x=x, holds=isinstance(getattr(x, "x", None), Tensor)) from None
         if parameter is not None:
             x = x.to(parameter) if self.declared or x.is_floating_point() else x.to(parameter.device)
         if x.dim() and len(x):

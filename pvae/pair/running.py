@@ -3,12 +3,12 @@
 Modules within reach of a program rest meanwhile: those in arguments of partial, closures, globals, attributes.
 """
 
+import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import pyro
@@ -263,43 +263,19 @@ def modules_within(programs: Iterable[Any]) -> list[nn.Module]:
 
 
 def _inside(thing: Any) -> list[Any]:
-    """Return the objects that an object refers to and that may lead to a Module."""
-    if isinstance(thing, FunctionType):
-        return [*_of_function(thing)]
-    if isinstance(thing, MethodType):
-        return [thing.__self__, thing.__func__]
-    if isinstance(thing, dict):
-        return [*thing.values()]
-    if isinstance(thing, list | tuple | set | frozenset):
-        return [*thing]
+    """Return the objects that an object refers to and that may lead to a Module; of globals, those that are named."""
     known = isinstance(thing, nn.Module) and _is_library(type(thing), ("torch", "pvae"))
     if known or isinstance(thing, type | ModuleType | Tensor | str | bytes | int | float | complex | CodeType | None):
         return []
-    named = [thing.func, thing.args, thing.keywords] if isinstance(thing, partial) else []
-    classes = type(thing).__mro__
-    slots = [_attribute(thing, s) for c in classes for s in _names(vars(c).get("__slots__", ()))]
-    methods = [v for c in classes if not _is_library(c) for v in vars(c).values()]
-    functions = [m for m in methods if isinstance(m, FunctionType)]
-    return [*(_attribute(thing, "__dict__") or {}).values(), *slots, *named, *functions]
+    found = gc.get_referents(thing)
+    if isinstance(thing, FunctionType):
+        return [*(part for part in found if part is not thing.__globals__), *_named_globals(thing)]
+    methods = [v for c in type(thing).__mro__ if not _is_library(c) for v in vars(c).values()]
+    return [*found, *(method for method in methods if isinstance(method, FunctionType))]
 
 
-def _attribute(thing: Any, name: str) -> Any:
-    """Return an attribute of an object, None where it has none; proxies and unset slots may raise anything."""
-    with suppress(Exception):
-        return object.__getattribute__(thing, name)
-    return None
-
-
-def _names(slots: Any) -> Iterable[str]:
-    return [slots] if isinstance(slots, str) else slots
-
-
-def _of_function(function: FunctionType) -> Iterator[Any]:
-    """Yield what a function refers to: closure, defaults, the function it wraps, and the globals that it names."""
-    yield from (cell.cell_contents for cell in function.__closure__ or () if cell != CellType())
-    yield from function.__defaults__ or ()
-    yield from (function.__kwdefaults__ or {}).values()
-    yield getattr(function, "__wrapped__", None)
+def _named_globals(function: FunctionType) -> Iterator[Any]:
+    """Yield the globals that a function names, and what it may name in modules among them."""
     if not _is_library(function.__globals__.get("__name__", "")):
         names = set(_names_in(function.__code__))
         for value in [function.__globals__.get(name) for name in sorted(names)]:

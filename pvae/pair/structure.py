@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.component import Shape
 from pvae.distributions import Certain, LogOneHot, Rounded, twin
-from pvae.errors import DataError, refuse
+from pvae.errors import DataError, instead, refuse
 from pvae.pair.layout import Layout, SiteShape, Traces, is_point, joined, samples, unwrapped
 from pvae.records import Record, field, replace
 
@@ -285,10 +285,9 @@ def is_several(data: Any) -> bool:
 
 def _named(data: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str | None, Tensor]]:
     items: Any = data.items() if isinstance(data, Mapping) else ((None, part) for part in data)
-    try:
+    said = "x: expected tensors or arrays as arguments; got something else: {problem}."
+    with instead((TypeError, ValueError, RuntimeError), said):
         found = [(name, torch.as_tensor(part)) for name, part in items]
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise DataError(f"x: expected tensors or arrays as arguments; got something else: {error}.") from None
     if not found or any(not t.dim() for _, t in found):
         raise DataError("x: expected arguments with one row for every datum; got none, or a single number.")
     return found

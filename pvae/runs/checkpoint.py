@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError
+from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError, instead
 from pvae.records import Record, field
 from pvae.runs.find import slug
 from pvae.runs.rundir import require_sound
@@ -137,13 +137,11 @@ def read(path: Path) -> Checkpoint:
     that the manifest lists are opened, and nothing is unpickled.
     """
     tensors: dict[str, dict[str, Tensor]] = {}
-    try:
+    with instead(DataError, "{problem}", CheckpointError):
         schema, step, table, run = manifest_of(path)
         state = files.parse_object(path / "state.json", _verified(path, "state.json", table.pop("state.json")))
         for name, entry in table.items():
             tensors[name.removesuffix(".safetensors")] = unpack_tensors(path / name, _verified(path, name, entry))
-    except DataError as problem:
-        raise CheckpointError(str(problem)) from problem
     saved = Checkpoint(path, step, tensors, state, run)
     for old in range(schema, SCHEMA_VERSION):
         if old not in MIGRATIONS:
@@ -274,11 +272,10 @@ def wrong(where: Path, expected: str, found: object) -> CheckpointError:
 def pack_tensors(group: str, entries: Mapping[str, Tensor], facts: dict[str, str] | None = None) -> bytes:
     """Return named tensors, and facts as metadata, as a safetensors file; raises CheckpointError, with the group."""
     seen: set[int] = set()
-    try:
+    said = f"{group}: expected dense tensors that safetensors can hold; got: {{problem}}"
+    with instead((SafetensorError, ValueError, RuntimeError, NotImplementedError), said, CheckpointError):
         found = {_escaped(key): _detached(value, seen) for key, value in entries.items()}
         return safetensors.torch.save(found, facts)
-    except (SafetensorError, ValueError, RuntimeError, NotImplementedError) as problem:
-        raise CheckpointError(f"{group}: expected dense tensors that safetensors can hold; got: {problem}") from problem
 
 
 def _detached(tensor: Tensor, seen: set[int]) -> Tensor:
@@ -300,10 +297,9 @@ def _escaped(key: str) -> str:
 
 def pack_state(state: Mapping[str, Any]) -> bytes:
     """Return a training state as JSON bytes; raises CheckpointError if reading them would not give an equal state."""
-    try:
+    said = "Expected a state of finite JSON; got: {problem}"
+    with instead((TypeError, ValueError, RecursionError), said, CheckpointError):
         content = json.dumps(state, allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as problem:
-        raise CheckpointError(f"Expected a state of finite JSON; got: {problem}") from problem
     if json.loads(content) != state:
         raise CheckpointError("Expected lists, and text as keys of the state; got others, which JSON would convert.")
     if len(content) > LARGEST_STATE:
@@ -313,8 +309,7 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
 
 def unpack_tensors(where: Path, content: bytes) -> dict[str, Tensor]:
     """Return the named tensors in the bytes of a safetensors file; raises CheckpointError."""
-    try:
+    said = f"{where}: expected safetensors; got {len(content)} bytes that start {content[:16]!r} ({{problem}})."
+    with instead((SafetensorError, KeyError, ValueError, TypeError, RuntimeError), said, CheckpointError):
         tensors = safetensors.torch.load(content).items()
         return {json.loads(k.removeprefix(_ESCAPE)) if k.startswith(_ESCAPE) else k: value for k, value in tensors}
-    except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as problem:
-        raise wrong(where, "safetensors", f"{len(content)} bytes that start {content[:16]!r} ({problem})") from problem

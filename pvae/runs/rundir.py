@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pvae.errors import DataError, Interrupted, OutputError, PvaeError, StorageError
+from pvae.errors import DataError, Interrupted, OutputError, PvaeError, StorageError, instead
 from pvae.runs import find
 from pvae.runs.find import Claim, busy, utc_now
 from pvae.util import files, write_atomic
@@ -169,10 +169,8 @@ class RunDirectory:
     @property
     def spec_text(self) -> str:
         """Complete declaration of the experiment as TOML; raises DataError if missing, over 1 MiB or not UTF-8."""
-        try:
+        with instead(UnicodeDecodeError, f"{self.path / 'spec.toml'}: expected UTF-8; got {{problem}}."):
             return files.read_inside(self.path, "spec.toml", files.MIB).decode()
-        except UnicodeDecodeError as problem:
-            raise DataError(f"{self.path / 'spec.toml'}: expected UTF-8; got {problem}.") from problem
 
     def spec_is_own(self) -> bool:
         """Return False if the declaration is not the text whose digest the manifest holds."""
@@ -238,11 +236,9 @@ class RunDirectory:
         """Return the metrics as a data frame, with null as NaN; raises DataError if they cannot be converted."""
         import pandas
 
-        rows = self.metrics_rows()
-        try:
+        rows, where = self.metrics_rows(), self.path / "metrics.jsonl"
+        with instead((ValueError, OverflowError), "runs.rundir.table", path=where):  # half a surrogate pair, say
             return pandas.DataFrame([{k: math.nan if v is None else v for k, v in row.items()} for row in rows])
-        except (ValueError, OverflowError) as problem:  # half a surrogate pair, which JSON can spell
-            raise DataError.of("runs.rundir.table", path=self.path / "metrics.jsonl", problem=problem) from problem
 
     def truncate_metrics(self, epoch: int) -> None:
         """Remove the rows of metrics after ``epoch``, which a resumed fit writes again. Raises StorageError."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.data.split import Split
-from pvae.errors import CheckpointError, DataError
+from pvae.errors import CheckpointError, DataError, instead
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 
@@ -54,10 +54,8 @@ def attended(pair: Pair, train: Callable[[], Split]) -> Pair:
     """
     if not pair.made_of_data():
         return pair
-    try:
+    with instead(DataError, "{problem} A part of the model is made of them, such as an exemplar prior."):
         return pair.attend(train().data)
-    except DataError as error:
-        raise DataError(f"{error} A part of the model is made of them, such as an exemplar prior.") from error
 
 
 def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae import errors
-from pvae.errors import CheckpointError, DeviceError, NonFiniteError, Stopped, StorageError
+from pvae.errors import CheckpointError, DeviceError, NonFiniteError, Stopped, StorageError, instead
 from pvae.objectives.base import Loss
 from pvae.pair import Pair, log_prob, samples
 from pvae.runs import checkpoint, seal
@@ -86,7 +86,8 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     Raises:
         CheckpointError: the checkpoint does not belong to this fit.
     """
-    try:
+    broken = KeyError, TypeError, ValueError, RuntimeError
+    with instead(broken, "training.recovery.state", CheckpointError, path=saved.path):
         chosen(saved)  # raises where the state selects none
         tensors, device, keeps_best = saved.tensors, trainer.device, trainer.train.keep == "best"
         for group in ("best", "weights"):  # the best are kept as they are: they too must be of this pair
@@ -112,8 +113,6 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
             trainer.state.best = trainer.state.elbo = -math.inf
         if trainer.state.step:
             trainer.follow_schedules(trainer.state.step - 1)  # of the last step: the end of its epoch may be to come
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise CheckpointError.of("training.recovery.state", path=saved.path, error=error) from error
 
 
 # ---------------------------------------------------------------------- not finite

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pvae.errors import CheckpointError, DataError
+from pvae.errors import CheckpointError, DataError, instead
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, seal, state_of
@@ -259,7 +259,5 @@ def _compare_digest(path: Path) -> None:
 
 def _parse_json(path: Path) -> None:
     """Raise DataError if a file is not JSON."""
-    try:
+    with instead((ValueError, RecursionError), f"{path}: expected JSON; got {{problem}}. Run the analysis again."):
         json.loads(read_inside(path.parent, path.name, 64 * MIB))
-    except (ValueError, RecursionError) as problem:
-        raise DataError(f"{path}: expected JSON; got {problem}. Run the analysis again.") from problem
