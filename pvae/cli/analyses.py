@@ -13,6 +13,7 @@ import typer
 import pvae
 from pvae.cli.app import Shared, beside, command, rows_of
 from pvae.errors import DeclarationError, misdeclared
+from pvae.util.files import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -137,7 +138,6 @@ def audit(
     """
     from pvae.analysis.pages.audit import page_of
     from pvae.cli.handwritten import load_arguments, load_names
-    from pvae.util.files import write_atomic
 
     encode, decode, *_ = (*load_names(functions), None)
     asked: dict[str, Any] = {"likelihood": likelihood, "scale": scale, "levels": levels, "codes": codes, "noise": noise}
@@ -151,8 +151,6 @@ def audit(
 @command("seed", "data_dir", "as_json")
 def counterexamples(shared: Shared, data: str = "digits", out: Path | None = None) -> None:
     """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
-    from pvae.util.files import write_atomic
-
     if data not in (known := [name for name in ("digits", "fashion_mnist", "mnist") if name in pvae.data.Data.members]):
         raise DeclarationError(f"--data: expected one of {', '.join(known)}; got {data!r}.")
     with shared.bar("counterexamples") as bar:

@@ -9,6 +9,7 @@ import typer
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
 from pvae.errors import DeclarationError, misdeclared
+from pvae.experiment import zoo
 from pvae.util.files import write_atomic
 from pvae.words import text
 
@@ -16,8 +17,6 @@ from pvae.words import text
 @command("as_json", name="list")
 def list_zoo(shared: Shared) -> None:
     """List the zoo: the model declarations that come with pvae."""
-    from pvae.experiment import zoo
-
     entries = zoo.entries()
     width = max(len(name) for name, _ in entries)
     lines = "\n".join(f"{name:{width}}  {text}" for name, text in entries)
@@ -27,7 +26,6 @@ def list_zoo(shared: Shared) -> None:
 @command()
 def new(_: Shared, name: str, like: str | None = None) -> None:
     """Write a TOML file with a declaration to start from."""
-    from pvae.experiment import zoo
     from pvae.runs.find import slug
 
     misdeclared("/" in name or "\\" in name, f"{name}: expected a name, not a path; the file is written here.")

@@ -14,6 +14,8 @@ import typer
 import pvae
 from pvae.cli.app import Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
 from pvae.errors import DataError, PvaeError
+from pvae.runs.find import Claim, slug
+from pvae.runs.rundir import RunDirectory, list_runs
 from pvae.signals import end_with
 from pvae.util.files import pretty, write_atomic
 from pvae.util.progress import ProgressBar
@@ -147,7 +149,6 @@ def export(shared: Shared, run: str, kind: str, what: str = "decoder") -> None:
         where = str(export_module(shared.open(run), path, what))
     else:
         from pvae.runs.export.exporting import export as export_run
-        from pvae.runs.rundir import RunDirectory
 
         where = export_run(RunDirectory.open(run, shared.run_dir), kind)
     shared.answer({"kind": kind, "where": where}, where)
@@ -156,8 +157,6 @@ def export(shared: Shared, run: str, kind: str, what: str = "decoder") -> None:
 @command("run_dir", "as_json")
 def runs(shared: Shared) -> None:
     """List runs with their state, epochs and best validation ELBO."""
-    from pvae.runs.rundir import list_runs
-
     rows = list_runs(shared.run_dir)
     lines = [] if rows else [f"no runs in {shared.run_dir}; make one with: pvae fit vae"]
     for row in rows:
@@ -177,7 +176,6 @@ def study(
     slurm: list[str] | None = None, more: list[str] | None = None,
 ) -> None:  # fmt: skip
     """Run a study: declarations, values, seeds, trials of a search, here or in a queue; finished runs are kept."""
-    from pvae.runs.find import slug
     from pvae.studies.cases import Declared
 
     load_installed_plugins()
@@ -228,8 +226,6 @@ def study_work() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all processes of a job
     order = json.load(sys.stdin)
     end_with(order["supervisor"])
-    from pvae.runs.find import Claim
-
     with Claim(Path(order["claim"]), "a case"):
         from pvae.studies.tasks import work
 

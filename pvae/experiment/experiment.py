@@ -186,10 +186,8 @@ class Experiment(Plan):
 
     def conditioned(self, data: D) -> D:
         """Return data as the pair takes them: with a covariate, every row ends with its label or prompt tokens."""
-        transforms = data.transforms if isinstance(data, Dataset) else None
-        there: Mapping[str, Any] = (
-            transforms.side.columns if transforms is not None and transforms.side is not None else {}
-        )
+        side = data.transforms.side if isinstance(data, Dataset) and data.transforms is not None else None
+        there: Mapping[str, Any] = {} if side is None else side.columns
         for name, column in side_columns(self.covariates).items():
             if (found := there.get(name, column).words) != column.words:
                 raise DataError(f"{name}: expected data with the levels {column.words}; got {found}.")

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pvae.data.streamed import Streamed
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, at
 from pvae.graph.frame import Frame
 from pvae.graph.site import OBSERVED
 from pvae.nn.network import MLP, Network, NetworkModule
@@ -137,10 +137,8 @@ class GAN(Objective):
         """Add the critic as `pair.critic`, and replace the likelihood by one without a density."""
         model: Any = pair.model
         model.decoder.likelihood = model.decoder.likelihood.implicit()
-        try:
+        with at("objective.critic"):
             network = self.critic.build({OBSERVED: model.frame.x, **model.frame.shapes}, (1,))
-        except DeclarationError as error:
-            raise DeclarationError([f"objective.critic: {problem}" for problem in error.problems]) from None
         pair.implicit = True
         pair.critic = Critic(network, model.frame)
 

@@ -150,8 +150,6 @@ def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:
     if isinstance(base, Certain) or is_point(fn):
         return rows_first(base.index if isinstance(base, Certain) else base.v, node, layout, rows)
     score = fn.log_prob(value).detach().movedim(layout.dim, 0)
-    # Not more digits than its parameters have: equal rows differ by their rounding.
-    score = score.to(value.dtype) if value.is_floating_point() else score
     return score.expand(rows, *score.shape[1:]).reshape(rows, -1)
 
 

@@ -119,11 +119,6 @@ class StudyFile(Section):
     search: Table[Search] | None = None
 
 
-def names() -> list[str]:
-    """Return the names of the studies that come with pvae, sorted."""
-    return sorted(path.stem for path in STUDIES_FOLDER.glob("*.toml"))
-
-
 def find(name_or_file: str) -> Path:
     """Return the TOML file of a study, given its name or path; raises DeclarationError if there is none."""
     return toml.find(name_or_file, STUDIES_FOLDER, "a study", "a TOML file with a table [sweep]")
