@@ -1,4 +1,4 @@
-"""Importance-weighted bounds on log p(x) from the log weights of many samples, accumulated in constant memory."""
+"""Importance-weighted bounds on log p(x) from the log weights of many samples, of one chunk of rows after another."""
 
 import math
 from itertools import accumulate
@@ -18,7 +18,7 @@ ELEMENTS, ELEMENTS_ON_GPU = 2**20, 2**25
 """Number of elements of x decoded per block; on a CPU, activations that exceed its cache cost more than function
 calls."""
 BLOCKS_PER_SUM = 16
-"""Number of blocks of samples whose weights are accumulated together, because a single sum is small."""
+"""Number of blocks of samples after which the rows of a chunk have all their samples, unless it is one row."""
 SMALLEST_BLOCK, LARGEST_BLOCK = 256, 20_000
 """Smallest and largest number of samples per block, for any size of x: smaller blocks are slow, larger ones save
 nothing."""
@@ -42,59 +42,6 @@ def _prime_factors(number: int) -> list[int]:
     """Return the prime factors of a number in ascending order, with repetitions."""
     divisor = next((d for d in range(2, math.isqrt(number) + 1) if number % d == 0), number)
     return [divisor, *_prime_factors(number // divisor)] if number > 1 else []
-
-
-class Level:
-    """Estimate of one bound L_K: groups of K samples, each merged from `ratio` groups of the next smaller size.
-
-    It keeps the mean and variance of the groups' log mean weights; a group may extend over several blocks of samples.
-    """
-
-    def __init__(self, size: int, ratio: int) -> None:
-        self.log_size, self.ratio = math.log(size), ratio
-        self.open: Tensor
-        self.filled = self.count = 0
-
-    def push(self, sums: Tensor) -> Tensor:
-        """Add log sums of weights of smaller groups, `(any number, rows)`; return those of the completed groups."""
-        if self.ratio > 1:
-            sums = self._closed(sums)
-        if len(sums):
-            values = sums - self.log_size
-            if not self.count:
-                # Squares of differences from a value seen keep their digits where the spread is far below the mean.
-                self.shift = torch.where(values[0].isfinite(), values[0], 0.0)
-                self.total = self.squares = torch.zeros_like(self.shift)
-            apart = values - self.shift
-            self.total = self.total + apart.sum(0)
-            self.squares = self.squares + apart.square().sum(0)
-            self.count += len(values)
-        return sums
-
-    @property
-    def mean(self) -> Tensor:
-        """Mean over groups of their log mean weights, `(rows,)`."""
-        return self.shift + self.total / self.count
-
-    @property
-    def squared_error(self) -> Tensor:
-        """Variance of the mean, `(rows,)`; infinite where a value was infinite."""
-        spread = (self.squares - self.total.square() / self.count).clamp(min=0).nan_to_num(nan=math.inf)
-        return spread / max(self.count - 1, 1) / self.count
-
-    def _closed(self, sums: Tensor) -> Tensor:
-        missing = self.ratio - self.filled if self.filled else 0
-        head, rest = sums[:missing], sums[missing:]
-        whole = len(rest) // self.ratio * self.ratio
-        closed = rest[:whole].unflatten(0, (-1, self.ratio)).logsumexp(1) if whole else rest[:0]
-        if missing:
-            self.open = torch.logaddexp(self.open, head.logsumexp(0))
-            self.filled += len(head)
-            if self.filled < self.ratio:
-                return closed
-            closed = torch.cat([self.open[None], closed])
-        self.open, self.filled = rest[whole:].logsumexp(0), len(rest) - whole
-        return closed
 
 
 class Accumulated(Record):
@@ -126,45 +73,45 @@ class Accumulated(Record):
         return tuple(zip(self.sizes, (over_noisy_rows(v, e, "lower_bound") for v, e in figures), strict=True))
 
 
-class Accumulator:
-    """Accumulator of the importance weights of some rows: blocks are summed, and only the largest weights are kept."""
+def accumulated(weights: Tensor, precision: float, means: Tensor | None = None) -> Accumulated:
+    """Return the bounds and diagnostics of the log weights `(samples, rows)`, float64, of all samples of some rows.
 
-    def __init__(self, samples: int, precision: float) -> None:
-        self.sizes = group_sizes(samples)
-        self.levels = [Level(size, size // last) for size, last in zip(self.sizes, (1, *self.sizes[:-1]), strict=True)]
-        self.kept = min(tail_length(samples) + 1, samples)
-        self.precision = precision
-        self.largest, self.means = torch.empty(0), torch.zeros(1, 1)
-        self.total = self.doubled = torch.tensor(-math.inf, dtype=torch.float64)
+    A bound L_K is the mean over groups of K samples of their log mean weight; groups of one size are merged to those of
+    the next. Errors are infinite where a group has no weight.
 
-    def average(self, weights: Tensor, values: Tensor) -> None:
-        """Add values `(any number, rows, V)` of some further samples, with their log weights, to the weighted means."""
+    Arguments:
+        weights: log weights, float64.
+        precision: machine epsilon of the densities that the weights are made of.
+        means: weighted means of further values, `(V, rows)`.
+    """
+    samples, sums, sizes = len(weights), [weights], group_sizes(len(weights))
+    for size, last in zip(sizes[1:], sizes[:-1], strict=True):
+        sums.append(sums[-1].unflatten(0, (-1, size // last)).logsumexp(1))
+    bounds = torch.stack([each.mean(0) - math.log(size) for each, size in zip(sums, sizes, strict=True)])
+    # sum w^2 / (sum w)^2; without any weight above zero there is no effective sample.
+    inverse_ess = ((2 * weights).logsumexp(0) - 2 * sums[-1][0]).exp().nan_to_num(nan=math.inf)
+    largest = weights.topk(min(tail_length(samples) + 1, samples), 0).values
+    errors = [each.var(0).nan_to_num(nan=math.inf) / len(each) for each in sums[:-1]]
+    errors.append(squared_error(largest, bounds[-1], inverse_ess, samples))
+    khat = pareto_k(largest, samples, WEIGHT_ROUNDING * precision * (1 + largest[0].abs()))
+    means = torch.full_like(weights[:1], math.nan) if means is None else means
+    figures = bounds, torch.stack(errors), 1 / inverse_ess, khat, means
+    return Accumulated(sizes, *(figure.cpu() for figure in figures))
+
+
+class Average:
+    """Weighted means `(rows, V)` of values of some rows, added up over blocks of samples."""
+
+    def __init__(self) -> None:
+        self.total, self.means = torch.tensor(-math.inf, dtype=torch.float64), torch.zeros(1, 1)
+
+    def add(self, weights: Tensor, values: Tensor) -> None:
+        """Add values `(any number, rows, V)` of some further samples, with their log weights."""
         total = torch.logaddexp(self.total, weights.logsumexp(0))
         known = total.masked_fill(total == -math.inf, 0.0)  # so far no sample explains these rows
         share = (weights - known).exp()[..., None]
         here = (share * values.double().masked_fill(share == 0, 0.0)).sum(0)
         self.means, self.total = self.means.to(here) * (self.total - known).exp()[..., None] + here, total
-
-    def push(self, weights: Tensor) -> None:
-        """Add log weights of some further samples, `(any number, rows)`, float64."""
-        self.doubled = torch.logaddexp(self.doubled, (2 * weights).logsumexp(0))
-        candidates = torch.cat([self.largest.to(weights), weights])
-        self.largest = candidates.topk(min(self.kept, len(candidates)), 0).values
-        for level in self.levels:
-            weights = level.push(weights)
-
-    def result(self) -> Accumulated:
-        """Return bounds and diagnostics; to be called after the weights of all `samples` were pushed."""
-        samples = self.sizes[-1]
-        bounds = torch.stack([level.mean for level in self.levels])
-        # sum w^2 / (sum w)^2; without any weight above zero there is no effective sample.
-        inverse_ess = (self.doubled - 2 * (bounds[-1] + math.log(samples))).exp().nan_to_num(nan=math.inf)
-        errors = [level.squared_error for level in self.levels[:-1]]
-        errors.append(squared_error(self.largest, bounds[-1], inverse_ess, samples))
-        khat = pareto_k(self.largest, samples, WEIGHT_ROUNDING * self.precision * (1 + self.largest[0].abs()))
-        means = self.means.where(self.total[..., None] > -math.inf, math.nan)
-        figures = bounds, torch.stack(errors), 1 / inverse_ess, khat, means.mT
-        return Accumulated(self.sizes, *(figure.cpu() for figure in figures))
 
 
 def accumulate_weights(
@@ -182,19 +129,17 @@ def accumulate_weights(
     def of(number: int) -> dict[str, Tensor]:
         chunk = x[number * rows : (number + 1) * rows]
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, number), x.device)
-        accumulator = Accumulator(samples, torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps)
-        blocks = -(-samples // (block // len(chunk)))
-        counts = [len(part) for part in torch.empty(samples).tensor_split(blocks)]  # as even as possible
-        for start in range(0, len(counts), BLOCKS_PER_SUM):
-            parts = []
-            for count in counts[start : start + BLOCKS_PER_SUM]:
-                weights, *values = drawn if isinstance(drawn := draw(chunk, count), tuple) else (drawn,)
-                parts.append(weights.reshape(count, len(chunk)))
-                for value in values:
-                    accumulator.average(parts[-1], value.reshape(count, len(chunk), -1))
-            accumulator.push(torch.cat(parts))
+        average, parts, blocks = Average(), list[Tensor](), -(-samples // (block // len(chunk)))
+        for count in (len(part) for part in torch.empty(samples).tensor_split(blocks)):  # as even as possible
+            weights, *values = drawn if isinstance(drawn := draw(chunk, count), tuple) else (drawn,)
+            parts.append(weights.reshape(count, len(chunk)))
+            for value in values:
+                average.add(parts[-1], value.reshape(count, len(chunk), -1))
+        means = average.means.where(average.total[..., None] > -math.inf, math.nan).mT
+        precision = torch.finfo(x.dtype if x.is_floating_point() else torch.float32).eps
+        found = accumulated(torch.cat(parts), precision, means)
         on_progress(number * rows + len(chunk), len(x))
-        return {name: value for name, value in vars(accumulator.result()).items() if name != "sizes"}
+        return {name: value for name, value in vars(found).items() if name != "sizes"}
 
     parts = group.dealt(-(-len(x) // rows), of)
     seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, len(parts)), x.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_counts, require_likelihood
-from pvae.analysis.bounds.accumulate import Accumulator
+from pvae.analysis.bounds.accumulate import accumulated
 from pvae.analysis.bounds.ais import counter
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
@@ -156,15 +156,10 @@ class RefinePlan(Record):
         seeds.set_noise(seeds.mix(self.seed, seeds.ANALYSIS, 4 * chunk + stream), x.device)
 
 
-def _blocks(x: Tensor, samples: int) -> list[int]:
-    """Return the sizes of the blocks in which `samples` samples of every row are taken."""
-    most = max(1, MEASURED_SAMPLES // len(x))
-    return [min(most, samples - done) for done in range(0, samples, most)]
-
-
 def _sample(x: Tensor, samples: int, draw: WeightSampler) -> Tensor:
-    """Return log importance weights of `samples` samples of every row, `(samples, n)`."""
-    return torch.cat([draw(x, count) for count in _blocks(x, samples)])
+    """Return `samples` log weights of every row, `(samples, n)`, at most `MEASURED_SAMPLES` of all rows at a time."""
+    most = max(1, MEASURED_SAMPLES // len(x))
+    return torch.cat([draw(x, min(most, samples - done)) for done in range(0, samples, most)])
 
 
 def _slopes(x: Tensor, handler: Refined, draw: WeightSampler, particles: int) -> list[Tensor]:
@@ -224,11 +219,8 @@ def _measure(pair: Pair, x: Tensor, draw: WeightSampler, plan: RefinePlan, chunk
     lacks = _unconverged(x, handler, draw, plan.particles)
     plan.set_noise(chunk, EVIDENCE, x)
     with handler:
-        weights = Accumulator(plan.evidence_samples, torch.finfo(torch.float64).eps)
-        for count in _blocks(x, plan.evidence_samples):
-            weights.push(draw(x, count))
+        last = accumulated(_sample(x, plan.evidence_samples, draw), torch.finfo(torch.float64).eps)
     found = {"elbo": own, "refined_elbo": other, "better": better.double(), "lacks": lacks}
-    last = weights.result()
     found |= {"log_p": last.log_p, "squared_error": last.squared_errors[-1], "ess": last.ess}
     return {name: t.cpu() for name, t in found.items()}
 

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from pvae.analysis.bounds.accumulate import Accumulator, block_size, group_sizes
+from pvae.analysis.bounds.accumulate import accumulated, block_size, group_sizes
 from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.weights import (
     PriorEvidence,
@@ -162,31 +162,13 @@ def test_curve_never_falls(bound, samples):
     assert found.gap == values[-1] - values[0]
 
 
-# ---------------------------------------------------------------------- the stream
+# ---------------------------------------------------------------------- sums of weights
 
 
-def in_blocks(weights: Tensor, lengths: list[int]) -> Accumulator:
-    """A stream that was given `weights` in blocks of these lengths."""
-    stream = Accumulator(len(weights), EPS)
-    for block in weights.split(lengths):
-        stream.push(block)
-    return stream
-
-
-def lengths_of(samples: int, kind: str) -> list[int]:
-    if kind == "one":
-        return [samples]
-    if kind == "single":
-        return [1] * samples
-    cuts = sorted(np.random.default_rng(1).choice(np.arange(1, samples), min(samples - 1, 12), replace=False))
-    return np.diff([0, *cuts, samples]).tolist()
-
-
-@pytest.mark.parametrize("kind", ["one", "single", "ragged"])
 @pytest.mark.parametrize("samples", [2, 30, 97, 500, 1024])
-def test_stream_is_the_sum_of_weights_in_memory(samples, kind):
+def test_sums_of_weights_are_those_of_the_groups(samples):
     weights = 2 * torch.randn(samples, 6).double() - 500
-    found = in_blocks(weights, lengths_of(samples, kind)).result()
+    found = accumulated(weights, EPS)
     for i, k in enumerate(group_sizes(samples)):
         groups = weights.reshape(-1, k, 6).logsumexp(1) - math.log(k)
         torch.testing.assert_close(found.bounds[i], groups.mean(0), rtol=0, atol=1e-11)
@@ -218,17 +200,14 @@ def test_memory_does_not_grow_with_samples():
     evidence(Pair(model=model, guide=guide), x, samples=4000)
     assert max(sizes) <= block_size(x) < 4000
     assert sum(sizes) < 3 * 4000 + 40  # and the particle check
-    stream = in_blocks(torch.randn(5000, 2).double(), [500] * 10)
-    assert stream.largest.shape == (tail_length(5000) + 1, 2)
 
 
-@pytest.mark.parametrize("kind", ["one", "single", "ragged"])
-def test_impossible_data_and_impossible_draws(kind):
+def test_impossible_data_and_impossible_draws():
     weights = torch.randn(200, 4).double()
     weights[:, 0] = -math.inf
     weights[::2, 1] = -math.inf
     weights[1:, 2] = -math.inf
-    found = in_blocks(weights, lengths_of(200, kind)).result()
+    found = accumulated(weights, EPS)
     assert not found.bounds.isnan().any()
     assert not found.squared_errors.isnan().any()
     assert found.log_p[0] == -math.inf
@@ -512,9 +491,7 @@ def narrow(narrower: float, d: int, samples: int, sets: int) -> np.ndarray:
     for _ in range(sets):
         z = narrower * torch.randn(samples, 50, d, generator=generator, dtype=torch.float64)
         weights = ((z / narrower) ** 2 - z**2).sum(-1) / 2 + d * math.log(narrower)
-        accumulator = Accumulator(samples, 1e-16)
-        accumulator.push(weights)
-        bound = accumulator.result().curve()[-1][1]
+        bound = accumulated(weights, 1e-16).curve()[-1][1]
         found.append((bound.value, bound.standard_error))
     return np.array(found).T
 
