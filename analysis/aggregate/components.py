@@ -18,8 +18,6 @@ TILE_ROWS, TILE_COLUMNS = 512, 2048
 """Largest number of values, and of components, in one tile of the matrix product that scores values."""
 VALUES_CHECKED = 8
 """Number of values for which log densities from the matrix product are compared with densities computed directly."""
-CODES_AT_ONCE = 1000
-"""Number of rows of codes that are hashed and compared at once."""
 LOG_ZERO = -1e300
 """Finite stand-in for log 0, which can be subtracted from itself without giving NaN."""
 GROUPS = 20
@@ -224,58 +222,33 @@ class Tallied(Held):
         self.parts = given.parts if isinstance(given, Product) else (given,)
         others = [part for part in self.parts if not isinstance(part, CertainCodes)]
         self.rest = product(others).double() if others else None
-        codes = torch.cat([part.index for part in self.parts if isinstance(part, CertainCodes)], 1)
-        self.dim, self.device = given.dim, codes.device
-        self.columns = len(codes)
-        self.keys, self.group, self.codes = self._grouped(codes)
-
-    def _grouped(self, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return sorted hashes of the distinct codes, the index of each row's code, and these codes."""
-        for self.seed in range(8):
-            keys, group = row_hash(codes, self.seed).unique(return_inverse=True)
-            distinct = codes[torch.zeros_like(keys).scatter_(0, group, torch.arange(len(codes), device=codes.device))]
-            parts = zip(codes.split(CODES_AT_ONCE), group.split(CODES_AT_ONCE), strict=True)
-            if all(bool((part == distinct[at]).all()) for part, at in parts):
-                return keys, group, distinct
-        raise RuntimeError("eight hashes of 64 bits collided")  # pragma: no cover - cannot be
-
-    def _split(self, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Split flat values into deterministic codes `(m, P)` and the coordinates of all other latents."""
-        pieces = list(zip(self.parts, value.to(self.device).split([part.dim for part in self.parts], 1), strict=True))
-        codes = torch.cat([z.long() for part, z in pieces if isinstance(part, CertainCodes)], 1)
-        rest = [z for part, z in pieces if not isinstance(part, CertainCodes)]
-        return codes, torch.cat(rest, 1) if rest else codes[:, :0]
-
-    def _found(self, codes: Tensor) -> Tensor:
-        """Return the index of each code among the distinct codes of the components, -1 for a code that none has."""
-        keys = row_hash(codes, self.seed)
-        at = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
-        parts = zip(codes.split(CODES_AT_ONCE), at.split(CODES_AT_ONCE), strict=True)
-        same = torch.cat([(part == self.codes[i]).all(1) for part, i in parts])
-        return torch.where(same & (self.keys[at] == keys), at, -1)
+        self.codes = torch.cat([part.index for part in self.parts if isinstance(part, CertainCodes)], 1)
+        self.dim, self.device, self.columns = given.dim, self.codes.device, len(self.codes)
 
     @torch.no_grad()
     def log_sums(self, value: Tensor, skip: Tensor | None = None) -> Tensor:
-        codes, rest = self._split(value)
-        at, of = self._found(codes), self.groups.of
+        pieces = [*zip(self.parts, value.to(self.device).split([part.dim for part in self.parts], 1), strict=True)]
+        codes = torch.cat([z.long() for part, z in pieces if isinstance(part, CertainCodes)], 1)
+        number = torch.cat([self.codes, codes]).unique(dim=0, return_inverse=True)[1]
+        (own, at), of = number.split([len(self), len(codes)]), self.groups.of
         if self.rest is not None:
-            return self._within(rest, at, skip)
-        counts = torch.zeros(len(self.keys), self.groups.count + 1, dtype=torch.float64, device=self.device)
-        counts.index_put_((self.group, of), counts.new_ones(len(of)), accumulate=True)
-        count = torch.where(at[:, None] >= 0, counts[at.clamp(min=0)], 0)
+            rest = torch.cat([z for part, z in pieces if not isinstance(part, CertainCodes)], 1)
+            return self._within(rest, own, at, skip)
+        counts = torch.zeros(int(number.max()) + 1, self.groups.count + 1, dtype=torch.float64, device=self.device)
+        count = counts.index_put_((own, of), counts.new_ones(len(of)), accumulate=True)[at]
         if skip is not None:
-            same = (skip >= 0) & (self.group[skip.clamp(min=0)] == at)
+            same = (skip >= 0) & (own[skip.clamp(min=0)] == at)
             count.scatter_add_(1, of[skip.clamp(min=0)][:, None], -same[:, None].double())
         return count.log().clamp(min=LOG_ZERO).T
 
-    def _within(self, rest: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
-        """Return the log sums of densities over the components with the same code as the value."""
+    def _within(self, rest: Tensor, own: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
+        """Return log sums of densities over the components, whose codes are numbered `own`, that have the codes `at`."""
         assert self.rest is not None  # noqa: S101 - asked above
         of, shape = self.groups.of, (self.groups.count + 1, len(rest))
         out = torch.full(shape, LOG_ZERO, dtype=torch.float64, device=self.device)
-        place = torch.full_like(self.group, -1)  # position of a row among those summed
-        for code in at[at >= 0].unique().tolist():
-            mine, rows = (at == code).nonzero()[:, 0], (self.group == code).nonzero()[:, 0]
+        place = torch.full_like(own, -1)  # position of a row among those summed
+        for code in at.unique().tolist():
+            mine, rows = ((numbers == code).nonzero()[:, 0] for numbers in (at, own))
             for number in of[rows].unique().tolist():
                 chosen = rows[of[rows] == number]
                 place[chosen] = torch.arange(len(chosen), device=rows.device)
@@ -283,14 +256,6 @@ class Tallied(Held):
                 out[number, mine] = Kept(self.rest.rows(chosen), self.memory).log_sum(rest[mine], left_out)
                 place[chosen] = -1
         return out.clamp_(min=LOG_ZERO)
-
-
-def row_hash(rows: Tensor, seed: int = 0) -> Tensor:
-    """Return a hash of 64 bits of every row of integers `(n, P)`, `(n,)`."""
-    generator = torch.Generator().manual_seed(seed)
-    odd = torch.randint(2**62, (2, rows.shape[1]), generator=generator).mul(2).add(1).to(rows.device)
-    mixed = ((part ^ (part >> 15)) * odd[0] for part in rows.split(CODES_AT_ONCE))
-    return torch.cat([((part ^ (part >> 29)) * odd[1]).sum(1) for part in mixed])
 
 
 def held(given: Members, memory: int) -> Components:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pvae.analysis.aggregate.components import row_hash
 from pvae.analysis.decompose.account import Account, LevelTerms, Scored
 from pvae.analysis.decompose.collapse import active_units, code_use
 from pvae.analysis.decompose.result import Dimensions, LatentSurgery
@@ -53,7 +52,7 @@ def _distinct(account: Account, points: list[str], names: tuple[str, ...]) -> Es
     n = len(account.x)
     # Equal rows may get codes that differ in the last bit, from batches of other sizes.
     bits = account.x.reshape(n, -1).contiguous().view(torch.int64 if account.x.element_size() == 8 else torch.int32)
-    same = row_hash(bits.long()).unique(return_inverse=True)[1]
+    same = bits.unique(dim=0, return_inverse=True)[1]
     first = torch.zeros(int(same.max()) + 1, dtype=torch.int64, device=same.device)
     first[same] = torch.arange(n, device=same.device)
     code = account.first.flat(points)[first].unique(dim=0, return_inverse=True)[1][same]
