@@ -6,8 +6,7 @@ from typing import Any, ClassVar, Self
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
-from torch.distributions import constraints
+from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.components import LOG_ZERO, Components, Reread, held, members_of, nothing_as_infinite
 from pvae.analysis.aggregate.entry import accept, quiet
@@ -87,7 +86,7 @@ class AggregatedPosterior(dist.TorchDistribution):
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
-    support = constraints.real_vector
+    support = distributions.constraints.real_vector
 
     def __init__(
         self, components: Members | Components, total: int | None = None, index: Tensor | None = None,
@@ -150,17 +149,6 @@ class AggregatedPosterior(dist.TorchDistribution):
         whole = nothing_as_infinite(sums.logsumexp(0)) - math.log(len(self))
         return whole, each_left_out(sums) - math.log(max(fewer, 1))
 
-    def component_log_prob(self, value: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return log q(z_i | x_index_i), nats, of `(m, D)`; row i under component i unless `index` says otherwise."""
-        index = torch.arange(len(value), device=value.device) if index is None else index
-        return self.components.own(value, index)
-
-    def leave_one_out(self, value: Tensor, index: Tensor | None = None) -> Tensor:
-        """Return log 1/(n-1) sum_{j != index_i} q(z_i | x_j) of `(m, D)`, nats; `index_i` is i unless given."""
-        index = torch.arange(len(value), device=value.device) if index is None else index
-        sums, count, _ = self._others(value, index)
-        return nothing_as_infinite(sums.logsumexp(0)) - count.log()
-
     def _others(self, value: Tensor, index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return log sums of densities over the components but row `index_i`, by group, and their number, `(m,)`.
 
@@ -172,7 +160,6 @@ class AggregatedPosterior(dist.TorchDistribution):
             where[self.index] = torch.arange(len(self), device=index.device)
             skip = where[index]
         count = len(self) - (skip >= 0).double()
-        refuse(float(count.min()) < 1, "leave-one-out: expected at least two components; got one.")
         return self.components.log_sums(value, skip), count, torch.where(skip < 0, -1, self.components.groups.of[skip])
 
     def information(self, value: Tensor, index: Tensor, own: Tensor) -> Information:

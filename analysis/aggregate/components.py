@@ -77,10 +77,6 @@ class Components(ABC):
         return nothing_as_infinite(self.log_sums(value, skip).logsumexp(0))
 
     @abstractmethod
-    def own(self, value: Tensor, index: Tensor) -> Tensor:
-        """Return log q(z_i | x_index_i) of values `(m, D)`, each under one component of its own, `(m,)`."""
-
-    @abstractmethod
     def sample(self, index: Tensor) -> Tensor:
         """Return one sample of every chosen component, `(m, D)`."""
 
@@ -180,9 +176,6 @@ class Held(Components):
     def __len__(self) -> int:
         return len(self.members)
 
-    def own(self, value: Tensor, index: Tensor) -> Tensor:
-        return self.members.rows(index).log_prob(value.to(self.device, torch.float64))
-
     def sample(self, index: Tensor) -> Tensor:
         return self.members.rows(index).sample()
 
@@ -242,7 +235,7 @@ class Tallied(Held):
         return count.log().clamp(min=LOG_ZERO).T
 
     def _within(self, rest: Tensor, own: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
-        """Return log sums of densities over the components, whose codes are numbered `own`, that have the codes `at`."""
+        """Return log sums of densities over the components (codes numbered `own`) that have the codes `at`."""
         assert self.rest is not None  # noqa: S101 - asked above
         of, shape = self.groups.of, (self.groups.count + 1, len(rest))
         out = torch.full(shape, LOG_ZERO, dtype=torch.float64, device=self.device)
@@ -285,10 +278,6 @@ class Reread(Products):
         indices = torch.arange(len(self), device=self.device) if order is None else order
         for part in indices.split(self.columns):
             yield self._read(self.x[part])
-
-    def own(self, value: Tensor, index: Tensor) -> Tensor:
-        pairs = zip(value.to(torch.float64).split(self.columns), index.split(self.columns), strict=True)
-        return torch.cat([self._read(self.x[i]).log_prob(z) for z, i in pairs])
 
     def sample(self, index: Tensor) -> Tensor:
         return torch.cat([self._read(self.x[i]).sample() for i in index.split(self.columns)])

@@ -6,8 +6,7 @@ from math import prod
 from typing import Any
 
 import torch
-from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.trace_struct import Trace
+from pyro import poutine
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import refuse, text
@@ -98,10 +97,10 @@ def same_globals(pair: Pair, x: Tensor) -> Iterator[dict[str, Any]]:
     if not pair.layout.shared:
         yield {}
         return
-    nodes, fixed = samples(pair.guide_trace(pair.structure.few(x))), Trace()
+    nodes, fixed = samples(pair.guide_trace(pair.structure.few(x))), poutine.Trace()
     shared = {name: nodes[name] for name in pair.layout.shared}
     fixed.nodes.update(shared)
-    with ReplayMessenger(trace=fixed):
+    with poutine.replay(trace=fixed):
         yield shared
 
 

@@ -102,11 +102,6 @@ class GuideRuns(Components):
                     sums.add(scores, block)
         return sums.found()
 
-    def own(self, value: Tensor, index: Tensor) -> Tensor:
-        pairs = zip(value.split(self.pairs), index.split(self.pairs), strict=True)
-        with quiet(self.pair, self.x, 0):
-            return torch.cat([self._scores(z, self.x[i]).reshape(len(z)) for z, i in pairs])
-
     def sample(self, index: Tensor) -> Tensor:
         with quiet(self.pair, self.x, seeds.drawn()):
             return torch.cat([self._drawn(self.x[i]) for i in index.split(self.pair.structure.rows_at_once())])

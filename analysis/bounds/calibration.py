@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
-from torch.distributions import Bernoulli, OneHotCategorical
+from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, require_room, same_globals, simulated
 from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
@@ -235,10 +234,10 @@ def _coordinates(pair: Pair, trace: Trace) -> tuple[dict[str, bool], Tensor]:
         shape = site_shape(nodes[name], pair.layout)
         flat, sizes = shape.flatten(nodes[name]["value"]).double(), (*shape.left, *shape.right)
         fn = nodes[name]["fn"]
-        if isinstance(unwrapped(fn), OneHotCategorical | LogOneHot):
+        if isinstance(unwrapped(fn), distributions.OneHotCategorical | LogOneHot):
             flat, sizes = flat.unflatten(1, (-1, sizes[-1])).argmax(-1).double(), sizes[:-1]
         places = product(*(range(size) for size in sizes if size > 1))
-        code = is_code(fn) or isinstance(unwrapped(fn), Bernoulli)
+        code = is_code(fn) or isinstance(unwrapped(fn), distributions.Bernoulli)
         names |= {f"{name}[{', '.join(map(str, at))}]" if at else name: code for at in places}
         found.append(flat)
     return names, torch.cat(found, 1)

@@ -7,14 +7,13 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
-from torch.distributions import MultivariateNormal, Normal
+from torch import Tensor, distributions
 
 from pvae.analysis.figures.estimate import text
 from pvae.errors import DataError
 from pvae.pair import Pair, samples
 
-AnyNormal = Normal | MultivariateNormal
+AnyNormal = distributions.Normal | distributions.MultivariateNormal
 
 
 def rebuild(site: str, fn: Any, edit: Callable[[Any], dist.TorchDistribution]) -> Any:
@@ -23,15 +22,15 @@ def rebuild(site: str, fn: Any, edit: Callable[[Any], dist.TorchDistribution]) -
     Raises:
         DataError: there is no normal, or it is transformed by a map that is not a bijection (HalfNormal).
     """
-    if isinstance(fn, torch.distributions.LowRankMultivariateNormal):
+    if isinstance(fn, distributions.LowRankMultivariateNormal):
         fn = dist.MultivariateNormal(fn.loc, scale_tril=fn.scale_tril)
     if isinstance(fn, AnyNormal):
         return edit(fn)
-    if isinstance(fn, torch.distributions.Independent):
+    if isinstance(fn, distributions.Independent):
         return dist.Independent(rebuild(site, fn.base_dist, edit), fn.reinterpreted_batch_ndims)
     if isinstance(fn, dist.MaskedDistribution):
         return dist.MaskedDistribution(rebuild(site, fn.base_dist, edit), fn._mask)
-    if isinstance(fn, torch.distributions.TransformedDistribution) and all(t.bijective for t in fn.transforms):
+    if isinstance(fn, distributions.TransformedDistribution) and all(t.bijective for t in fn.transforms):
         return dist.TransformedDistribution(rebuild(site, fn.base_dist, edit), fn.transforms)
     if isinstance(fn, dist.ExpandedDistribution):
         whole = fn.base_dist.expand(fn.batch_shape)
@@ -87,7 +86,7 @@ class RefinedNormal:
     def __init__(self, base: AnyNormal, axis: int) -> None:
         shape = (*base.batch_shape, *base.event_shape)
         self.axis = axis
-        self.is_diagonal = isinstance(base, Normal)
+        self.is_diagonal = isinstance(base, distributions.Normal)
         wide = shape if self.is_diagonal else (*shape, base.event_shape[0])
         self.free = [base.loc.new_zeros(shape), base.loc.new_zeros(wide)]
 

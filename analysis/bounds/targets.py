@@ -7,9 +7,7 @@ from typing import Any, Literal
 
 import pyro
 import torch
-from pyro.poutine.trace_struct import Trace
-from torch import Tensor
-from torch.distributions import Transform, biject_to
+from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import require_counts, require_room
 from pvae.analysis.figures.estimate import refuse, text, texts
@@ -77,7 +75,7 @@ class Coordinate(Record):
     """One latent and the map from unconstrained values to its support."""
 
     name: str
-    transform: Transform
+    transform: distributions.Transform
     value: SiteShape
     free: SiteShape
     """Shape of the unconstrained value (of a simplex one element less)."""
@@ -110,7 +108,7 @@ class Target:
 
     # -- running the programs for (chains, n) states
 
-    def _run(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> Trace:
+    def _run(self, program: Callable[..., Any], flat: dict[str, Tensor], count: int) -> pyro.poutine.Trace:
         """Run guide or model with the chains along a plate of their own, to the left of all other plates.
 
         For pairs that accept no further plate the chains are further rows of the batch.
@@ -136,7 +134,7 @@ class Target:
             return False
         return stacked.joint.shape == joint.shape and _close(stacked.joint, joint) and _close(stacked.base, base)
 
-    def _score(self, trace: Trace, names: Sequence[str], count: int) -> Tensor:
+    def _score(self, trace: pyro.poutine.Trace, names: Sequence[str], count: int) -> Tensor:
         """Return the summed log density of some sites of a trace, `(count, n)`, float64."""
         nodes = [trace.nodes[name] for name in names if name in trace.nodes]  # a batch may lack some
         if self.stacked:
@@ -211,7 +209,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=1e-3, atol=1e-3, equal_nan=True)
 
 
-def _unseen(trace: Trace) -> dict[str, Any]:
+def _unseen(trace: pyro.poutine.Trace) -> dict[str, Any]:
     return {name: node for name, node in samples(trace).items() if not node["is_observed"]}
 
 
@@ -228,10 +226,10 @@ def _coordinate(plan: AnnealingPlan, name: str, node: Any, again: Any, layout: L
     return Coordinate(name, transform, value, SiteShape(free[:axis], free[axis + 1 :], value.batch))
 
 
-def _to_support(plan: AnnealingPlan, name: str, node: Any) -> Transform:
+def _to_support(plan: AnnealingPlan, name: str, node: Any) -> distributions.Transform:
     with suppress(NotImplementedError):
         if not node["fn"].support.is_discrete:
-            return biject_to(node["fn"].support)
+            return distributions.biject_to(node["fn"].support)
     raise DataError(text("refused.no_reals", caller=plan.caller, name=name, kind=type(unwrapped(node["fn"])).__name__))
 
 

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.distributions import transforms
 from torch import Tensor, nn
 
 from pvae.analysis.population.sample import FOLDS, HonestPrior, HonestScores, NewRows, mixture_weights
@@ -242,12 +241,12 @@ def fitted_flow(value: Tensor, held: Tensor, seed: int) -> Density:
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, 7), torch.device("cpu"))
         steps: list[Any] = []
         for _ in range(COUPLINGS):
-            coupling = transforms.affine_coupling(dim, [HIDDEN, HIDDEN], log_scale_min_clip=-2, log_scale_max_clip=2)
+            coupling = dist.transforms.affine_coupling(dim, [HIDDEN] * 2, log_scale_min_clip=-2, log_scale_max_clip=2)
             for parameter in coupling.nn.layers[-1].parameters():
                 nn.init.zeros_(parameter)
-            steps += [coupling.to(device), transforms.Permute(torch.randperm(dim).to(device))]
+            steps += [coupling.to(device), dist.transforms.Permute(torch.randperm(dim).to(device))]
         couplings = nn.ModuleList(steps[::2])
-        steps.append(transforms.AffineTransform(single.mean(0), single.std(0).clamp(min=1e-6), 1))
+        steps.append(dist.transforms.AffineTransform(single.mean(0), single.std(0).clamp(min=1e-6), 1))
         flow = dist.TransformedDistribution(dist.Normal(single.new_zeros(dim), 1.0).to_event(1), steps)
         optimizer = torch.optim.Adam(couplings.parameters(), lr=1e-3)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, FLOW_STEPS)

@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 import torch
 from scipy.stats import mannwhitneyu, rankdata, tiecorrect
+from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, exact, proportion, refuse
 from pvae.analysis.samples.features import Features, affordable
-from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK
 from pvae.analysis.samples.running import observed_rows, opened
 from pvae.analysis.samples.sample import Samples, sample
 from pvae.runs.run import Run
@@ -24,8 +24,6 @@ CLOSE_PROPORTION = 0.01
 """Proportion of held-out rows, the nearest ones, that counts as close to a training row."""
 EXACT_TEST_ROWS = 8
 """Largest size of the smaller set, samples or held-out rows, for which the Mann-Whitney p-value is exact."""
-TRAINING_BLOCK = 8192
-"""Number of training rows whose distances to samples are computed at a time."""
 
 
 class Copying(Figures, eq=False):
@@ -146,7 +144,7 @@ def data_copying(
       were trained on, and larger for copies. The standard error is exact under exchange of the two kinds of rows; it is
       wider if many samples are near to the same row.
 
-    Distances are Euclidean, searched in single precision in blocks; those returned are float64 for the rows found. For
+    Distances are Euclidean, searched by products of matrices; those returned are float64 for the rows found. For
     integers (bits, counts) the nearest row is exact, else exact up to rounding of squared distances.
 
     Warning: with enough rows any overfitting is significant; consider the size of share and nearer. The test covers all
@@ -199,24 +197,11 @@ def close(held_distance: Tensor) -> float:
 
 
 def nearest_of(points: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
-    """Return index and Euclidean distance of the row of `among` `(n, F)` nearest to each point `(m, F)`, each `(m,)`.
-
-    Rows of one block are compared in single precision, by |b|^2 - 2 <a, b>; the best rows of all blocks in float64.
-    """
+    """Return index and Euclidean distance, float64, of the row of `among` `(n, F)` nearest to each point `(m, F)`."""
     loc = among.mean(0).round()  # integers stay integers, so their products are exact
-    found = torch.zeros(len(points), dtype=torch.int64)
-    least = torch.full((len(points),), math.inf, dtype=torch.float64)
-    for start in range(0, len(among), TRAINING_BLOCK):
-        block = among[start : start + TRAINING_BLOCK]
-        b = (block - loc).float()
-        for top in range(0, len(points), DISTANCES_PER_BLOCK // TRAINING_BLOCK):
-            rows = slice(top, top + DISTANCES_PER_BLOCK // TRAINING_BLOCK)
-            best = torch.addmm(b.square().sum(1), (points[rows] - loc).float(), b.T, alpha=-2).argmin(1)
-            distance = (points[rows].double() - block[best].double()).square().sum(1).sqrt()
-            is_nearer = distance < least[rows]
-            least[rows] = torch.where(is_nearer, distance, least[rows])
-            found[rows] = torch.where(is_nearer, best + start, found[rows])
-    return found, least
+    centred = ((rows - loc).numpy() for rows in (points.to(among), among))
+    found = torch.from_numpy(pairwise_distances_argmin(*centred))
+    return found, (points.double() - among[found].double()).square().sum(1).sqrt()
 
 
 def _share(distance: Tensor, held: Tensor) -> Estimate:

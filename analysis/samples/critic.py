@@ -5,7 +5,6 @@ from typing import Annotated
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, refuse
@@ -113,7 +112,7 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
     per_row = on_q.mean(0)
     ratio, log_mean = on_p.exp().mean(0), on_p.flatten().logsumexp(0) - math.log(on_p.numel())
     value, mass = float(per_row.mean()), float(ratio.mean())
-    entropy = (softplus(-on_q).mean(0) + softplus(on_p).mean(0)) / 2
+    entropy = (nn.functional.softplus(-on_q).mean(0) + nn.functional.softplus(on_p).mean(0)) / 2
     nwj = Estimate(value - mass + 1, over_rows(per_row - ratio).standard_error, "lower_bound", note="in expectation")
     dv = Estimate(value - float(log_mean), over_rows(per_row - ratio / mass).standard_error, "estimate")
     return CriticKL(over_rows(per_row), nwj, dv, over_rows(entropy), len(x), draws, q.shape[-1], latents)
@@ -171,7 +170,7 @@ class LogRatio(nn.Module):
 def loss_of(network: nn.Module, q: Tensor, p: Tensor) -> Tensor:
     """Return the cross-entropy of the critic as a classifier between codes q and prior samples p, nats."""
     on_q, on_p = network(torch.cat([q, p])).split([len(q), len(p)])
-    return (softplus(-on_q).mean() + softplus(on_p).mean()) / 2
+    return (nn.functional.softplus(-on_q).mean() + nn.functional.softplus(on_p).mean()) / 2
 
 
 def train(q: Tensor, p: Tensor, seed: int) -> LogRatio:

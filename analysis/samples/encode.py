@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributions import Categorical, LowRankMultivariateNormal, MultivariateNormal
+from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.export.sites import parameters_of, rows_of
@@ -127,7 +126,7 @@ def _encoded(pair: Pair, x: Tensor, mean: bool) -> tuple[dict[str, LatentCode], 
 
 def _code(node: Mapping[str, Any], layout: Layout, count: int, mean: bool) -> LatentCode:
     shown, fn = parameters_of(node, layout, count), unwrapped(node["fn"])
-    if isinstance(fn, MultivariateNormal | LowRankMultivariateNormal):
+    if isinstance(fn, distributions.MultivariateNormal | distributions.LowRankMultivariateNormal):
         shown = {key: rows_of(t, node, layout, count) for key, t in (("loc", fn.loc), ("scale", fn.stddev))}
     parts = {key: shown[key].cpu() if key in shown else None for key in ("loc", "scale", "probs")}
     log_q, is_draw = log_prob(node, layout, 0).double().cpu(), not mean or running.centre(node["fn"]) is None
@@ -145,7 +144,7 @@ def summed_codes(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> It
     every = torch.arange(count, device=rest.device)
     for j, name in enumerate(layout.enumerated):
         log_p = rest.reshape(table.sizes[j], -1, count).logsumexp(1).log_softmax(0).T
-        index = log_p.argmax(-1) if mean else Categorical(logits=log_p).sample()
+        index = log_p.argmax(-1) if mean else distributions.Categorical(logits=log_p).sample()
         rest = rest.movedim(-1, 0)[every, index].movedim(0, -1)
         probs = table.weights.movedim(j, 0).reshape(table.sizes[j], -1, count).sum(1).T
         fn = nodes[name]["fn"]

@@ -5,8 +5,7 @@ from math import inf, nan, prod
 from typing import Any
 
 import torch
-from pyro.poutine.replay_messenger import ReplayMessenger
-from pyro.poutine.trace_struct import Trace
+from pyro import poutine
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, require_counts, require_room
@@ -171,8 +170,7 @@ def impute(
 
     with running.analysed(pair, rows, seed):
         fn = (node := _visit(pair, few := pair.structure.few(rows))[2])["fn"]
-        if sweeps and isinstance(fn, Absence):
-            raise DataError("impute: expected sweeps = 0 where z says which elements are missing; got sweeps.")
+        refuse(sweeps and isinstance(fn, Absence), "refused.sweeps")
         hides = mask is not None and not takes_missing(fn)
         if pair.structure.rows is not None or node["value"].numel() != len(few) * prod(event) or not is_elementwise(fn):
             raise DataError("impute: expected rows of any number, each at one site, elements independent given z.")
@@ -190,9 +188,9 @@ def _visit(pair: Pair, rows: Tensor, held: dict[str, Any] | None = None) -> tupl
 
     Also the nodes of the local latents, and that of x; codes that the model sums out are sampled given x and z.
     """
-    layout, fixed = pair.layout, Trace()
+    layout, fixed = pair.layout, poutine.Trace()
     fixed.nodes.update(held or {})
-    with ReplayMessenger(trace=fixed):
+    with poutine.replay(trace=fixed):
         traces = pair.traces(rows)
     guide, model = (sample_sites(trace) for trace in traces)
     log_w = log_weights(terms_of(traces, layout, 0, False, None), layout.shared).expand(len(rows))

@@ -6,13 +6,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from scipy.stats import entropy
-from sklearn.compose import ColumnTransformer
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import silhouette_samples
+from sklearn import compose, exceptions, linear_model, metrics, pipeline, preprocessing
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import OneHotEncoder, StandardScaler
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion, refuse
@@ -178,12 +173,12 @@ def _right(blocks: Sequence[Block], y: np.ndarray, labels: np.ndarray) -> list[T
     train, asked = map(np.hstack, sides)
     is_code = np.concatenate([np.full(t[0].numel(), not t.is_floating_point()) for t, _ in blocks])
     knn = KNeighborsClassifier(min(PROBE_NEIGHBOURS, len(y)), algorithm="brute")
-    right = []
-    for scaler, classifier in (("passthrough", knn), (StandardScaler(), LogisticRegression(max_iter=LINEAR_STEPS))):
-        columns = [("codes", OneHotEncoder(handle_unknown="ignore"), is_code), ("real", scaler, ~is_code)]
-        reader = make_pipeline(ColumnTransformer(columns, sparse_threshold=1.0), classifier)
+    right, logistic = [], linear_model.LogisticRegression(max_iter=LINEAR_STEPS)
+    for scaler, classifier in (("passthrough", knn), (preprocessing.StandardScaler(), logistic)):
+        columns = [("codes", preprocessing.OneHotEncoder(handle_unknown="ignore"), is_code), ("real", scaler, ~is_code)]
+        reader = pipeline.make_pipeline(compose.ColumnTransformer(columns, sparse_threshold=1.0), classifier)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the classifier after `LINEAR_STEPS` steps is used
+            warnings.simplefilter("ignore", exceptions.ConvergenceWarning)  # after `LINEAR_STEPS` steps it is used
             right.append(torch.from_numpy(reader.fit(train, y).predict(asked) == labels).double())
     return right
 
@@ -253,8 +248,7 @@ def groups(run: Run, split: str = "test", seed: int = 0) -> GroupedCodes:
             continue
         z, hot = torch.cat(real, 1)[have].numpy(), np.eye(group.max() + 1)[group]
         near = NearestNeighbors(n_neighbors=min(MIXED_NEIGHBOURS, len(z) - 1)).fit(z).kneighbors(return_distance=False)
-        separated[name] = over_rows(torch.from_numpy(silhouette_samples(z, group)))
+        separated[name] = over_rows(torch.from_numpy(metrics.silhouette_samples(z, group)))
         mixed[name] = over_rows(torch.from_numpy(entropy(hot[near].mean(1), axis=1) / entropy(hot.mean(0))))
-    if not separated:
-        raise DataError("groups: expected real latents, and labels or covariates of two or more values; got none.")
+    refuse(not separated, "refused.no_groups")
     return GroupedCodes(separated, mixed, len(x), split)

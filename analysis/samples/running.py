@@ -13,9 +13,7 @@ import torch
 from numpy.typing import NDArray
 from pyro import poutine
 from pyro.distributions import Unit
-from pyro.poutine.messenger import Messenger
-from torch import Tensor
-from torch.distributions import Categorical, Distribution
+from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import accept, quiet, same_globals
 from pvae.analysis.export.rows import Origin, Part, write
@@ -110,7 +108,7 @@ def distribution_mean(fn: Any) -> Tensor:
         NotImplementedError: the distribution has no mean.
     """
     base = unwrapped(fn)
-    if isinstance(base, Categorical):
+    if isinstance(base, distributions.Categorical):
         return base.probs @ torch.arange(base.probs.shape[-1], dtype=base.probs.dtype, device=base.probs.device)
     mean = fn.mean
     if not isinstance(mean, Tensor) or (not torch.compiler.is_exporting() and bool(mean.isnan().any())):
@@ -118,7 +116,7 @@ def distribution_mean(fn: Any) -> Tensor:
     return mean
 
 
-def is_discrete(fn: Distribution) -> bool:
+def is_discrete(fn: distributions.Distribution) -> bool:
     """Return True if the values of a distribution are discrete."""
     with suppress(NotImplementedError):
         return bool(getattr(fn.support, "is_discrete", False))
@@ -132,7 +130,7 @@ def centre(fn: Any) -> Tensor | None:
     return None
 
 
-class Centred(Messenger):
+class Centred(poutine.messenger.Messenger):
     """Pyro handler that sets latent sites to the mean of their distribution, or to the mode of a discrete one.
 
     Arguments:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import require_room
-from pvae.analysis.figures.estimate import refuse, text
+from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.analysis.samples import running
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
@@ -171,8 +171,7 @@ def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> d
     """
     known, found = pair.frame.covariates, dict[str, Tensor]()
     for name, value in given.items():
-        if not known:
-            raise DeclarationError(f"given: expected nothing, for the model has no covariates; got {name!r}.")
+        misdeclared(not known, f"given: expected nothing, for the model has no covariates; got {name!r}.")
         entry = known[running.known_name(name, known, "given")]
         if (vocabulary := entry.vocabulary) is None or entry.tokens is None:
             if isinstance(source, Run) and (entry.source == "side" or isinstance(value, str)):

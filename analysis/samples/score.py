@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from pyro.poutine.messenger import Messenger
-from torch import Tensor
-from torch.distributions import constraints
+from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_counts
 from pvae.analysis.bounds.accumulate import accumulate_weights
@@ -199,8 +198,8 @@ def is_elementwise(fn: Any) -> bool:
 def kinds_of(fn: Any, count: int) -> Tensor:
     """Return booleans `(3, D)`: True where an element of x is real, where it is a level (or bit), where a category."""
     supports = unwrapped(fn).element_supports if has_columns(fn) else [elementwise(unwrapped(fn).support)] * count
-    category = [isinstance(support, type(constraints.integer_interval(0, 1))) for support in supports]
-    level = [support is constraints.boolean or c for support, c in zip(supports, category, strict=True)]
+    category = [isinstance(support, type(distributions.constraints.integer_interval(0, 1))) for support in supports]
+    level = [support is distributions.constraints.boolean or c for support, c in zip(supports, category, strict=True)]
     return torch.tensor([[not support.is_discrete for support in supports], level, category])
 
 

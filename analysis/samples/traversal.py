@@ -5,8 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributions import Bernoulli
+from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import accept, require_room
 from pvae.analysis.decompose.collapse import activity
@@ -214,7 +213,7 @@ def _places(fn: Any, name: str, prior: tuple[Tensor, Tensor], dims: Sequence[int
         units = torch.linspace(-span, span, steps) if steps > 1 else torch.zeros(1)
         return loc[list(dims), None] + scale[list(dims), None] * units.to(loc)
     states = torch.tensor([0.0, 1.0])
-    if not isinstance(unwrapped(fn), Bernoulli):
+    if not isinstance(unwrapped(fn), distributions.Bernoulli):
         refuse(len(loc) > 1 or not fn.has_enumerate_support, "refused.grid", name=name)
         states = fn.enumerate_support(expand=False).flatten().cpu()
     return states.expand(len(dims), -1)

@@ -1,8 +1,8 @@
 """Two textbook counterexamples: good samples with a poor likelihood, and a good likelihood with poor samples."""
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Annotated, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, NamedTuple
 
 import pandas
 import torch
@@ -26,18 +26,17 @@ COMPARED_ROWS = 5000
 # ---------------------------------------------------------------------- exact densities
 
 
-class KnownDensity(Protocol):
-    """Base class of models of data with exact log p(x) and exact samples."""
+class KnownDensity(NamedTuple):
+    """Model of data with exact log p(x) and exact samples."""
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Return log p(x) of rows `(n, D)`, nats, `(n,)`, float64."""
+    log_prob: Callable[[Tensor], Tensor]
+    """Function from rows `(n, D)` to log p(x), nats, `(n,)`, float64."""
+    sample: Callable[[int, torch.Generator], Tensor]
+    """Function from n and a generator to n independent samples of x, `(n, D)`, float64."""
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        """Return n independent samples of x, `(n, D)`, float64."""
 
-
-class FactorNormal(KnownDensity):
-    r"""Probabilistic PCA fitted by maximum likelihood: N(mu, C), C = U (L - s^2 I) U' + s^2 I.
+def factor_normal(x: Tensor, q: int) -> KnownDensity:
+    r"""Return probabilistic PCA fitted by maximum likelihood: N(mu, C), C = U (L - s^2 I) U' + s^2 I.
 
     L holds the leading q eigenvalues of the 1/n covariance, s^2 is the mean of the others, and with y = U' (x - mu)
 
@@ -46,31 +45,24 @@ class FactorNormal(KnownDensity):
     References:
         Probabilistic Principal Component Analysis (Tipping, Bishop, 1999), https://doi.org/10.1111/1467-9868.00196
     """
+    law = probabilistic_pca(x.numpy(), q)
+    loc, slope = torch.from_numpy(law.b), torch.from_numpy(law.w)
 
-    def __init__(self, x: Tensor, q: int) -> None:
-        self.law = probabilistic_pca(x.numpy(), q)
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        return torch.from_numpy(self.law.log_p(x.numpy()))
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        loc, slope = torch.from_numpy(self.law.b), torch.from_numpy(self.law.w)
+    def sample(n: int, generator: torch.Generator) -> Tensor:
         z, noise = (torch.randn(n, k, generator=generator, dtype=torch.float64) for k in slope.T.shape)
-        return loc + z @ slope.T + self.law.noise * noise
+        return loc + z @ slope.T + law.noise * noise
+
+    return KnownDensity(lambda rows: torch.from_numpy(law.log_p(rows.numpy())), sample)
 
 
-class TrainingMixture(KnownDensity):
-    """Mixture 1/n sum_i N(x_i, eps^2 I) over the training data x_i: a sample is a training datum plus small noise."""
+def training_mixture(x: Tensor, scale: float) -> KnownDensity:
+    """Return 1/n sum_i N(x_i, eps^2 I) over the training data x_i: a sample is a training datum plus small noise."""
 
-    def __init__(self, x: Tensor, scale: float) -> None:
-        self.x, self.scale = x, scale
+    def sample(n: int, generator: torch.Generator) -> Tensor:
+        chosen = x[torch.randint(len(x), (n,), generator=generator)]
+        return chosen + scale * torch.randn(chosen.shape, generator=generator, dtype=torch.float64)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        return memory_log_prob(x, self.x, [self.scale])[0]
-
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        chosen = self.x[torch.randint(len(self.x), (n,), generator=generator)]
-        return chosen + self.scale * torch.randn(chosen.shape, generator=generator, dtype=torch.float64)
+    return KnownDensity(lambda rows: memory_log_prob(rows, x, [scale])[0], sample)
 
 
 def memory_log_prob(x: Tensor, centres: Tensor, scales: Sequence[float]) -> Tensor:
@@ -88,33 +80,30 @@ def memory_log_prob(x: Tensor, centres: Tensor, scales: Sequence[float]) -> Tens
     return torch.cat(found, 1) - level[:, None]
 
 
-class Box(KnownDensity):
-    """Uniform noise in the box [low, high]^D."""
+def box(low: float, high: float, dim: int) -> KnownDensity:
+    """Return uniform noise in the box [low, high]^D."""
 
-    def __init__(self, low: float, high: float, dim: int) -> None:
-        self.low, self.high, self.dim = low, high, dim
+    def log_prob(x: Tensor) -> Tensor:
+        inside = ((x >= low) & (x <= high)).all(1)
+        return torch.where(inside, x.new_tensor(-dim * math.log(high - low)), -torch.inf)
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        inside = ((x >= self.low) & (x <= self.high)).all(1)
-        return torch.where(inside, x.new_tensor(-self.dim * math.log(self.high - self.low)), -torch.inf)
+    def sample(n: int, generator: torch.Generator) -> Tensor:
+        return low + (high - low) * torch.rand(n, dim, generator=generator, dtype=torch.float64)
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        return self.low + (self.high - self.low) * torch.rand(n, self.dim, generator=generator, dtype=torch.float64)
+    return KnownDensity(log_prob, sample)
 
 
-class Diluted(KnownDensity):
-    """Mixture w p + (1 - w) r of a good model p with noise r: log p(x) falls by at most log 1/w nats."""
+def diluted(good: KnownDensity, noise: KnownDensity, weight: float) -> KnownDensity:
+    """Return the mixture w p + (1 - w) r of a good model p with noise r: log p(x) falls by at most log 1/w nats."""
 
-    def __init__(self, good: KnownDensity, noise: KnownDensity, weight: float) -> None:
-        self.good, self.noise, self.weight = good, noise, weight
+    def log_prob(x: Tensor) -> Tensor:
+        return torch.logaddexp(math.log(weight) + good.log_prob(x), math.log1p(-weight) + noise.log_prob(x))
 
-    def log_prob(self, x: Tensor) -> Tensor:
-        good, noise = self.good.log_prob(x), self.noise.log_prob(x)
-        return torch.logaddexp(math.log(self.weight) + good, math.log1p(-self.weight) + noise)
+    def sample(n: int, generator: torch.Generator) -> Tensor:
+        both = good.sample(n, generator), noise.sample(n, generator)
+        return torch.where(torch.rand(n, 1, generator=generator, dtype=torch.float64) < weight, *both)
 
-    def sample(self, n: int, generator: torch.Generator) -> Tensor:
-        good, noise = self.good.sample(n, generator), self.noise.sample(n, generator)
-        return torch.where(torch.rand(n, 1, generator=generator, dtype=torch.float64) < self.weight, good, noise)
+    return KnownDensity(log_prob, sample)
 
 
 # ---------------------------------------------------------------------- the study
@@ -206,19 +195,17 @@ def counterexamples(
     refuse(data.binarize != "none", "refused.binarized", data=data)
     if min(len(train), len(test)) < 100 or train.shape[1] <= components:
         raise DataError(text("refused.few_rows", train=train, test=test, components=components))
-    ppca = FactorNormal(train, components)
-    spread = high - low
-    diluted = Diluted(ppca, Box(low - spread, high + spread, train.shape[1]), KEPT_WEIGHT)
-    memories = [TrainingMixture(train, s * spread) for s in scales]
-    models: dict[str, KnownDensity] = {f"memory eps={s:g}": m for s, m in zip(scales, memories, strict=True)}
-    models |= {f"ppca q={components}": ppca, "diluted ppca": diluted}
+    ppca, spread = factor_normal(train, components), high - low
+    noisy = diluted(ppca, box(low - spread, high + spread, train.shape[1]), KEPT_WEIGHT)
+    models = {f"memory eps={s:g}": training_mixture(train, s * spread) for s in scales}
+    models |= {f"ppca q={components}": ppca, "diluted ppca": noisy}
     total = len(models) + 1
     held = data.test.data[seeds.subset(len(test), COMPARED_ROWS, seed)]
     on_progress(0, total, "likelihoods")
     scored = []
     for rows in (train[seeds.subset(len(train), COMPARED_ROWS, seed)], test):
-        of_memories = memory_log_prob(rows, train, [m.scale for m in memories])
-        scored.append([*of_memories, ppca.log_prob(rows), diluted.log_prob(rows)])
+        of_memories = memory_log_prob(rows, train, [s * spread for s in scales])
+        scored.append([*of_memories, ppca.log_prob(rows), noisy.log_prob(rows)])
     found = []
     for i, (name, model) in enumerate(models.items()):
         on_progress(i + 1, total, name)

@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.distributions.codes import Certain
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
@@ -156,3 +157,9 @@ def declared(latents, seed: int = 0, shape=SHAPE, spread: float = 1.0, **more) -
 def rows(n: int, shape=SHAPE, seed: int = 0) -> Tensor:
     """Binary data."""
     return (torch.rand(n, *shape, generator=torch.Generator().manual_seed(seed)) > 0.5).double()
+
+
+def leave_one_out(q: AggregatedPosterior, value: Tensor, index: Tensor | None = None) -> Tensor:
+    """log 1/(n-1) sum_{j != index_i} q(z_i | x_j), `index_i` being i unless given."""
+    index = torch.arange(len(value)) if index is None else index
+    return -q.information(value, index, torch.zeros(len(value)).double()).leave_one_out

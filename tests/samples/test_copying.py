@@ -18,10 +18,7 @@ from tests.samples.models import normals, refused
 # ---------------------------------------------------------------------- the nearest row
 
 
-@pytest.mark.parametrize(("width", "block"), [(7, 21), (8192, 2**23)])
-def test_the_nearest_row_is_that_of_all_pairs(width, block, monkeypatch):
-    monkeypatch.setattr("pvae.analysis.samples.copying.TRAINING_BLOCK", width)
-    monkeypatch.setattr("pvae.analysis.samples.copying.DISTANCES_PER_BLOCK", block)
+def test_the_nearest_row_is_that_of_all_pairs():
     a, b = normals(40, 5, 0) + 300, normals(60, 5, 1) + 300
     pairs = ((a[:, None].double() - b[None].double()) ** 2).sum(2).sqrt()
     found, distance = nearest_of(a, b)

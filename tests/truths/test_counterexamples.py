@@ -13,7 +13,7 @@ from scipy.stats import multivariate_normal, norm
 from sklearn.decomposition import PCA
 
 from pvae.analysis import counterexamples
-from pvae.analysis.truths.counterexamples import Box, Diluted, FactorNormal, TrainingMixture
+from pvae.analysis.truths.counterexamples import box, diluted, factor_normal, training_mixture
 from pvae.analysis.truths.selfcheck import digits
 from pvae.data.dataset import Dataset, load
 from pvae.data.sources.collections import Digits
@@ -30,7 +30,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_likelihoods_are_exact():
     x = torch.from_numpy(digits(None)[0])
     train, test = x[:1000], x[1350:]
-    ppca = FactorNormal(train, 10)
+    ppca = factor_normal(train, 10)
     assert ppca.log_prob(train).mean().item() == pytest.approx(
         18.688612, abs=1e-5
     )  # PPCA of these rows, in closed form
@@ -39,13 +39,13 @@ def test_likelihoods_are_exact():
     covariance = fitted.get_covariance() * (len(train) - 1) / len(train)
     want = multivariate_normal(train.mean(0), covariance).logpdf(test)
     assert ppca.log_prob(test).numpy() == pytest.approx(want, abs=1e-8)
-    memory = TrainingMixture(train[:50], 0.1)
+    memory = training_mixture(train[:50], 0.1)
     want = [
         np.logaddexp.reduce(norm.logpdf(t, train[:50].numpy(), 0.1).sum(1)) - math.log(50) for t in test[:5].numpy()
     ]
     assert memory.log_prob(test[:5]).numpy() == pytest.approx(want, rel=1e-9)
-    box = Box(0.0, 2.0, 3)
-    inside, outside = box.log_prob(torch.tensor([[0.5, 1.0, 2.0], [0.5, 1.0, 2.1]], dtype=torch.float64))
+    noise = box(0.0, 2.0, 3)
+    inside, outside = noise.log_prob(torch.tensor([[0.5, 1.0, 2.0], [0.5, 1.0, 2.1]], dtype=torch.float64))
     assert inside == pytest.approx(-3 * math.log(2))
     assert outside == -math.inf
 
@@ -53,24 +53,24 @@ def test_likelihoods_are_exact():
 def test_draws_follow_their_densities():
     train = normals(400, 3, 0).double() * torch.tensor([3.0, 2.0, 1.0])
     generator = torch.Generator().manual_seed(0)
-    ppca = FactorNormal(train, 1)
+    ppca = factor_normal(train, 1)
     drawn = ppca.sample(20_000, generator)
     want = torch.from_numpy(PCA(1).fit(train).get_covariance())
     assert torch.allclose(drawn.T.cov(), want, atol=0.3)
     assert torch.allclose(drawn.mean(0), train.mean(0), atol=0.1)
-    copies = TrainingMixture(train, 1e-9).sample(50, generator)
+    copies = training_mixture(train, 1e-9).sample(50, generator)
     assert torch.cdist(copies, train).amin(1).max() < 1e-6
-    noise = Box(50.0, 60.0, 3)
-    mixed = Diluted(ppca, noise, 0.01).sample(20_000, generator)
+    noise = box(50.0, 60.0, 3)
+    mixed = diluted(ppca, noise, 0.01).sample(20_000, generator)
     good = (mixed < 40).all(1).double().mean().item()
     assert abs(good - 0.01) < 4 * math.sqrt(0.01 * 0.99 / 20_000)  # 1 of 15 000
 
 
 def test_noise_costs_at_most_log_100():
     x = torch.from_numpy(digits(None)[0])
-    ppca = FactorNormal(x[:1000], 10)
-    for noise in (Box(-1.0, 2.0, 64), Box(0.0, 1.0, 64), Box(5.0, 6.0, 64)):
-        lost = ppca.log_prob(x) - Diluted(ppca, noise, 0.01).log_prob(x)
+    ppca = factor_normal(x[:1000], 10)
+    for noise in (box(-1.0, 2.0, 64), box(0.0, 1.0, 64), box(5.0, 6.0, 64)):
+        lost = ppca.log_prob(x) - diluted(ppca, noise, 0.01).log_prob(x)
         assert lost.max() <= math.log(100) + 1e-9
     assert lost.min().item() == pytest.approx(math.log(100))  # noise that explains nothing
 

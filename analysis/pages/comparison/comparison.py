@@ -12,13 +12,12 @@ from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.bounds.rate_distortion import named, require_alike
 from pvae.analysis.decompose.posterior_draws import draw
 from pvae.analysis.decompose.result import SURGERY_TERMS
-from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, proportion
+from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, proportion, refuse
 from pvae.analysis.pages.document.document import Stages
 from pvae.analysis.pages.document.words import Value
 from pvae.analysis.pages.sections.examination import Examination, draws
 from pvae.analysis.pages.sections.samples import measure
 from pvae.analysis.samples.quality import SampleQuality
-from pvae.errors import DataError
 from pvae.pair import Pair, sum_over
 from pvae.runs.run import Run
 
@@ -54,8 +53,7 @@ def elbos(pair: Pair, x: Tensor, samples: int = 8, seed: int = 0) -> Tensor:
     Raises:
         DataError: `x` has no rows, or `samples` is below 1.
     """
-    if not len(x) or samples < 1:
-        raise DataError(f"elbos: expected rows and at least one draw; got {len(x)} rows, samples={samples}.")
+    refuse(not len(x) or samples < 1, "refused.no_elbos", x=x, samples=samples)
     x = accept(pair, x)
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with quiet(pair, x, seed):
@@ -80,12 +78,10 @@ def paired(elbo: Tensor, other: Tensor, log_p: Tensor | None = None, other_log_p
     Raises:
         DataError: the numbers of data of the two runs differ, or are below two.
     """
-    if len(elbo) != len(other) or len(elbo) < 2:
-        raise DataError(f"paired: expected the same two or more data of both runs; got {len(elbo)} and {len(other)}.")
+    refuse(len(elbo) != len(other) or len(elbo) < 2, "refused.unpaired", one=elbo, other=other)
     bound = None
     if log_p is not None and other_log_p is not None:
-        if len(log_p) != len(other_log_p):
-            raise DataError(f"paired: expected bounds on the same data; got {len(log_p)} and {len(other_log_p)}.")
+        refuse(len(log_p) != len(other_log_p), "refused.unpaired_bounds", one=log_p, other=other_log_p)
         bound = (log_p - other_log_p).double().cpu()
     difference = (elbo - other).double().cpu()
     judged = difference if bound is None else bound
@@ -106,10 +102,8 @@ class Comparison:
         if names is None:
             runs = list({run.path: run for run in runs}.values())
             names = named(runs)
-        if len(runs) < 2 or len(set(names)) != len(runs):
-            raise DataError(f"compare: expected two or more runs of different names; got {', '.join(names) or 'none'}.")
-        if groups is not None and len(groups) != len(runs):
-            raise DataError(f"compare: expected a group for each of {len(runs)} runs; got {len(groups)}.")
+        refuse(len(runs) < 2 or len(set(names)) != len(runs), "refused.compared", names=names)
+        refuse(groups is not None and len(groups) != len(runs), "refused.groups", runs=runs, groups=groups)
         for run in runs[1:]:
             require_alike(runs[0], run)
             if not any(getattr(one.plan, "covariates", None) for one in (runs[0], run)):

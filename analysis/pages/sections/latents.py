@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import CodeUse
+from pvae.analysis.figures.estimate import refuse
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence
 from pvae.analysis.pages.document.words import picture, section, table, text, tile
 from pvae.analysis.pages.plots import bars, base, clouds
@@ -17,7 +18,6 @@ from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.probe import RAW
 from pvae.analysis.samples.probe import groups as groups_of
 from pvae.analysis.samples.probe import probe as probe_of
-from pvae.errors import DataError
 from pvae.pair.code_usage import SILENT
 from pvae.records import Record
 from pvae.training.evaluation import classified
@@ -134,14 +134,12 @@ def holes(exam: Examination) -> Holes:
         DataError: the reported split is train, the model has covariates, a posterior is not normal (a point, or
             discrete), or a prior has no samples.
     """
-    if exam.split == "train":
-        raise DataError("holes: expected codes of data that q_agg is not made of; got those of train.")
+    refuse(exam.split == "train", "refused.from_train")
     names = list(exam.pair.layout.latents)
     known = [exam.drawn.latents[name] for name in names]
-    if exam.pair.frame.covariates or any(latent.point or latent.normal is None for latent in known):
-        raise DataError("holes: expected normal posteriors of a model without covariates; got others.")
-    if missing := [name for name in names if name not in exam.prior]:
-        raise DataError(f"holes: expected draws of the prior of {', '.join(missing)}; got none.")
+    others = exam.pair.frame.covariates or any(latent.point or latent.normal is None for latent in known)
+    refuse(others, "holes: expected normal posteriors of a model without covariates; got others.")
+    refuse(missing := [name for name in names if name not in exam.prior], "refused.no_prior_draws", names=missing)
     most, draws = ALL_AT_ONCE if set(names) <= exam.pair.dependencies(exam.x).guide_roots else PAIR_BY_PAIR
     chosen = seeds.subset(len(exam.rows["train"].x), most, seeds.mix(exam.seed, seeds.ANALYSIS, 31))
     q = AggregatedPosterior.of(exam.pair, exam.rows["train"].x[chosen.to(exam.x.device)], latents=names)
