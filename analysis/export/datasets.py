@@ -2,7 +2,6 @@
 
 import hashlib
 import html
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +11,9 @@ import numpy as np
 import pandas
 import xarray
 
-from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
+from pvae.errors import CheckpointError, DataError, MissingExtraError, near
 from pvae.records import Record
-from pvae.util.files import read_inside, require_plain_target, sync_folder, temporary_for, write_atomic
+from pvae.util.files import read_inside, replaced, write_atomic
 
 GROUP_NAMES = (
     ("posterior", "sample_stats", "guide", "diagnostics", "prior", "posterior_predictive")
@@ -96,22 +95,15 @@ class PosteriorDraws(Record, eq=False, repr=False):
             The path. `sha256sum -c <path>.sha256` verifies the file in its folder.
 
         Raises:
-            StorageError: the file cannot be written; an older file there is unchanged.
+            OutputError: no file can be created there; StorageError: the disk is full. An older file is unchanged.
         """
         path = Path(path)
-        temporary = temporary_for(path)
-        try:
-            require_plain_target(path)
-            self.to_datatree().to_netcdf(temporary, engine="h5netcdf")
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
+        with replaced(path) as temporary:
+            try:
+                self.to_datatree().to_netcdf(temporary, engine="h5netcdf")
+            except RuntimeError as why:  # HDF5 raises it, too, on a full disk
+                raise OSError(str(why)) from why
             digest = _sha256(temporary)
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-        except (OSError, RuntimeError) as why:  # HDF5 raises either on a full disk
-            raise StorageError(f"{path}: expected to be written; got {why}. What stood there is unchanged.") from why
-        finally:
-            temporary.unlink(missing_ok=True)
         write_atomic(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
         return path
 

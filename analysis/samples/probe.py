@@ -2,6 +2,8 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Annotated
 
 import numpy as np
 import torch
@@ -10,7 +12,7 @@ from sklearn import compose, exceptions, linear_model, metrics, pipeline, prepro
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_rows, proportion, refuse
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, over_rows, proportion, refuse
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
 from pvae.analysis.samples.running import opened
@@ -40,13 +42,13 @@ class Reading(Record):
 
     of: str
     """Input of the classifiers: name of a latent, `all latents`, or `x` for the data."""
-    knn: Estimate
+    knn: Annotated[Estimate, "{0.of}/knn", "accuracy of {neighbours} nearest neighbours of {what}"]
     """Accuracy of the classifier by the `PROBE_NEIGHBOURS` nearest training rows."""
-    linear: Estimate
-    """Accuracy of logistic regression."""
-    knn_gain: Estimate | None = None
+    knn_gain: Annotated[Estimate | None, "{0.of}/knn_gain", "difference from the neighbours of x, on the same rows"]
     """Accuracy of nearest neighbours minus their accuracy with x as input, paired by row; None for x itself."""
-    linear_gain: Estimate | None = None
+    linear: Annotated[Estimate, "{0.of}/linear", "accuracy of logistic regression of {what}"]
+    """Accuracy of logistic regression."""
+    linear_gain: Annotated[Estimate | None, "{0.of}/linear_gain", "difference from that of x, on the same rows"]
     """Accuracy of logistic regression minus its accuracy with x as input, paired by row; None for x itself."""
 
 
@@ -55,7 +57,7 @@ class Probe(Figures):
 
     readings: tuple[Reading, ...]
     """Accuracies of classifiers of each latent, of all latents together if there are several, and of x."""
-    majority: Estimate
+    majority: Annotated[Estimate, "accuracy of always predicting the most frequent label"]
     """Accuracy of always predicting the most frequent training label."""
     trained: int
     """Number of training rows of the classifiers."""
@@ -70,13 +72,10 @@ class Probe(Figures):
 
     def rows(self) -> Iterator[Row]:
         for reading in self.readings:
-            raw = f"the {PRINCIPAL_COMPONENTS} first principal components of x"
-            what = f"of {raw if reading.of == RAW else 'the code'}"
-            yield f"{reading.of}/knn", reading.knn, f"accuracy of {PROBE_NEIGHBOURS} nearest neighbours {what}"
-            yield f"{reading.of}/knn_gain", reading.knn_gain, "difference from the neighbours of x, on the same rows"
-            yield f"{reading.of}/linear", reading.linear, f"accuracy of logistic regression {what}"
-            yield f"{reading.of}/linear_gain", reading.linear_gain, "difference from that of x, on the same rows"
-        yield "majority", self.majority, "accuracy of always predicting the most frequent label"
+            raw = reading.of == RAW
+            what = f"the {PRINCIPAL_COMPONENTS} first principal components of x" if raw else "the code"
+            yield from annotated(reading, what=what, neighbours=PROBE_NEIGHBOURS)
+        yield from super().rows()
 
 
 def probe(
@@ -142,8 +141,8 @@ def probe(
     on_progress(len(read), len(read))
     readings = []
     for name, found in right.items():
-        gains = [] if name == RAW else [over_rows(mine - raw) for mine, raw in zip(found, right[RAW], strict=True)]
-        readings.append(Reading(name, *map(proportion, found), *gains))
+        gains = [None, None] if name == RAW else [over_rows(m - raw) for m, raw in zip(found, right[RAW], strict=True)]
+        readings.append(Reading(name, *chain(*zip(map(proportion, found), gains, strict=True))))
     majority = proportion(torch.from_numpy(labels == np.bincount(y).argmax()))
     return Probe(tuple(readings), majority, len(y), len(labels), split)
 
