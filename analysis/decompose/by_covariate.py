@@ -16,7 +16,7 @@ from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import ClassSurgery, LatentSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, exact
 from pvae.analysis.population.interval import Population
-from pvae.pair import Layout, Pair, samples
+from pvae.pair import Layout, Pair, samples, site_shape
 from pvae.util import seeds
 
 BOUNDS = {"mutual_information_lower": "mutual_information", "marginal_kl_upper": "marginal_kl"}
@@ -229,9 +229,11 @@ def priors_by_row(pair: Pair, x: Tensor) -> frozenset[str]:
         nodes = {
             n: node for n, node in {**model, **guide}.items() if pair.layout.holds(node) and not node["is_observed"]
         }
+        shapes = {name: site_shape(node, pair.layout) for name, node in nodes.items()}
+        rows = {name: (shape, shape.flatten(nodes[name]["value"])[:1]) for name, shape in shapes.items()}
         first: dict[str, Tensor] = {}
         for part in x.split(pair.structure.rows_at_once()):
-            values = {name: _first_row(node, pair.layout, len(part)) for name, node in nodes.items()}
+            values = {name: shape.spread(row.expand(len(part), -1)) for name, (shape, row) in rows.items()}
             sites = samples(pair.model_trace(part, values))
             for name in values.keys() & sites.keys():
                 scores = _by_row(sites[name], pair.layout, len(part))
@@ -239,15 +241,6 @@ def priors_by_row(pair: Pair, x: Tensor) -> frozenset[str]:
                 if one.shape[1:] != scores.shape[1:] or bool(((scores - one).abs() > SAME * (1 + one.abs())).any()):
                     found.add(name)
     return frozenset(found)
-
-
-def _first_row(node: Any, layout: Layout, rows: int) -> Tensor:
-    """Return the value of a site in the first row, repeated for a number of rows."""
-    value = node["value"]
-    axis = value.dim() - len(node["fn"].event_shape) + layout.dim
-    shape = [*value.shape]
-    shape[axis] = rows
-    return value.narrow(axis, 0, 1).expand(shape)
 
 
 def _by_row(node: Any, layout: Layout, rows: int) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import xarray
 
-from pvae.errors import CheckpointError, DataError, MissingExtraError, near
+from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
 from pvae.records import Record
 from pvae.util.files import read_inside, replaced, write_atomic
 
@@ -102,7 +102,9 @@ class PosteriorDraws(Record, eq=False, repr=False):
             try:
                 self.to_datatree().to_netcdf(temporary, engine="h5netcdf")
             except RuntimeError as why:  # HDF5 raises it, too, on a full disk
-                raise OSError(str(why)) from why
+                raise StorageError(
+                    f"{path}: expected to be written; got {why}. What stood there is unchanged."
+                ) from why
             digest = _sha256(temporary)
         write_atomic(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
         return path

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from typing import Annotated
 
 import numpy as np
@@ -142,7 +141,8 @@ def probe(
     readings = []
     for name, found in right.items():
         gains = [None, None] if name == RAW else [over_rows(m - raw) for m, raw in zip(found, right[RAW], strict=True)]
-        readings.append(Reading(name, *chain(*zip(map(proportion, found), gains, strict=True))))
+        knn, linear = map(proportion, found)
+        readings.append(Reading(name, knn, gains[0], linear, gains[1]))
     majority = proportion(torch.from_numpy(labels == np.bincount(y).argmax()))
     return Probe(tuple(readings), majority, len(y), len(labels), split)
 
