@@ -291,10 +291,10 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     found = [*_constant_features(splits["train"], notes_of(rows)), *_dim(rows, data, ready, parts), *repeated]
     if rows.ids is not None and (many := len(rows.ids) - len(np.unique(rows.ids))):
         found.append(f"{many} of {len(rows.ids)} ids repeat that of another row")
-    shape = tuple(x.shape[1:])
+    shape, source = tuple(x.shape[1:]), str(getattr(data, data.tag))
     return Dataset(
-        **splits, shape=shape, source=str(getattr(data, data.tag)), binarize=data.binarize,
-        fingerprint=fingerprint_of(splits.values(), shape, data.binarize), label_names=rows.label_names,
+        **splits, shape=shape, source=source, binarize=data.binarize, label_names=rows.label_names,
+        fingerprint=fingerprint_of(splits.values(), shape, data.binarize, rows.made_of and rows.made_of + data.scale),
         table=transforms if rows.table else None, transforms=transforms, notes=(*notes_of(rows), *found),
         masked=data.masked or any(column.missing == "mask" for column in rows.table.values()),
     )  # fmt: skip

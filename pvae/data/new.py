@@ -22,6 +22,7 @@ from pvae.data.rows.rows import NEW, Part, Rows, reshape
 from pvae.data.sources.base import Data, FileData, named, signature
 from pvae.data.sources.hdf import H5ad
 from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, is_anndata
+from pvae.data.sources.stacked import StackedCodes
 from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.data.split import Split
 from pvae.data.streamed import streams
@@ -261,6 +262,11 @@ def rows_of_new(
     Raises:
         DataError: the data cannot be read, lack a column, or have values that the columns do not allow.
     """
+    if isinstance(declared, StackedCodes):
+        first = declared.first(data_dir)
+        known = first.experiment.data.with_side(declared.side)
+        rows = rows_of_new(data, known, first.transforms, data_dir, labelled=labelled)
+        return declared.over(rows, declared.codes(first, first.rows(data, data_dir=data_dir)))
     if fitted.columns and not isinstance(declared, Tabular):
         declared = FrameSource(columns=fitted.columns)
     source: Any = source_of(data, declared, data_dir, fitted.read)

@@ -243,12 +243,13 @@ def chosen_labels(y: Tensor | None, rows: int, count: int, seed: int) -> Tensor:
     return torch.from_numpy(np.isin(np.arange(rows), turn[:count]))
 
 
-def fingerprint_of(splits: Iterable[Split], shape: tuple[int, ...], binarize: str) -> str:
-    """Return the SHA-256 over all values of all splits, in hexadecimal."""
-    digest = hashlib.sha256(f"{shape} {binarize}".encode())
+def fingerprint_of(splits: Iterable[Split], shape: tuple[int, ...], binarize: str, made_of: str = "") -> str:
+    """Return the SHA-256 over all values of all splits, of computed x over `made_of` in their place, in hexadecimal."""
+    digest = hashlib.sha256(f"{made_of}{shape} {binarize}".encode())
     for split in splits:
         beside = ((f"side.{name}", values) for name, values in split.side.items())
-        for what, x in (("x", split.rows), ("y", split.y), ("raw", split.raw), *beside):
+        rows, raw = (torch.from_numpy(split.numbers), None) if made_of else (split.rows, split.raw)
+        for what, x in (("x", rows), ("y", split.y), ("raw", raw), *beside):
             if x is not None:
                 digest.update(f" {split.name}.{what} {tuple(x.shape)} {x.dtype} ".encode())
                 digest.update(x.blocks.survey.digest if isinstance(x, Streamed) else x.numpy().data.cast("B"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
 from pvae.data.new import FittedTransforms, rows_of_new
-from pvae.data.rows.files import CONFINED
+from pvae.data.rows.files import confined
 from pvae.data.sources.python import PassedData, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError, refuse
 from pvae.experiment.experiment import Experiment, reading
@@ -145,12 +145,8 @@ class Run(Applied):
             data = self._passed(data)
         refuse(self.lacks_data, "runs.run.no_data", path=self.path, said=self.files.manifest.get("origin"))
         if data is None:
-            token = CONFINED.set(self._foreign)
-            try:
-                with reading(self.plan):
-                    data = load(self.experiment.source, data_dir=self._data_dir, seed=self.plan.seed)
-            finally:
-                CONFINED.reset(token)
+            with confined(self.foreign), reading(self.plan):
+                data = load(self.experiment.source, data_dir=self._data_dir, seed=self.plan.seed)
         if (wanted := self.files.manifest.get("data", {}).get("fingerprint")) and data.fingerprint != wanted:
             raise DataError.of("runs.run.other_data", path=self.path, wanted=str(wanted), found=data.fingerprint)
         return (self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data).to(self._device)
@@ -229,8 +225,8 @@ class Run(Applied):
         return torch.cat([rows[:, : -values.shape[1]], values[every].to(rows)], 1)
 
     @property
-    def _foreign(self) -> str:
-        """Return the kind of a declaration that may not choose the files that are read here; empty for one's own."""
+    def foreign(self) -> str:
+        """Kind of a declaration that may not choose the files that are read here; empty for one's own."""
         there = self.files.manifest
         here = there.get("host") == platform.node() and "fingerprint" in there.get("data", {})
         if self._is_own or (here and self.files.spec_is_own()):

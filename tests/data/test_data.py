@@ -3,9 +3,10 @@
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from pvae.data import (
     Parquet,
     Patches,
     Splits,
+    StackedCodes,
     TensorSource,
     Toy,
     load,
@@ -41,6 +43,7 @@ from pvae.data import (
 from pvae.data.rows.rows import shared_rows
 from pvae.errors import DataError, DeclarationError
 from tests.data.writers import h5ad, hdf5, idx, matlab, npy, npz, pictures, refused, small_arrays
+from tests.runs_shared import fit, tiny
 
 RNG = np.random.RandomState(0)
 X = RNG.uniform(0.05, 0.95, (40, 4)).astype(np.float32)
@@ -72,6 +75,14 @@ def table_file(source: type[CSV | Parquet], folder: Path) -> Data:
     return source.model_validate({"path": str(path), **COLUMNS})
 
 
+@cache
+def first_stage() -> tempfile.TemporaryDirectory[str]:
+    """The folder of a run whose codes are data."""
+    folder = tempfile.TemporaryDirectory()
+    fit(tiny(epochs=1), Path(folder.name))
+    return folder
+
+
 TABLE = {
     "digits": Row(lambda _: Digits(), (1, 8, 8), (1000, 350, 447)),
     "patches": Row(lambda _: Patches(size=96), (3, 96, 96), (810, 81, 81)),
@@ -89,6 +100,7 @@ TABLE = {
     "parquet": Row(partial(table_file, Parquet), (4,), (32, 4, 4)),
     "frame": Row(lambda _: FrameSource.model_validate(COLUMNS), (4,), (32, 4, 4)),
     "toy": Row(lambda _: Toy(rows=100), (2,), (100, 10, 10), (-5, 5)),
+    "codes": Row(lambda _: StackedCodes(run=f"{first_stage().name}/experiment"), (3,), (1000, 350, 447), (-5, 5)),
 }
 
 
@@ -123,7 +135,7 @@ def test_shapes_types_and_ranges(name: str, tmp_path: Path):
         assert row.range[0] <= float(split.x.min()) < float(split.x.max()) <= row.range[1]
 
 
-@pytest.mark.parametrize("name", [name for name in TABLE if name not in ("fashion_mnist", "patches", "toy")])
+@pytest.mark.parametrize("name", [name for name in TABLE if name not in ("fashion_mnist", "patches", "toy", "codes")])
 @pytest.mark.parametrize("binarize", ["threshold", "static", "dynamic"])
 @pytest.mark.usefixtures("small_mnist")
 def test_binarised_data_are_zeros_and_ones_and_the_same_each_time(name: str, binarize: str, tmp_path: Path):

@@ -28,6 +28,17 @@ MAX_DIMENSIONS = 32
 CONFINED: ContextVar[str] = ContextVar("confined", default="")
 """Kind of the declaration that names the data, if it is not the user's: then only the user's data folder is read."""
 
+
+@contextmanager
+def confined(by: str) -> Iterator[None]:
+    """Context in which a declaration of a kind names the data; an empty kind is the user's own, see `CONFINED`."""
+    token = CONFINED.set(CONFINED.get() or by)
+    try:
+        yield
+    finally:
+        CONFINED.reset(token)
+
+
 Index = slice | np.typing.NDArray[np.int64]
 """Index of rows: a slice of consecutive rows, or row numbers in ascending order."""
 

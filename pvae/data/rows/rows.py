@@ -44,6 +44,7 @@ class Rows(Record, eq=False):
         masked: True if values of x may be missing, NaN; of a table the columns say so.
         read: matrix (`layer`) and column of labels (`labels`) that were read of an AnnData object or file; else empty.
         side: values beside x, of which covariates are made, as a table (n, columns) of its own; None if there are none.
+        made_of: digest of what x is computed from, in place of its values in the fingerprint; empty if x is read.
 
     Raises:
         DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
@@ -62,6 +63,7 @@ class Rows(Record, eq=False):
     read: Mapping[str, str | None] = field(default_factory=dict)
     masked: bool = False
     side: "Rows | None" = None
+    made_of: str = ""
 
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name
@@ -70,8 +72,7 @@ class Rows(Record, eq=False):
         if not x.shape or 0 in x.shape:
             raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
         if x.dtype.kind == "f":
-            columns = [column.missing == "mask" for column in self.table.values()]
-            require_finite(x, name, columns or [self.masked])
+            require_finite(x, name, [column.missing == "mask" for column in self.table.values()] or [self.masked])
         if y is not None and (y.ndim != 1 or len(y) != len(x)):
             raise DataError.of("data.rows.labels", name=name, x=x, y=y)
         if y is not None and y.dtype.kind not in "biu":
@@ -132,9 +133,8 @@ def reshape(x: AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> AnyA
         raise DataError(f"{name}: expected rows of features, (n, ...); got shape {x.shape}. Set shape = [1].")
     if shape is None:
         return x
-    row = x.shape[1:]
-    size, wanted = prod(row), prod(shape)
-    if size != wanted:
+    row, wanted = x.shape[1:], prod(shape)
+    if (size := prod(row)) != wanted:
         raise DataError(f"data.shape: expected {size} values, as a row has; got {list(shape)}, which is {wanted}.")
     if axes := _moved(row, shape):
         raise DataError.of("data.rows.scrambled", row=row, shape=shape, axes=axes, moved=[row[i - 1] for i in axes[1:]])
