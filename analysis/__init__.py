@@ -10,6 +10,7 @@ from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
 from pvae.analysis.bounds.calibration import Calibration, calibration
 from pvae.analysis.bounds.evidence import evidence, prior_evidence
 from pvae.analysis.bounds.gap import Gap, gap
+from pvae.analysis.bounds.gradients import Gradients, gradients
 from pvae.analysis.bounds.rate_distortion import RateDistortion, rate_distortion
 from pvae.analysis.bounds.weights import Evidence, PriorEvidence
 from pvae.analysis.decompose.collapse import Collapse, collapse
@@ -39,11 +40,11 @@ from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 __all__ = [
     "AggregatedPosterior", "Annealed", "Audit", "Bracket", "Calibration", "Code", "Collapse", "Copying",
     "CounterExamples", "CriticKL", "Distances", "Encoding", "Estimate", "Evidence", "Features", "Fidelity", "Gain",
-    "Gap", "Imputations", "Interpolation", "LatentSurgery", "Paired", "Posterior", "PriorEvidence", "Probe",
-    "RateDistortion", "Reconstructions", "SampleQuality", "Samples", "Scores", "SelfCheck", "Surgery", "Traversal",
-    "TwoSample", "ais", "audit", "bracket", "calibration", "collapse", "compare", "copying", "counterexamples",
-    "critic", "data_copying", "distances", "encode", "elbos", "evidence", "features", "fidelity", "frechet", "gain",
-    "gap", "impute", "interpolate", "kernel_distance", "paired", "posterior", "prior_evidence", "probe",
-    "rate_distortion", "reconstruct", "report", "sample", "sample_quality", "score", "selfcheck", "sharpness",
-    "surgery", "traverse", "two_sample",
+    "Gap", "Gradients", "Imputations", "Interpolation", "LatentSurgery", "Paired", "Posterior", "PriorEvidence",
+    "Probe", "RateDistortion", "Reconstructions", "SampleQuality", "Samples", "Scores", "SelfCheck", "Surgery",
+    "Traversal", "TwoSample", "ais", "audit", "bracket", "calibration", "collapse", "compare", "copying",
+    "counterexamples", "critic", "data_copying", "distances", "encode", "elbos", "evidence", "features", "fidelity",
+    "frechet", "gain", "gap", "gradients", "impute", "interpolate", "kernel_distance", "paired", "posterior",
+    "prior_evidence", "probe", "rate_distortion", "reconstruct", "report", "sample", "sample_quality", "score",
+    "selfcheck", "sharpness", "surgery", "traverse", "two_sample",
 ]  # fmt: skip

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from pvae.analysis import evidence
 from pvae.objectives.base import Objective
-from pvae.objectives.elbo import IWAE, TraceELBO
+from pvae.objectives.elbo import TraceELBO
+from pvae.objectives.importance import IWAE
 from pvae.pair.pair import Pair
 from pvae.training.evaluation import evaluate
 

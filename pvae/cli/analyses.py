@@ -85,6 +85,13 @@ def gap(shared: Shared, run: str, steps: int = 300, rows: int = 200) -> None:
     shared.measure(run, "gap", on_rows(pvae.analysis.gap, shared, rows, steps=steps), split=shared.split)
 
 
+@command("split", "on_run_and_device")
+def gradients(shared: Shared, run: str, rows: int = 100, draws: int = 100) -> None:
+    """Compare estimators of the gradient: bias, variance, signal-to-noise ratio, seconds, for each group of weights."""
+    compared = partial(pvae.analysis.gradients, split=shared.split, rows=rows, draws=draws, seed=shared.seed)
+    shared.measure(run, "gradients", compared, split=shared.split)
+
+
 @command("on_run_and_device")
 def calibration(
     shared: Shared, run: str, rows: int = 1000, draws: int = 19, importance: int = 0, split: str = "train"

@@ -18,8 +18,8 @@ from pvae.models.likelihoods.counts import LIBRARY, OWNERS, Counts
 from pvae.models.likelihoods.standard import DeterminedLikelihood
 from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.network import TableNetwork
-from pvae.objectives.elbo import IWAE
 from pvae.objectives.em import EM
+from pvae.objectives.importance import IWAE
 from pvae.pair import Dependencies
 from pvae.words import text
 

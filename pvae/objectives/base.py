@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pvae.component import Component, Shape
+from pvae.component import Component, Shape, Table
 from pvae.data import Split
 from pvae.data.streamed import Streamed
 from pvae.errors import DeclarationError
@@ -18,6 +18,7 @@ from pvae.nn.precision import products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair import Dependencies, Pair, Terms
 from pvae.records import Record
+from pvae.words import text
 
 FITTED = "train_log_p"
 """Figure that ranks weights by the negative loss on the training data: they have converged, or can be better."""
@@ -102,6 +103,8 @@ class Objective(Component):
     """Keys of the declaration's section `train` that this objective does not support: they must keep their defaults."""
     fixed: ClassVar[str] = ""
     """Expected `beta` and `free_bits`, with the reason, as the error says it; empty if they may be set."""
+    gradients: ClassVar[tuple[str, ...]] = ()
+    """Estimators of the gradient of real latents beside `reparameterised`."""
     scores: ClassVar[bool] = True
     """True if the objective fits a density of x, so that an ELBO can be reported."""
 
@@ -121,10 +124,30 @@ class Objective(Component):
         Semi-supervised Learning with Deep Generative Models (Kingma et al., 2014), https://arxiv.org/abs/1406.5298
     """
 
+    gradient: str | Table[dict[str, str]] = "reparameterised"
+    """Estimator of the gradient through samples of real latents, of the same loss and expectation; or a table with one
+    for each of some latents. `stick_the_landing` (trace_elbo) leaves out the score of q, so that the gradient has no
+    variance at the exact posterior; `doubly_reparameterised` (iwae) also squares the importance weights of samples,
+    which keeps the signal-to-noise ratio as their number grows.
+
+    References:
+        Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
+        Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2018),
+        https://arxiv.org/abs/1810.04152
+        Generalized Doubly Reparameterized Gradient Estimators (Bauer, Mnih, 2021), https://arxiv.org/abs/2101.11046
+    """
+
     @model_validator(mode="after")
-    def _as_fixed(self) -> Self:
+    def _consistent(self) -> Self:
         if self.fixed and (self.beta != Constant() or self.free_bits):
             raise ValueError(self.fixed)
+        known, each = ["reparameterised", *self.gradients], self.gradient
+        more = sorted(({*each.values()} if isinstance(each, dict) else {each}).difference(known))
+        if more or (isinstance(each, dict) and "stick_the_landing" not in known):
+            asked = [*more, "a table"][0]
+            raise ValueError(text("objectives.base.gradient", known=known, objective=self, found=asked))
+        if self.free_bits and each != "reparameterised":
+            raise ValueError("free_bits = 0 with stick_the_landing, which is biased where samples decide what is free")
         return self
 
     @abstractmethod

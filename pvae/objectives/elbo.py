@@ -1,19 +1,16 @@
-"""ELBOs as objectives: from samples, with KLs in closed form, importance-weighted (IWAE), and those of `pyro.infer`."""
+"""ELBOs as objectives: from samples, with KLs in closed form, and those of `pyro.infer`."""
 
-import math
 from collections.abc import Collection
 from typing import Any, ClassVar, Literal, Self, get_args
 
 import pyro.infer
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from pvae.errors import DeclarationError
-from pvae.guides.posteriors.base import PosteriorModule
-from pvae.objectives.base import Objective
-from pvae.pair import Layout, Pair, Terms, sum_over
-from pvae.words import text
+from pvae.objectives.base import Objective, known_apart
+from pvae.pair import Estimator, Layout, Pair, Terms, sum_over
 
 
 def minus_elbo(terms: Terms, beta: Tensor, free_bits: float = 0.0) -> Tensor:
@@ -72,11 +69,15 @@ class TraceELBO(ELBO):
     """
 
     kind: Literal["trace_elbo"] = "trace_elbo"
+    gradients: ClassVar[tuple[str, ...]] = ("stick_the_landing",)
     particles: int = Field(default=1, gt=0)
     """Number of samples per datum."""
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        return pair.terms(x, particles=self.particles, rows=rows, expected=True)
+        each = self.gradient
+        names = [name for name in each if each[name] != "reparameterised"] if isinstance(each, dict) else None
+        estimator = None if each == "reparameterised" else Estimator(names)
+        return pair.terms(x, particles=self.particles, rows=rows, expected=True, estimator=estimator)
 
 
 class TraceMeanFieldELBO(ELBO):
@@ -92,75 +93,15 @@ class TraceMeanFieldELBO(ELBO):
         return pair.terms(x, closed_form=True, rows=rows, expected=True)
 
 
-class IWAE(Objective):
-    """The importance-weighted bound, E log 1/K sum_k p(x, z_k) / q(z_k | x).
-
-    Samples without a pathwise gradient get a score-function gradient, whose baseline is the bound with this sample's
-    weight replaced by the geometric mean of the others' (VIMCO); a posterior's moving-average baseline is not used.
-
-    References:
-        Importance Weighted Autoencoders (Burda, Grosse, Salakhutdinov, 2015), https://arxiv.org/abs/1509.00519
-        Variational Inference for Monte Carlo Objectives (Mnih, Rezende, 2016), https://arxiv.org/abs/1602.06725
-    """
-
-    kind: Literal["iwae"] = "iwae"
-    particles: int = Field(default=8, gt=1)
-    """Number of samples per datum, K."""
-
-    @model_validator(mode="after")
-    def _no_free_bits(self) -> Self:
-        if self.free_bits:
-            raise ValueError("free_bits = 0 with iwae: the bound has no KL term to leave free; use trace_elbo")
-        return self
-
-    def terms(self, pair: Pair, x: Tensor, rows: int | None = None) -> Terms:
-        return pair.terms(x, particles=self.particles, rows=rows)
-
-    def figure(self, epochs: int) -> str:
-        return "iwae" if self.beta.at(epochs, epochs) == 1 else "beta_iwae"
-
-    def bound(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> Tensor:
-        terms = self.terms(pair, x, rows)
-        log_weight = terms.reconstruction - beta * sum_over(list(terms.kl.values()))
-        less = [terms.penalties[name].mean() for name in pair.layout.factors if name in terms.penalties]
-        return sum_over([log_weight.logsumexp(0).mean() - math.log(self.particles), *(-value for value in less)])
-
-    def misfits(self, pair: Pair, rows: int) -> list[str]:
-        found = []
-        if names := ", ".join(pair.layout.expected):
-            found.append(text("objectives.elbo.iwae", names=names))
-        for name, part in pair.named_modules():
-            if isinstance(part, PosteriorModule) and part.learns_baseline:
-                key = f"latents.{name.rpartition('.')[2]}.posterior.baseline"
-                found.append(f"{key}: expected 'none' or 'average' with iwae; got 'network'.")
-        if names := ", ".join(pair.layout.shared):
-            found.append(f"objective.kind: expected trace_elbo with global latents ({names}); got iwae.")
-        return found
-
-    def loss(self, terms: Terms, beta: Tensor) -> Tensor:
-        """Return the negative bound, nats per datum; `beta` scales the KL inside the importance weights."""
-        log_weight = terms.reconstruction - beta * sum_over(list(terms.kl.values()))
-        bound = torch.logsumexp(log_weight, 0) - math.log(self.particles)
-        loss = with_penalties(-bound.mean(), terms)
-        if not terms.scores:
-            return loss
-        if names := ", ".join(name for name, score in terms.scores.items() if score.learns):
-            raise DeclarationError(f"{names}: expected no baseline network under iwae; got one. Set baseline = 'none'.")
-        with torch.no_grad():
-            left, share = bound - self.without_each(log_weight), beta * log_weight.softmax(0)
-        for score in terms.scores.values():  # the KL holds log q without its gradient: d bound / d log q = -share
-            gain = left * score.log_q - share * score.weighed
-            loss = loss - (gain - gain.detach()).sum(0).mean()
-        return loss
-
-    @staticmethod
-    def without_each(log_weight: Tensor) -> Tensor:
-        """Return the bound with each of K log-weights `(K, n)` in turn replaced by the mean of the others, `(K, n)`."""
-        k = len(log_weight)
-        own = torch.eye(k, dtype=torch.bool, device=log_weight.device).unsqueeze(-1)
-        others = log_weight.expand(k, -1, -1)
-        mean = torch.where(own, 0.0, others).sum(1, keepdim=True) / (k - 1)
-        return torch.where(own, mean, others).logsumexp(1) - math.log(k)
+def estimators(objective: Objective, pair: Pair) -> dict[str, Objective]:
+    """Return objectives of the same bound by the estimator of its gradient: first that of the samples as they are."""
+    layout = pair.layout
+    real = not (layout.expected or layout.scored or layout.relaxed)
+    names = ("reparameterised", *objective.gradients) if real else ("as declared",)
+    found = {name: objective.model_copy(update={"gradient": name if real else "reparameterised"}) for name in names}
+    if isinstance(objective, TraceELBO) and known_apart(pair).issuperset(layout.latents):
+        found["closed_form"] = TraceMeanFieldELBO(beta=objective.beta, free_bits=objective.free_bits)
+    return found
 
 
 ELBOName = Literal["Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO", "TraceGraph_ELBO", "RenyiELBO"]

@@ -6,6 +6,7 @@ from pvae.pair.dependencies import Dependencies
 from pvae.pair.enumeration import JointStates, eliminated, read_joint_states
 from pvae.pair.layout import Layout, SiteShape, is_point, samples, site_shape, unwrapped
 from pvae.pair.pair import CHECKED_ROWS, Pair
+from pvae.pair.pathwise import Estimator
 from pvae.pair.problems import ProgramError, require_bound
 from pvae.pair.running import PARTICLES, evaluating, quiet
 from pvae.pair.structure import ROWS_OF_A_BATCH, PairData, is_code, numbers_of

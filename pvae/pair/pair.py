@@ -16,6 +16,7 @@ from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, 
 from pvae.pair.densities import sum_over
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
 from pvae.pair.layout import Layout, Traces
+from pvae.pair.pathwise import Estimator, pathwise_terms
 from pvae.pair.problems import Problem, problems_of, require_bound, told
 from pvae.pair.running import Way, run, trace_of, way_of_particles, with_particles
 from pvae.pair.structure import Arguments, Structure, is_several, unpack
@@ -259,7 +260,7 @@ class Pair(nn.Module):
 
     def terms(
         self, x: Tensor, particles: int = 1, *, closed_form: bool = False,
-        rows: int | None = None, expected: bool = False,
+        rows: int | None = None, expected: bool = False, estimator: Estimator | None = None,
     ) -> Terms:  # fmt: skip
         """Return the terms of the ELBO of a batch: log-likelihood, KL of every latent, penalties; differentiable.
 
@@ -270,6 +271,7 @@ class Pair(nn.Module):
             rows: size n of the whole data set, by which the KL of global latents is divided; default: as the data
                 plate declares it.
             expected: sum exactly over the guide's latents that are marked for enumeration instead of sampling them.
+            estimator: estimator of the gradient, without effect on the values; None for that of the terms themselves.
 
         Returns:
             Terms, nats. Their combination `reconstruction - sum(kl)` is an unbiased estimate of the ELBO.
@@ -277,7 +279,11 @@ class Pair(nn.Module):
         self.adopt(x)
         require_bound(self.structure.guide_only)
         if particles > 1 and (way := self.way_of_particles(x)) != "plate":
-            return with_particles(self, x, particles, way, closed_form=closed_form, rows=rows)
+            if estimator is not None and (estimator.passed is not None or estimator.apart):
+                raise DeclarationError.of("pair.pathwise.plate", way=way)
+            return with_particles(self, x, particles, way, closed_form=closed_form, rows=rows, estimator=estimator)
+        if estimator is not None and torch.is_grad_enabled():
+            return pathwise_terms(self, x, particles, rows, estimator)
         count = particles if particles > 1 else 0
         if not expected or not self.layout.expected:
             return terms_of(self.traces(x, particles), self.layout, count, closed_form, rows)

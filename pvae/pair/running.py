@@ -124,6 +124,17 @@ def run(
             return guide, trace_of(pair, pair.model, x)
 
 
+def run_one(pair: "Pair", program: Callable[..., Any], x: Tensor, particles: int, values: Trace | None = None) -> Trace:
+    """Return a trace of one program of a pair as `run` runs it, its latents drawn, or set to those of a trace."""
+    nesting, sums = pair.layout.nesting, pair.layout.enumerated and program is pair.model
+    with (
+        pyro.plate(PARTICLES, particles, dim=-1 - nesting) if particles > 1 else nullcontext(),
+        pyro.poutine.replay_messenger.ReplayMessenger(trace=values) if values else nullcontext(),
+        pyro.poutine.enum_messenger.EnumMessenger(-1 - nesting - (particles > 1)) if sums else nullcontext(),
+    ):
+        return trace_of(pair, program, x)
+
+
 def trace_of(pair: "Pair", program: Callable[..., Any], x: Tensor) -> Trace:
     """Return the trace of one program of a pair on a batch.
 

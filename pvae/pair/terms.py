@@ -16,6 +16,9 @@ from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, r
 from pvae.pair.layout import Layout, Traces, is_point, samples
 from pvae.records import Record, field, replace
 
+Nodes = Mapping[str, Mapping[str, Any]]
+"""Sites of a trace by name."""
+
 
 class Score(Record):
     """Ingredients of the score-function gradient of a latent, E[(gain - baseline) grad log q] for the ELBO."""
@@ -48,6 +51,8 @@ class Terms(Record):
 
     closed: Callable[[str], Tensor | None] = lambda _: None
     """Function that returns the closed-form KL of a latent that `kl` estimates from samples; None if there is none."""
+    of_model: "Terms | None" = None
+    """Terms at the same samples whose gradient is that of log p(x, z) alone; None unless an estimator asks for them."""
 
     def figures(self, closed: Collection[str]) -> list[Tensor]:
         """Return `means` as metrics, without gradient: KLs of the latents `closed` in closed form where it exists."""
@@ -80,6 +85,8 @@ class TracedBatch(Record):
     """Number of rows of the whole data set, by which the log densities of global sites are divided."""
     closed_form: bool = False
     """True to use KL(q || p) in closed form where torch knows it."""
+    still: Nodes = field(default_factory=dict)
+    """Sites of the guide at samples without a gradient, of latents whose log q has no score (`pathwise`)."""
 
     @property
     def latents(self) -> tuple[str, ...]:
@@ -132,6 +139,13 @@ class TracedBatch(Record):
             if scored:
                 scores[name] = self._score(self.guide.nodes[name], log_q, known is None)
                 log_q = log_q.detach()
+            if name in self.still:
+                if known is not None:
+                    raise DeclarationError.of(
+                        "pair.pathwise.refused", reason="closed", names=[name], kind="stick_the_landing"
+                    )
+                score = self.log_prob(self.still[name])
+                log_q = log_q - (score - score.detach())
             kl[name] = log_q - log_p(name) if known is None else known
         return Terms(reconstruction, kl, self.penalties(), scores | self.scores_of_factors(), self.closed)
 
@@ -206,7 +220,9 @@ class ExpectedBatch(TracedBatch):
         return value.expand(self.particles, -1) if self.particles else value
 
 
-def terms_of(traces: Traces, layout: Layout, particles: int, closed_form: bool, rows: int | None) -> Terms:
+def terms_of(
+    traces: Traces, layout: Layout, particles: int, closed_form: bool, rows: int | None, still: Nodes | None = None
+) -> Terms:
     """Return the ELBO terms of a batch from traces of guide and model; `particles` is 0 without a particle plate.
 
     With discrete sites c that the model sums out they are expectations under p(c | x, z). Their combination is
@@ -215,7 +231,7 @@ def terms_of(traces: Traces, layout: Layout, particles: int, closed_form: bool, 
     all factors that depend on c; the KL of a latent whose prior is among them is log q alone.
     """
     model, size = traces[1], full_size(traces[1], layout, rows)
-    batch = TracedBatch(*traces, layout, particles, size, closed_form and not layout.enumerated)
+    batch = TracedBatch(*traces, layout, particles, size, closed_form and not layout.enumerated, still or {})
     if not layout.enumerated:
         return batch.terms(batch.observed(), batch.log_p)
     if layout.eliminated:

@@ -17,7 +17,8 @@ from pyro.infer import TraceGraph_ELBO
 from torch import Tensor
 
 from pvae.objectives.base import Loss, Objective
-from pvae.objectives.elbo import IWAE, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.importance import IWAE
 from pvae.pair.pair import Pair
 from pvae.training.step import Step
 from tests.discrete.pairs import (

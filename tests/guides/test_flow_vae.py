@@ -29,7 +29,8 @@ from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.models.priors.base import Prior
 from pvae.models.priors.flows import BijectionModule, BijectionNetwork, FlowPrior
-from pvae.objectives.elbo import IWAE, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.importance import IWAE
 from pvae.pair.densities import closed_kl
 from pvae.pair.pair import Pair
 from tests.data import toy_densities

@@ -18,7 +18,7 @@ from pvae.analysis.aggregate.entry import simulated
 from pvae.distributions.missing import partly_missing, takes_missing
 from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
-from pvae.objectives.elbo import IWAE
+from pvae.objectives.importance import IWAE
 from pvae.pair.pair import Pair
 from tests.models.test_likelihoods import ROWS, build, channels, every_independent_row, every_row, output
 

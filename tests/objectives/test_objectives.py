@@ -20,8 +20,9 @@ from pvae.errors import DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.nn.schedules import Constant, Cosine, Cyclical, Exponential, Linear, Schedule, Scheduled
 from pvae.objectives.base import Loss, Objective
-from pvae.objectives.elbo import IWAE, TraceELBO, TraceMeanFieldELBO
+from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.objectives.em import EM
+from pvae.objectives.importance import IWAE
 from pvae.pair.pair import Pair
 from pvae.pair.terms import Terms
 

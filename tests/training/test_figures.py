@@ -16,8 +16,9 @@ import pvae
 from pvae.analysis.pages.plots import curves
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.base import FITTED, Loss, Objective, known_apart, named
-from pvae.objectives.elbo import IWAE, PyroELBO, TraceELBO
+from pvae.objectives.elbo import PyroELBO, TraceELBO
 from pvae.objectives.em import EM
+from pvae.objectives.importance import IWAE
 from pvae.runs import checkpoint
 from pvae.training import loop
 from pvae.training.evaluation import evaluate, held_out

@@ -31,7 +31,7 @@ def pyro_script(experiment: Experiment, x: Shape) -> str:
     """
     objective: Any = experiment.objective
     observed = sorted(experiment.observed_latents())
-    if objective.kind not in page.ELBOS or objective.free_bits or observed:
+    if objective.kind not in page.ELBOS or objective.free_bits or objective.gradient != "reparameterised" or observed:
         found = {"elbos": page.ELBOS, "objective": objective, "observed": observed}
         raise DeclarationError.of("experiment.pyro_script.objective", **found)
     pair = experiment.build(x)

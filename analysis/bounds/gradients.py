@@ -1,0 +1,173 @@
+"""Estimators of the gradient of a bound beside each other: bias, variance, signal-to-noise ratio and time."""
+
+import math
+import time
+from typing import Any
+
+import pandas
+import torch
+from pyro.infer import config_enumerate
+from torch import Tensor
+
+from pvae.analysis.aggregate.entry import accept, require_counts
+from pvae.analysis.figures.estimate import text
+from pvae.distributions.relaxed import Discretised
+from pvae.errors import DeclarationError
+from pvae.objectives.base import Objective
+from pvae.objectives.elbo import TraceELBO, estimators
+from pvae.pair import Pair, evaluating
+from pvae.records import Record
+from pvae.runs.run import Run
+from pvae.util import Progress, plain, seeds, silent
+
+MOST_STATES = 4096
+"""Largest number of joint states of codes over which a gradient is summed."""
+SIGNIFICANT = 3.0
+"""Number of standard errors from which a bias counts."""
+ROUNDING = 1e-4
+"""Largest bias, relative to the gradient, that may be due to rounding."""
+
+
+class Gradients(Record):
+    """Estimators of the gradient of one bound for each group of parameters, at fixed weights and data."""
+
+    n: int
+    """Number of data in the batch."""
+    draws: int
+    """Number of gradients of each estimator."""
+    exact: bool
+    """True if the bias is against a sum over all codes, False if against the mean of 2 * `draws` gradients."""
+    frame: pandas.DataFrame
+    """A row for each `group` and `estimator`. `bias`: norm of the bias of the mean gradient, divided by the norm of the
+    gradient, and its standard error `bias_error`. `variance`: trace of the covariance, squared nats per datum.
+    `signal_to_noise`: norm of the mean gradient divided by the root of the variance. `seconds` of a gradient.
+    `per_second`: square of the ratio divided by the seconds, which stays when gradients are averaged. `biased`: whether
+    the squared bias is more than `SIGNIFICANT` errors."""
+    refused: dict[str, str]
+    """Reasons against other estimators, by name."""
+
+    @property
+    def verdicts(self) -> list[str]:
+        """One sentence for each group: the estimator to choose."""
+        groups = self.frame.groupby("group", sort=False)
+        return [text("gradients.verdict", group=name, rows=part.to_dict("records")) for name, part in groups]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all figures and the verdicts as plain values, for JSON."""
+        found = {"n": self.n, "draws": self.draws, "exact": self.exact, "rows": self.frame.to_dict("records")}
+        return dict(plain({**found, "verdicts": self.verdicts, "refused": self.refused}))
+
+    def __str__(self) -> str:
+        shown = self.frame.to_string(index=False, float_format="{:.3g}".format)
+        return "\n".join([text("gradients.title", found=self), shown, *self.verdicts, *self.refused.values()])
+
+    __rich__ = __str__
+
+
+def gradients(
+    run: Run, split: str = "test", rows: int = 100, draws: int = 100, seed: int = 0, *, on_progress: Progress = silent
+) -> Gradients:
+    r"""Compare the estimators that the objective of a run has for the gradient of its bound, on one batch.
+
+    Independent gradients g, g' of an estimator give unbiased E[g'g'] of the squared mean, E|g - g'|^2 / 2 of the
+    variance, and E[(g - r)(g' - r')] of the squared bias, with two independent references r, r': the gradient of the
+    ELBO summed over all codes, or where z is real the means of `draws` reparameterised gradients. A relaxation is
+    biased as a gradient of the codes' ELBO. The weight of the KL is that of the last epoch.
+
+    References:
+        Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018), https://arxiv.org/abs/1802.04537
+
+    Arguments:
+        run: a fitted run.
+        split: "train", "validation" or "test".
+        rows: number of data in the batch, chosen at random with `seed`.
+        draws: gradients of each estimator, at least 4.
+        seed: seed of rows and samples.
+        on_progress: called with (gradients done, gradients in all).
+
+    Returns:
+        Gradients, estimates with their Monte Carlo errors. Memory: some ten times the size of the parameters.
+
+    Raises:
+        DataError: a count is too small, or the pair has no likelihood.
+
+    Example:
+        >>> from pvae.analysis.truths.example import example_run
+        >>> found = gradients(example_run(), rows=4, draws=4)
+        >>> {"reparameterised", "stick_the_landing"} <= {*found.frame["estimator"]}
+        True
+    """
+    require_counts("gradients", rows=rows, draws=draws - 3)
+    pair, objective, part = run.pair, run.plan.objective, run.data.split(split)
+    x = accept(pair, part.rows[seeds.subset(len(part), rows, seed)])
+    named = {name: p for name, p in pair.named_parameters() if p.requires_grad and ".baseline." not in name}
+    groups = list(dict.fromkeys(map(_group, named)))
+    of = torch.cat([torch.full((p.numel(),), groups.index(_group(name)), device=x.device) for name, p in named.items()])
+    weight = torch.tensor(objective.beta.at(run.plan.train.epochs, run.plan.train.epochs), device=x.device)
+    made, refused = estimators(objective, pair), {}
+    found: list[dict[str, Any]] = []
+
+    def gradient(source: Pair, asked: Objective, number: int) -> Tensor:
+        seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, number), x.device)
+        loss, _ = asked.evaluate(source, x, None, weight)
+        slopes = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
+        return torch.cat([slope.flatten() for slope in slopes])
+
+    def dot(one: Tensor, other: Tensor) -> Tensor:
+        return torch.zeros(len(groups), dtype=torch.float64, device=x.device).index_add(0, of, (one * other).double())
+
+    with evaluating(pair), torch.random.fork_rng(), torch.enable_grad():
+        known, usual = _summed(pair, x), next(iter(made.values()))
+        starts = [0, draws] if known is None else []
+        means: list[Any] = [sum(gradient(pair, usual, start + i) for i in range(draws)) / draws for start in starts]
+        one, other = means if known is None else [gradient(known, TraceELBO(), 0)] * 2
+        for index, (name, asked) in enumerate(made.items()):
+            try:
+                parts, start = [], time.perf_counter()
+                for i in range(draws // 2):
+                    a, b = (gradient(pair, asked, (index + 1) * 2 * draws + 2 * i + j) for j in range(2))
+                    parts.append(torch.stack([dot(a, b), dot(a - b, a - b) / 2, dot(a - one, b - other)]))
+                    on_progress(index * draws + 2 * i + 2, len(made) * draws)
+                seconds = (time.perf_counter() - start) / len(parts) / 2
+            except DeclarationError as error:
+                refused[name] = str(error)
+                continue
+            pairs = torch.stack(parts)
+            errors = pairs.std(0) / len(parts) ** 0.5
+            errors[2] = torch.hypot(errors[2], pairs[:, 0].std(0) / draws * (known is None))  # of the references
+            figures = zip(groups, pairs.mean(0).T.tolist(), errors[2].tolist(), dot(one, other).tolist(), strict=True)
+            found += [
+                {"group": group, "estimator": name, **_figures(means, error, norm, seconds)}
+                for group, means, error, norm in figures
+            ]
+    order = sorted(found, key=lambda row: groups.index(row["group"]))
+    return Gradients(len(x), draws, known is not None, pandas.DataFrame(order), refused)
+
+
+def _group(name: str) -> str:
+    """Return the group of a parameter: of the encoder, of the posterior or prior of a latent, of the decoder."""
+    side, *rest = name.split(".")
+    part = rest[0] if rest else side
+    return f"{part.removesuffix('s')} of {rest[1]}" if part in ("posteriors", "priors") else part
+
+
+def _figures(means: list[float], error: float, norm: float, seconds: float) -> dict[str, float]:
+    """Return the figures of an estimator in a group: means of g'g', |g - g'|^2 / 2 and the squared bias, its error."""
+    signal, variance, bias = means
+    power = max(signal, 0.0) / variance if variance > 0 else math.inf if signal > 0 else math.nan
+    off, norm = math.sqrt(max(bias, 0.0)), math.sqrt(max(norm, 1e-30))
+    return {
+        "bias": off / norm, "bias_error": error / max(2 * off, math.sqrt(error), 1e-30) / norm, "variance": variance,
+        "signal_to_noise": math.sqrt(power), "seconds": seconds, "per_second": power / seconds,
+        "biased": bias > SIGNIFICANT * error and off > ROUNDING * norm,
+    }  # fmt: skip
+
+
+def _summed(pair: Pair, x: Tensor) -> Pair | None:
+    """Return the pair with its codes summed over; None if z is real, or if they have too many joint states."""
+    names = {*pair.layout.scored, *pair.layout.relaxed}
+    sites = [site.space for site in getattr(pair.guide, "sites", ()) if site.name in names]
+    if not names or len(sites) < len(names) or sum(space.log_states for space in sites) > math.log(MOST_STATES):
+        return None
+    model, guide = (Discretised(pair.relaxed)(program) for program in (pair.model, pair.guide))
+    return Pair(model, config_enumerate(guide)).adopt(x)

@@ -1,0 +1,85 @@
+"""Figures of estimators of the gradient: against moments by torch, and against sums over codes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import pvae
+from pvae.analysis.bounds.gradients import gradients
+from pvae.errors import DataError
+from pvae.experiment.experiment import Experiment
+from pvae.objectives.elbo import TraceELBO
+from pvae.util import seeds
+from tests.cli_runner import run_cli
+from tests.runs_shared import fit, tiny
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> pvae.Run:
+    return fit(tiny(epochs=1, batch_size=500), tmp_path_factory.mktemp("runs"))
+
+
+def test_every_estimator_of_the_elbo_is_measured(run: pvae.Run) -> None:
+    """Unbiased ones are not found biased; the same seed gives the same figures."""
+    seen: list[int] = []
+    found = gradients(run, rows=20, draws=20, on_progress=lambda done, total: seen.append(total - done))
+    frame = found.frame.set_index(["group", "estimator"])
+    assert {*frame.index.unique(0)} == {"encoder", "decoder", "posterior of z"}
+    assert {*frame.index.unique(1)} == {"reparameterised", "stick_the_landing", "closed_form"}
+    assert not frame["biased"].any()
+    assert seen[-1] == 0
+    assert len(found.verdicts) == 3
+    again = gradients(run, rows=20, draws=20).frame
+    for column in ("bias", "variance", "signal_to_noise"):
+        assert again[column].equals(found.frame[column])
+    with pytest.raises(DataError, match="draws"):
+        gradients(run, draws=3)
+
+
+def test_variance_and_signal_are_those_of_many_gradients(run: pvae.Run) -> None:
+    """The trace of the covariance, and the squared mean less its share, by torch, from other draws."""
+    found = gradients(run, rows=10, draws=100).frame.set_index(["estimator", "group"])
+    x = run.data.test.rows[seeds.subset(len(run.data.test), 10, 0)]
+    weights = [p for name, p in run.pair.named_parameters() if ".posteriors." in name]
+    for kind in ("reparameterised", "stick_the_landing"):
+        objective = TraceELBO(gradient=kind)
+
+        def one(seed: int, objective: TraceELBO = objective) -> Tensor:
+            torch.manual_seed(seed)
+            loss, _ = objective.evaluate(run.pair, x, None, torch.ones(()))
+            return torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, weights)]).double()
+
+        drawn = torch.stack([one(seed) for seed in range(100)])
+        row: Any = found.loc[(kind, "posterior of z")]
+        variance = float(drawn.var(0).sum())
+        power = float(drawn.mean(0).square().sum()) - variance / 100
+        assert row["variance"] == pytest.approx(variance, rel=0.3)
+        assert row["signal_to_noise"] == pytest.approx((power / variance) ** 0.5, rel=0.3)
+
+
+@pytest.mark.parametrize(("posterior", "biased"), [("bernoulli", False), ("relaxed_onehot", True)])
+def test_gradients_of_codes_are_held_against_their_sum(tmp_path: Path, posterior: str, biased: bool) -> None:
+    """A score function has no bias; a relaxation at a high temperature has one."""
+    latent: dict[str, object] = (
+        {"bits": 3, "prior": "bernoulli", "posterior": {"kind": "bernoulli", "estimator": "score"}}
+        if posterior == "bernoulli"
+        else {"codes": 4, "prior": "categorical", "posterior": posterior, "temperature": 3.0}
+    )
+    table = tiny(epochs=1, batch_size=500).model_dump(mode="json", exclude_defaults=True)
+    run = fit(Experiment.from_dict({**table, "latents": {"c": latent}}), tmp_path)
+    found = gradients(run, rows=10, draws=40)
+    assert found.exact
+    rows = found.frame[found.frame["estimator"] == "as declared"].set_index("group")
+    assert rows["biased"]["decoder"] == biased
+
+
+def test_the_command_prints_a_table_or_json(run: pvae.Run) -> None:
+    said, _ = run_cli("gradients", str(run.path), "--draws", "4", "--rows", "5")
+    assert "stick_the_landing" in said
+    assert "decoder: choose" in said
+    told, _ = run_cli("gradients", str(run.path), "--draws", "4", "--rows", "5", "--json")
+    assert {row["estimator"] for row in json.loads(told)["rows"]} > {"closed_form"}
