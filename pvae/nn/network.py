@@ -125,7 +125,11 @@ class Dense(NetworkModule):
 
 
 class MLP(Network):
-    """Multilayer perceptron: dense layers with an activation; `hidden = []` is a linear map."""
+    """Multilayer perceptron: dense layers with an activation; `hidden = []` is a linear map.
+
+    The first hidden layer has a branch for each input: with one hidden layer the output is a sum of functions of one
+    input each. Inputs interact from the second hidden layer on.
+    """
 
     kind: Literal["mlp"] = "mlp"
     hidden: Ints = (300, 300)
