@@ -19,6 +19,7 @@ from pvae.graph.site import EMBEDDED, OBSERVED, Law, Site, embedded
 from pvae.graph.statements import data_plate, sample
 from pvae.models.likelihoods.base import IndicatorReader, Likelihood, ReaderModule
 from pvae.models.likelihoods.standard import Bernoulli
+from pvae.models.priors.autoregressive import TransformerModule
 from pvae.nn.network import MLP, Network
 
 
@@ -110,6 +111,8 @@ ENUMERATED: InferDict = {"enumerate": "parallel"}
 class GraphModel(nn.Module):
     """Pyro model p(x, z) = p(x | z) prod_l p(z_l | parents), conditional on the covariates of a row if there are any.
 
+    A caption that a prior scores is observed like x: p(x, z, caption) = p(caption) p(x, z | caption).
+
     Arguments:
         sites: the latents, parents first.
         priors: one module per latent.
@@ -133,6 +136,8 @@ class GraphModel(nn.Module):
         self.codebooks = nn.ModuleDict(codebooks or {})
         self.temperatures = nn.ModuleDict(temperatures or {})
         self.priors = nn.ModuleDict(priors)
+        parts = [part for part in self.priors.modules() if isinstance(part, TransformerModule)]
+        self.captions = {name: caption for part in parts for name, caption in part.captions.items()}
         self.decoder = decoder
 
     def see(self, site: Site, value: Tensor, like: Tensor) -> Tensor:
@@ -163,6 +168,9 @@ class GraphModel(nn.Module):
             raise DeclarationError.of("models.graph.no_rows", covariates=self.frame.covariates)
         like = next(self.parameters()) if rows is None else rows
         with data_plate(size or 1 if rows is None else rows.shape[0]):
+            for name, caption in self.captions.items():
+                tokens = sample(name, caption(seen), obs=self.frame.columns(like)[name].long())
+                seen[name] = self.frame.covariates[name].see(tokens, like)  # sampled where it is not given
             for site in self.sites:
                 infer = ENUMERATED if site.summed else None
                 value = sample(site.name, self.prior(site.name, seen), infer=infer)

@@ -112,9 +112,9 @@ def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, 
     Raises:
         DataError: the model observes something else than its data; the message begins with `caller`.
     """
-    trace = samples(pair.simulate(like))
+    trace, given = samples(pair.simulate(like)), pair.frame.covariates
     values = {name: node["value"] for name, node in trace.items() if name not in pair.layout.observed}
-    found = {name: trace[name]["value"] for name in pair.layout.observed if name in trace}
+    found = {name: trace[name]["value"] for name in pair.layout.observed if name in trace and name not in given}
     hides = {name: fn.hidden(found[name]) for name in found if isinstance(fn := trace[name]["fn"], Absence)}
     x = _placed(pair, like, found := found | hides)
     if x is not None and not pair.frame.entries:

@@ -12,6 +12,7 @@ from rich.text import Text
 from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import refuse
+from pvae.experiment.captions import scored
 from pvae.experiment.experiment import Experiment
 from pvae.records import Record, field
 from pvae.runs.run import Run
@@ -156,10 +157,9 @@ def _conditions(run: Run) -> dict[str, str]:
     found = {"fingerprint": str(data.get("fingerprint"))[:16], "source": str(data.get("source"))}
     if not isinstance(plan, Experiment):
         return found
-    covariates = ", ".join(
-        f"{name} ({covariate.labels or 'real'} values)" for name, covariate in plan.covariates.items()
-    )
+    covariates = ", ".join(f"{name} ({y.labels or 'real'} values)" for name, y in plan.covariates.items())
     splits = ", ".join(f"{name} {low} .. {high}" for name, (low, high) in plan.data.splits.declared.items())
     declared = {"data.binarize": plan.data.binarize, "data.splits": splits or "the source's own"}
-    declared["log density"] = "of x" + " given its sum" * any(e.source == "sum" for e in plan.entries().values())
+    given_sum = any(e.source == "sum" for e in plan.entries().values())
+    declared["log density"] = f"of {', '.join(('x', *scored(plan)))}" + " given its sum" * given_sum
     return {**found, **declared, "covariates": covariates or "none"}

@@ -22,6 +22,7 @@ from pvae.analysis.figures.estimate import misdeclared, refuse
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
 from pvae.errors import DeclarationError, near
+from pvae.graph.site import OBSERVED
 from pvae.pair import Layout, Pair, unwrapped
 from pvae.records import Record
 from pvae.runs.run import Run
@@ -178,9 +179,9 @@ def analysed(pair: Pair, x: Tensor, seed: int, mean: bool = False) -> Iterator[N
 
 
 def datum(layout: Layout, nodes: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the site of x: the first observed site inside the data plate, other than a `pyro.factor`."""
+    """Return the site of x: that of this name, or the first observed one in the data plate, other than a factor."""
     inside = [nodes[name] for name in layout.observed if name in nodes and layout.holds(nodes[name])]
-    return next((node for node in inside if not isinstance(unwrapped(node["fn"]), Unit)), inside[0])
+    return min(inside, key=lambda node: (isinstance(unwrapped(node["fn"]), Unit), node["name"] != OBSERVED))
 
 
 def row_values(t: Any, node: Mapping[str, Any], layout: Layout, count: int) -> Tensor:
@@ -256,9 +257,8 @@ class RowBlocks(Generic[G]):
         self, make: Callable[..., G], run: Run, split: Split, chosen: Tensor | None = None, *,
         seed: int = 0, on_progress: Progress = silent, mask: Any = None, **options: Any,
     ) -> None:  # fmt: skip
-        self.make, self.run, self.split, self.seed, self.on_progress, self.options = (
-            make, run, split, seed, on_progress, options,
-        )  # fmt: skip
+        self.make, self.run, self.split = make, run, split
+        self.seed, self.on_progress, self.options = seed, on_progress, options
         self.mask, self.absent = mask, dict[str, str]()
         self.chosen = torch.arange(len(split)) if chosen is None else chosen
         fewer = max(1, min(BLOCK_ROWS, BLOCK_NUMBERS // max(1, prod(split.rows.shape[1:]))))

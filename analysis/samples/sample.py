@@ -1,6 +1,6 @@
 """Samples of a fitted model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -54,7 +54,7 @@ def sample(
         mean: return E[x | z] (Bernoulli probabilities, the location of a normal) instead of samples of x.
         given: values of the covariates of a conditional model, one each, or n of them: an integer, or the word of a
             level; numbers, of a run in the units of its data; for a prompt, a text of its vocabulary. A run samples
-            those that are not given from its training rows.
+            those that are not given from its training rows, and the model itself captions that it scores.
         seed: seed of the samples; the same seed gives the same numbers.
         on_progress: called with (samples done, n).
 
@@ -75,10 +75,10 @@ def sample(
     refuse(n < 1, f"sample: expected at least one draw; got n={n}.")
     _require_density(run_or_pair)
     pair = running.opened(run_or_pair)
-    rows = Template(run_or_pair, pair, n, given, seed)
+    rows = Template(run_or_pair, pair, n, given, seed, free=pair.layout.observed)
     with running.analysed(pair, rows.at(0, 2), seed):
         found = running.by_chunks(lambda *at: model_samples(pair, rows.at(*at), mean), n, rows.numbers, on_progress)
-    return replace(found, covariates=rows.covariates)
+    return replace(found, covariates={**rows.covariates, **found.covariates})
 
 
 def _require_density(source: Run | Pair) -> None:
@@ -93,10 +93,11 @@ def _require_density(source: Run | Pair) -> None:
 
 def model_samples(pair: Pair, rows: Tensor, mean: bool) -> Samples:
     """Return samples of the model in its current context, one for each of the placeholder rows `(n, *row)`."""
-    layout, count, nodes = pair.layout, len(rows), samples(pair.simulate(rows))
+    layout, count, nodes, known = pair.layout, len(rows), samples(pair.simulate(rows)), pair.frame.covariates
     node = running.datum(layout, nodes)
     x = running.decoded_mean(nodes, layout, count) if mean else running.row_values(node["value"], node, layout, count)
-    return Samples(x, _latents(nodes, layout, count), {}, mean)
+    captions = {k: running.row_values(z["value"], z, layout, count) for k, z in nodes.items() if k in known}
+    return Samples(x, _latents(nodes, layout, count), captions, mean)
 
 
 def prior_latents(pair: Pair, rows: Tensor) -> dict[str, Tensor]:
@@ -114,33 +115,34 @@ class Template:
 
     Rows are made chunk by chunk. As a hand-written model may also read x from them, they are a given row of data or the
     training rows of its run; otherwise, and if there are covariates, x is zero. A declared run needs no data, unless
-    covariates are drawn from them.
+    covariates are drawn from them. Covariates `free` that are not given are unknown, NaN: the model samples them.
     """
 
     def __init__(
-        self, source: Run | Pair, pair: Pair, n: int, given: Covariates | None, seed: int, row: Tensor | None = None
-    ) -> None:
+        self, source: Run | Pair, pair: Pair, n: int, given: Covariates | None, seed: int, row: Tensor | None = None,
+        free: Collection[str] = (),
+    ) -> None:  # fmt: skip
         self.pair, self.frame, self.row = pair, pair.frame, row
         require_room(pair, "samples", n, 0, f"{n:,} samples")
-        self.given, known = given_values(source, pair, given or {}, n), self.frame.covariates
-        needed = not pair.declared or (known.keys() - self.given.keys() and row is None)
+        self.given = given_values(source, pair, given or {}, n)
+        self.known = {k: entry for k, entry in self.frame.covariates.items() if k in self.given or k not in free}
+        needed = not pair.declared or (self.known.keys() - self.given.keys() and row is None)
         self.data = source.data.train.rows if isinstance(source, Run) and needed else None
         self.n, self.numbers = n, max(1, prod(self.frame.row))
         self.covariates = self._covariates(n, seed)
 
     def _covariates(self, n: int, seed: int) -> dict[str, Tensor]:
-        known = self.frame.covariates
-        if not (left := [name for name in known if name not in self.given]):
-            return {name: self.given[name] for name in known}
+        if not (left := [name for name in self.known if name not in self.given]):
+            return {name: self.given[name] for name in self.known}
         if self.row is not None:
             found = self.row.flatten().expand(n, -1)
         elif self.data is not None:
             generator = seeds.generator(seed, seeds.ANALYSIS, 3)
             found = self.data[torch.randint(len(self.data), (n,), generator=generator).to(self.data.device)]
         else:
-            raise DeclarationError(text("refused.nothing_given", known={name: known[name] for name in left}))
+            raise DeclarationError(text("refused.nothing_given", known={name: self.known[name] for name in left}))
         drawn = self.frame.columns(found)
-        drawn = {n: (drawn[n].long() if entry.codes else drawn[n]).cpu() for n, entry in known.items()}
+        drawn = {n: (drawn[n].long() if entry.codes else drawn[n]).cpu() for n, entry in self.known.items()}
         return {**drawn, **self.given}
 
     def at(self, start: int, stop: int) -> Tensor:

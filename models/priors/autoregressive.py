@@ -6,7 +6,7 @@ the transformer, decoder-only after a prompt of the parents, with a key-value ca
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,12 +15,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from pvae.component import Shape
+from pvae.component import Names, Shape
 from pvae.distributions.base import Size
 from pvae.distributions.codes import Conditional, Enumerated, codes_below
 from pvae.errors import DeclarationError
-from pvae.graph.site import Link, Site, Values
+from pvae.graph.site import Link, Site, Space, Values
 from pvae.models.priors.base import Prior
+from pvae.nn.network import AttentionBlock, KeyValueCache
 
 Choose = Callable[[Tensor], Tensor]
 """Function that chooses (usually samples) the codes `(n,)` of one position from their logits `(n, K)`."""
@@ -86,8 +87,7 @@ class TokenModule(nn.Module):
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the distribution of the codes, with the parents' leading dimensions as batch shape."""
         seen = {name: cast(given[name], self.start.dtype) for name in self.parents}
-        leads = [value.shape[: value.dim() - len(self.parents[name])] for name, value in seen.items()]
-        lead = torch.broadcast_shapes(*leads)
+        lead = torch.broadcast_shapes(*(value.shape[: -len(self.parents[name])] for name, value in seen.items()))
         return Autoregressive(self, self.encode(seen, lead), lead)
 
     @abstractmethod
@@ -205,62 +205,12 @@ class Tokens(nn.Module):
         return tokens if self.positions is None else tokens + self.positions()
 
 
-class KeyValueCache:
-    """Key-value cache of one attention block, allocated once for all positions."""
-
-    def __init__(self, length: int) -> None:
-        self.length, self.filled = length, 0
-        self.room: Tensor | None = None
-
-    def extend(self, new: Tensor) -> Tensor:
-        """Append keys and values `(2, n, heads, m, d)`; return all of them so far, `(2, n, heads, filled, d)`."""
-        if self.room is None:
-            self.room = new.new_empty(*new.shape[:3], self.length, new.shape[-1])
-        start, self.filled = self.filled, self.filled + new.shape[3]
-        self.room[:, :, :, start : self.filled] = new
-        return self.room[:, :, :, : self.filled]
-
-
-class AttentionBlock(nn.Module):
-    """Transformer block: causal self-attention, then an MLP of one hidden layer, each pre-normalised and residual."""
-
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
-        super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """Return the block's output for all positions at once, `(n, t, width)`."""
-        q, k, v = self._projected(h)
-        return self._mixed(h, q, k, v, is_causal=True)
-
-    def extend(self, h: Tensor, memory: KeyValueCache) -> Tensor:
-        """Return the output of the first positions `(n, t, width)`, or of one more `(n, 1, width)` after the cached."""
-        q, *new = self._projected(h)
-        k, v = memory.extend(torch.stack(new))
-        return self._mixed(h, q, k, v, is_causal=h.shape[1] > 1)  # a single new one may read all that is there
-
-    def _projected(self, h: Tensor) -> Sequence[Tensor]:
-        """Return queries, keys and values, each `(n, heads, t, d)`."""
-        return self.project(self.first(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-    def _mixed(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
-        rate = self.dropout if self.training else 0.0
-        read = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=is_causal)
-        h = h + self._dropped(self.out(read.transpose(1, 2).flatten(2)))
-        return h + self._dropped(self.perceptron(self.second(h)))
-
-    def _dropped(self, h: Tensor) -> Tensor:
-        return nn.functional.dropout(h, self.dropout, self.training)
-
-
 class TransformerPrior(Prior):
     r"""Decoder-only transformer prior: prod_p p(c_p | prompt, c_1 .. c_{p-1}), by causal attention.
 
     The parents are the prompt: a vector is one token, a sequence (words as one-hots over their vocabulary) or a grid of
-    embeddings one token for each position. The prompt itself is not scored: it adds nothing to log p.
+    embeddings one token for each position. The prompt itself is not scored: it adds nothing to log p. A caption with
+    `scored = true` is its end, and has a term of its own in the same sequence: p(caption) p(codes | caption).
 
     References:
         Attention Is All You Need (Vaswani et al., 2017), https://arxiv.org/abs/1706.03762
@@ -272,6 +222,7 @@ class TransformerPrior(Prior):
     kind: Literal["transformer"] = "transformer"
     values: ClassVar[tuple[Values, ...]] = ("index",)
     reads_parents: ClassVar[bool] = True
+    scores_captions: ClassVar[bool] = True
     width: int = Field(default=128, gt=0)
     """Width of a token; a multiple of `heads`."""
     layers: int = Field(default=4, gt=0, le=1000)
@@ -288,26 +239,42 @@ class TransformerPrior(Prior):
         return self
 
     def build(self, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
-        return TransformerModule(site, given, self)
+        return TransformerModule(site, given, self, tuple(n for n in given if link.scored.get(n) == site.name))
 
 
 class TransformerModule(TokenModule):
-    """Decoder-only transformer, whose input is the prompt, a start token and all codes but the last."""
+    """Decoder-only transformer, whose input is the prompt, a start token and all codes but the last.
+
+    The prompt of codes may end with a caption that is scored. Its words are the tokens of a module of their own, of the
+    same blocks. The padding word ends a text: after it, all tokens are padding with probability 1.
+    """
 
     context_dims = 2
+    ends = False
+    """True if the tokens are words, which padding ends."""
 
-    def __init__(self, site: Site, parents: Mapping[str, Shape], declared: TransformerPrior) -> None:
+    def __init__(self, site: Site, parents: Mapping[str, Shape], declared: TransformerPrior, texts: Names = ()) -> None:
         width, heads, dropout = declared.width, declared.heads, declared.dropout
         super().__init__(site, parents, declared.kind, width)
-        self.prompts = nn.ModuleDict({name: Tokens(shape, width) for name, shape in self.parents.items()})
+        self.prompts = nn.ModuleDict({n: Tokens(shape, width) for n, shape in self.parents.items() if not texts})
         self.places = PositionEmbedding(self.grid, width) if self.positions > 1 else None
         self.blocks: Any = nn.ModuleList(AttentionBlock(width, heads, dropout) for _ in range(declared.layers))
         self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, self.codes))
+        self.captions: Any = nn.ModuleDict()
+        for name in texts:
+            (words, *length), others = parents[name], {n: shape for n, shape in parents.items() if n != name}
+            text = Site(name, Space.codes(words, (*length,)))
+            self.captions[name] = caption = TransformerModule(text, others, declared)
+            del caption.blocks
+            caption.ends, vars(caption)["blocks"] = True, self.blocks  # registered once
 
     def encode(self, given: Mapping[str, Tensor], lead: torch.Size) -> Tensor | None:
         """Return the tokens of the prompt, made of the parents, and the start token, `(*lead, tokens + 1, width)`."""
-        prompt = [*(self.prompts[name](value) for name, value in given.items()), self.start.unsqueeze(0)]
-        return torch.cat([part.expand(*lead, *part.shape[-2:]) for part in prompt], -2)
+        prompt = [module(given[name]) for name, module in self.prompts.items()]
+        for name, words in self.captions.items():
+            before = words.encode({n: value for n, value in given.items() if n != name}, lead)
+            prompt += [before, words.embed(given[name].argmax(-2)) + words.places()]
+        return torch.cat([part.expand(*lead, *part.shape[-2:]) for part in (*prompt, self.start.unsqueeze(0))], -2)
 
     def inputs(self, value: Tensor) -> Tensor:
         """Return the embeddings of all codes but the last, plus those of their positions, `(n, p - 1, width)`."""
@@ -318,7 +285,8 @@ class TransformerModule(TokenModule):
         h = torch.cat([context, self.inputs(value)], 1)
         for block in self.blocks:
             h = block(h)
-        return self.head(h[:, context.shape[1] - 1 :])
+        logits = self.head(h[:, context.shape[1] - 1 :])
+        return ended(logits, nn.functional.pad(value[:, :-1], (1, 0), value=1)) if self.ends else logits
 
     def draw(self, count: int, context: Any, choose: Choose) -> Tensor:
         """Return codes `(count, p)` chosen in raster order, with cached keys and values of the positions before."""
@@ -329,7 +297,14 @@ class TransformerModule(TokenModule):
         while True:
             for block, memory in zip(self.blocks, memories, strict=True):
                 h = block.extend(h, memory)
-            drawn.append(choose(self.head(h[:, -1])))
+            logits = self.head(h[:, -1])
+            drawn.append(choose(ended(logits, drawn[-1]) if self.ends and drawn else logits))
             if places is None or len(drawn) == self.positions:
                 return torch.stack(drawn, 1)
             h = self.embed(drawn[-1][:, None]) + places[len(drawn) - 1]
+
+
+def ended(logits: Tensor, before: Tensor) -> Tensor:
+    """Return logits `(..., words)`, -inf of all words but padding where the token `before` `(...)` is padding."""
+    words = torch.arange(logits.shape[-1], device=logits.device) > 0
+    return logits.masked_fill((before == 0).unsqueeze(-1) & words, -torch.inf)

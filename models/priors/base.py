@@ -29,6 +29,8 @@ class Prior(Component):
     """True if the latent must have parents in the model."""
     ignores_parents: ClassVar[bool] = False
     """True if the latent may have parents but this prior ignores them; one fitted later by `refit` may use them."""
+    scores_captions: ClassVar[bool] = False
+    """True if the prior can score a caption that the latent is given, as one sequence with its codes."""
     reads_guide: ClassVar[bool] = False
     """True if the prior is made of the latent's posteriors in the guide, which must then depend on x alone."""
 

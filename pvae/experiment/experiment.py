@@ -18,7 +18,7 @@ from pvae.data.sources.base import Data
 from pvae.data.sources.collections import Digits
 from pvae.data.split import Split, chosen_labels
 from pvae.errors import DataError, DeclarationError, at, is_refused_draw, misdeclared
-from pvae.experiment import zoo
+from pvae.experiment import captions, zoo
 from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides, side_columns
 from pvae.experiment.rules import findings
 from pvae.graph.frame import Entry, Frame
@@ -312,9 +312,8 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
     torch.manual_seed(experiment.seed)
     link, latents, declared = Link(), experiment.latents, experiment.observed()
     sites, guide_sites = experiment.sites(), experiment.guide_sites()
-    link.frame, link.support = frame, declared.support
-    known: dict[str, Shape] = {OBSERVED: frame.x, **frame.shapes}
-    known |= {site.name: site.features for site in sites}
+    link.frame, link.support, link.scored = frame, declared.support, captions.scored(experiment)
+    known = {OBSERVED: frame.x, **frame.shapes, **{site.name: site.features for site in sites}}
     priors = {}
     for site in sites:
         with at(f"latents.{site.name}.prior"):

@@ -140,14 +140,16 @@ class Covariate(Section):
     """Number of words of a caption, 32 by default: shorter ones are padded, longer ones cut, which notes say."""
     vocabulary: int | None = Field(default=None, gt=2, le=100_000)
     """Largest number of words of captions, 1000 by default: the padding word, the unknown word, the most frequent."""
+    scored: bool = False
+    """Captions are data, as x is: a prior that reads them scores their words too, and log p(caption) is a term."""
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
         forms = {name: getattr(self, name) or None for name in ("codes", "levels", "dim", "words", "text")}
         if len(found := [name for name, value in forms.items() if value is not None]) != 1:
             raise ValueError(text("experiment.plan.covariate", found=found))
-        for name in () if self.text else ("length", "vocabulary"):
-            if getattr(self, name) is not None:
+        for name in () if self.text else ("length", "vocabulary", "scored"):
+            if getattr(self, name):
                 raise ValueError(f"{name} with text = true alone; got it with {found[0]}")
         if self.of is None and (self.levels or self.dim or self.text):
             raise ValueError(f"of, the column or array that has the {found[0]}; got none")

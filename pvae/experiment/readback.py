@@ -9,6 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pvae.component import Shape
+from pvae.experiment.captions import scored
 from pvae.experiment.experiment import Experiment
 from pvae.graph.site import OBSERVED, Site
 from pvae.pair.pair import Pair
@@ -34,10 +35,11 @@ def formulas(experiment: Experiment) -> dict[str, str]:
     """
     sites, guide_sites = experiment.sites(), experiment.guide_sites()
     names = ", ".join(site.name for site in sites)
-    priors = [factor("p", site.name, site.given) for site in sites]
+    given_of = {name: [n for n in experiment.latents[z].given if n != name] for name, z in scored(experiment).items()}
+    factors = {**given_of, **{site.name: site.given for site in sites}, OBSERVED: decoded(experiment)}
     given = [name for name, entry in experiment.entries().items() if not entry.latent]
-    joint = factor("p", f"{OBSERVED}, {names}", given)
-    model = f"{joint} = {' '.join(priors)} {factor('p', OBSERVED, decoded(experiment))}"
+    joint = factor("p", ", ".join((OBSERVED, *given_of, names)), [name for name in given if name not in given_of])
+    model = f"{joint} = {' '.join(factor('p', *each) for each in factors.items())}"
     posteriors = [factor("q", site.name, site.guide_given) for site in guide_sites]
     posteriors += [factor("p", site.name, (OBSERVED, *site.given)) for site in sites if site.summed]  # by Bayes
     guide = f"{factor('q', names, (OBSERVED, *given))} = {' '.join(posteriors)}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pvae.component import Component
 from pvae.distributions.codes import MAX_STATES
 from pvae.errors import DeclarationError, near
+from pvae.experiment.captions import unscored
 from pvae.graph.site import OBSERVED, Values
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
@@ -31,6 +32,8 @@ Finding = tuple[str, str, Any]
 """Problem of a declaration: its dotted path, the text of what is expected there, and the value found."""
 COLDEST = 1e-6
 """Smallest temperature allowed: below it a relaxed one-hot in single precision is a hard one."""
+MAX_LOG_STATES = math.log(MAX_STATES) + 1e-9
+"""Largest logarithm of the number of states of an exact sum, with room for rounding."""
 OF_CODES = "one of codes (categorical by scores, nearest_code)"
 IN_WORDS: dict[Values, str] = {"real": "a vector", "index": "codes", "relaxed": "relaxed codes", "binary": "bits"}
 
@@ -41,9 +44,8 @@ def findings(e: Experiment) -> Iterator[Finding]:
     if both := names & set(e.covariates):
         yield "covariates", "names that no latent has", sorted(both)
         return
-    found = [*_unknown_parents(e, names)]
-    yield from found
-    if found:
+    if found := [*_unknown_parents(e, names)]:
+        yield from found
         return
     try:
         e.sites(), e.guide_sites()
@@ -54,7 +56,7 @@ def findings(e: Experiment) -> Iterator[Finding]:
         yield "latents", "at least one posterior given 'x': the guide never looks at the data", sorted(names)
     rules = [
         _unread, _misplaced_priors, _misplaced_posteriors, _unlike_sums, _negative_schedules, _likelihood_free,
-        _columns, _sizes, _second_stage, _not_mean_field, _priced, _no_mixture, _observed, refused,
+        _columns, _sizes, _second_stage, _not_mean_field, _priced, _no_mixture, _observed, unscored, refused,
     ]  # fmt: skip
     for rule in rules:
         yield from rule(e)
@@ -140,7 +142,7 @@ def _misplaced_posteriors(e: Experiment) -> Iterator[Finding]:
             continue
         if posterior.infers and not posterior.given:
             yield f"{loc}.given", "'x', or latents that the guide has sampled before", []
-        if _is_summed(latent) and _too_many(space.log_states):
+        if _is_summed(latent) and space.log_states > MAX_LOG_STATES:
             found = f"{space.states} ** {math.prod(space.shape)}"
             yield loc, text("experiment.rules.states", most=MAX_STATES, posterior=posterior), found
         wanted = posterior.determines
@@ -157,11 +159,6 @@ def _is_summed(latent: Latent) -> bool:
     return posterior.summed or (isinstance(posterior, EstimatedPosterior) and posterior.sums(latent.space.log_states))
 
 
-def _too_many(log_states: float) -> bool:
-    """Return True if there are more states than exact sums may have, given the logarithm of their number."""
-    return log_states > math.log(MAX_STATES) + 1e-9
-
-
 def _unlike_sums(e: Experiment) -> Iterator[Finding]:
     """Yield latents whose exact sums cannot be combined with those of others, or with score-function estimators.
 
@@ -173,7 +170,7 @@ def _unlike_sums(e: Experiment) -> Iterator[Finding]:
         yield f"latents.{name}.posterior.estimator", text("experiment.rules.summed_out", exact=exact), "a sum"
     for names in (exact, summed):
         log_states = sum(e.latents[name].space.log_states for name in names)
-        if len(names) > 1 and _too_many(log_states) and log_states < math.inf:
+        if len(names) > 1 and MAX_LOG_STATES < log_states < math.inf:
             found = f"{math.exp(min(log_states, 700)):.3g}"
             yield "latents", text("experiment.rules.joint_states", most=MAX_STATES, names=names), found
     for name, z in e.latents.items() if summed else ():

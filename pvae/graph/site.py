@@ -186,5 +186,7 @@ class Link:
     """Layout of a row of data: the data point, then its covariates."""
     support: torch.distributions.constraints.Constraint = torch.distributions.constraints.real
     """Support of one element of a data point under the declared likelihood."""
+    scored: Mapping[str, str] = {}
+    """Captions that the model scores, each with the latent whose prior does."""
     building: bool = False
     """True while the pair is being built, when Modules that keep the training data have not received them yet."""

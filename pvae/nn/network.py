@@ -1,4 +1,4 @@
-"""Networks from named input tensors to one output: their base, dense networks, heads of diagonal normals."""
+"""Networks from named inputs to one output: base, dense networks, heads of diagonal normals; blocks of attention."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -249,3 +249,54 @@ class NormalHead(Head):
     def __init__(self, network: NetworkModule, bounds: tuple[float, float]) -> None:
         super().__init__(network, partial(diagonal_normal, bounds=bounds))
         self.bounds = bounds
+
+
+class KeyValueCache:
+    """Key-value cache of one attention block, allocated once for all positions."""
+
+    def __init__(self, length: int) -> None:
+        self.length, self.filled = length, 0
+        self.room: Tensor | None = None
+
+    def extend(self, new: Tensor) -> Tensor:
+        """Append keys and values `(2, n, heads, m, d)`; return all of them so far, `(2, n, heads, filled, d)`."""
+        if self.room is None:
+            self.room = new.new_empty(*new.shape[:3], self.length, new.shape[-1])
+        start, self.filled = self.filled, self.filled + new.shape[3]
+        self.room[:, :, :, start : self.filled] = new
+        return self.room[:, :, :, : self.filled]
+
+
+class AttentionBlock(nn.Module):
+    """Transformer block: causal self-attention, then an MLP of one hidden layer, each pre-normalised and residual."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.project, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.perceptron = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        """Return the block's output for all positions at once, `(n, t, width)`."""
+        q, k, v = self._projected(h)
+        return self._mixed(h, q, k, v, is_causal=True)
+
+    def extend(self, h: Tensor, memory: KeyValueCache) -> Tensor:
+        """Return the output of the first positions `(n, t, width)`, or of one more `(n, 1, width)` after the cached."""
+        q, *new = self._projected(h)
+        k, v = memory.extend(torch.stack(new))
+        return self._mixed(h, q, k, v, is_causal=h.shape[1] > 1)  # a single new one may read all that is there
+
+    def _projected(self, h: Tensor) -> Sequence[Tensor]:
+        """Return queries, keys and values, each `(n, heads, t, d)`."""
+        return self.project(self.first(h)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def _mixed(self, h: Tensor, q: Tensor, k: Tensor, v: Tensor, is_causal: bool) -> Tensor:
+        rate = self.dropout if self.training else 0.0
+        read = nn.functional.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=is_causal)
+        h = h + self._dropped(self.out(read.transpose(1, 2).flatten(2)))
+        return h + self._dropped(self.perceptron(self.second(h)))
+
+    def _dropped(self, h: Tensor) -> Tensor:
+        return nn.functional.dropout(h, self.dropout, self.training)

@@ -240,8 +240,13 @@ class Pair(nn.Module):
         return self._model_trace(poutine.condition(self.model, data=dict(values or {})), x)
 
     def simulate(self, x: Tensor) -> poutine.Trace:
-        """Return a trace of the model that samples latents and x from the prior, one sample for each row of `x`."""
-        return self._model_trace(poutine.uncondition(self.model), x)
+        """Return a trace of the model that samples latents and x from the prior, one sample for each row of `x`.
+
+        Captions that the model scores are those of the rows, or samples where they are unknown, NaN.
+        """
+        observed, columns = self.adopt(x).layout.observed, self.frame.columns(x)
+        given = {name: t.long() for name, t in columns.items() if name in observed and not bool(t.isnan().any())}
+        return self._model_trace(poutine.condition(poutine.uncondition(self.model), data=given), x)
 
     def _model_trace(self, model: Callable[..., Any], x: Tensor) -> poutine.Trace:
         self.adopt(x)
