@@ -19,7 +19,9 @@ from pvae.util import seeds
 from pvae.util.memory import require_memory
 
 
-def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True, holes: bool = False) -> Tensor:
+def accept(
+    pair: Pair, x: Any, *, guide: bool = True, known: bool = True, holes: bool = False, mixed: bool = False
+) -> Tensor:
     """Return data as the tensor that the pair scores, `(n, *event)`; refuse pairs without a likelihood.
 
     Arguments:
@@ -27,6 +29,7 @@ def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True, holes:
         x: data `(n, *event)`.
         guide: False for an analysis that does without the guide, whose latents may then be others than the model's.
         known: False for an analysis that infers every latent, which rows with the value of one are no data of.
+        mixed: True for an analysis of rows of which some hold the value of a latent and others do not.
         holes: True for an analysis that takes missing values (NaN) of a declared pair whose likelihood does not.
 
     Raises:
@@ -41,7 +44,7 @@ def accept(pair: Pair, x: Any, *, guide: bool = True, known: bool = True, holes:
     rows = pair.accept(x)
     if guide:
         require_bound(pair.structure.guide_only)
-    pair.frame.require(rows)
+    pair.frame.require(rows, mixed=mixed)
     if not (guide and known) and (names := pair.frame.known(rows, every=False)):
         raise DataError(text("refused.known", names=sorted(names)))
     takes = holes or getattr(getattr(pair.model, "decoder", None), "takes_missing", True)  # or a hand-written pair

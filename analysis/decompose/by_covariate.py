@@ -58,6 +58,25 @@ def by_group(
     return _pooled(groups, x, labels, (train, others), take_apart, seed, note)
 
 
+def by_known(
+    pair: Pair, x: Tensor, labels: Tensor | None, take_apart: Callable[..., Surgery], seed: int
+) -> Surgery | None:
+    """Return the mean of the surgeries of rows that hold the value of a latent and of those that do not, in `parts`.
+
+    None where the same latents are known in all rows. The ELBO of rows with y bounds log p(x, y), that of others
+    log p(x); their mean is the ELBO of a fit that sees both.
+    """
+    if not (known := pair.frame.known(x, every=False)):
+        return None
+    has = torch.stack([~t.isnan().reshape(len(x), -1).any(1) for t in known.values()], 1)
+    kinds, groups = has.unique(dim=0, return_inverse=True)
+    if len(kinds) < 2:
+        return None
+    said = [", ".join(f"{n} {'known' if k else 'unknown'}" for n, k in zip(known, kind, strict=True)) for kind in kinds]
+    note = "log p(x, y) of rows with a value of a latent y, log p(x) of others, each with a q_agg of its own"
+    return _pooled(groups, x, labels, (None, None), take_apart, seed, note, said)
+
+
 def _scattered(groups: Tensor) -> bool:
     """Return True for too many groups of too few rows."""
     return (count := len(groups.unique())) > GROUPS_AT_MOST and 2 * count > len(groups)
@@ -120,11 +139,12 @@ def _pooled(
     take_apart: Callable[..., Surgery],
     seed: int,
     note: str,
+    titles: Sequence[str] = (),
 ) -> Surgery:
     """Return the means over groups of all terms, weighted by group size, with the errors of independent groups.
 
     If only some groups have a lower and an upper bound, the estimates of the other groups serve as both; `train` are
-    other rows and their groups.
+    other rows and their groups. Groups with `titles` are kept as `parts`.
     """
     others, other_groups = train
     found, sizes = list[Surgery](), list[int]()
@@ -149,7 +169,7 @@ def _pooled(
     return replace(
         found[0], n=sum(sizes), **figures, latents=latents,
         population=_population([s.population for s in found], sizes), classes=classes,
-        label_information=None, notes=(note.format(len(found)), *told),
+        label_information=None, notes=(note.format(len(found)), *told), parts=dict(zip(titles, found, strict=False)),
     )  # fmt: skip
 
 

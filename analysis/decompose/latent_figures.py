@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.decompose.account import Account, LevelTerms, Scored
+from pvae.analysis.decompose.codes import IMPOSSIBLE_NATS
 from pvae.analysis.decompose.collapse import active_units, code_use
 from pvae.analysis.decompose.result import Dimensions, LatentSurgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws
@@ -69,7 +70,7 @@ def _bounds(account: Account, kl: Tensor, mean_kl: float, scored: Scored) -> dic
 
     out: dict[str, Estimate | None] = {"mutual_information": information("upper", above)}
     out["marginal_kl"] = _marginal(account, kl, mean_kl, scored, "upper", below)
-    if bool(torch.stack(scored.leave_one_out).isfinite().all()):
+    if bool((torch.stack(scored.leave_one_out).abs() < IMPOSSIBLE_NATS).all()):  # else a code that no other row has
         out["leave_one_out"] = information("leave_one_out", "upper_bound")
     if not scored.whole:
         out["mutual_information_lower"] = information("lower", below)
@@ -154,6 +155,7 @@ def _of_codes(found: Tally, log_prior: Tensor | None, information: Estimate, joi
     if joint is not None:
         total = math.nan if marginal is None else joint.value - float(marginal.sum())
     kind: Kind = "lower_bound" if information.kind == "upper_bound" else information.kind
+    kind = kind if joint is None else joint.kind
     correlation = Estimate(total, information.standard_error, kind, None, information.note)
     known = (None, None) if marginal is None else (tuple(marginal.tolist()), exact(float(marginal.sum())))
     return Dimensions(tuple(by_position.tolist()), known[0], correlation, known[1], 0.0)

@@ -133,6 +133,9 @@ class Surgery(Figures):
     seen: bool = False
     """True for rows that the encoder or the prior was fitted on, which say nothing of new data."""
     notes: tuple[str, ...] = ()
+    parts: dict[str, Any] = field(default_factory=dict)
+    """Surgeries of the rows in which a latent is known and of those in which it is not, of which the terms are the
+    means, weighted by their numbers of rows; empty where all rows are alike."""
 
     @property
     def bits_per_dimension(self) -> Estimate | None:
@@ -166,6 +169,8 @@ class Surgery(Figures):
             yield "global_kl", self.global_kl, f"of {', '.join(self.shared)}: {how}, divided by n"
         for name, latent in self.latents.items():
             yield from self._level(name, latent)
+        for part, s in self.parts.items():
+            yield from ((f"{term}, {part}", getattr(s, term), f"of {s.n} rows") for term in SURGERY_TERMS)
 
     def _level(self, name: str, latent: LatentSurgery) -> Iterator[Row]:
         """Yield the table rows of one latent; its KL, information and marginal KL only if there are several latents."""
@@ -180,7 +185,7 @@ class Surgery(Figures):
 
     def to_dict(self) -> dict[str, Any]:
         """Return all terms, by latent and by class, as plain numbers and strings for JSON."""
-        terms = ("latents", "classes", "shared", "seen", "population", "notes")
+        terms = ("latents", "classes", "shared", "seen", "population", "notes", "parts")
         return self.nested(log_n=self.log_n.value, **{name: getattr(self, name) for name in terms})
 
     def headline(self) -> str:

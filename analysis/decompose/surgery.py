@@ -11,7 +11,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.aggregated import MEMORY
 from pvae.analysis.aggregate.entry import accept, quiet, require_room
 from pvae.analysis.decompose.account import Account
-from pvae.analysis.decompose.by_covariate import by_group, by_presence, priors_by_row, settled
+from pvae.analysis.decompose.by_covariate import by_group, by_known, by_presence, priors_by_row, settled
 from pvae.analysis.decompose.posterior_draws import Draw, draw
 from pvae.analysis.decompose.result import SURGERY_TERMS, Surgery, side_by_side
 from pvae.analysis.decompose.surgery_figures import Asked, close, labels_of, on_new_data
@@ -64,6 +64,9 @@ def surgery(
     For a model conditioned on covariates y, every group of rows with the same y has a surgery of its own, and the terms
     are their means: I_q[x, z | y], E_y KL(q_agg(z|y) || p(z|y)) and the mean of the groups' log n.
 
+    Rows in which a latent y is known (`Run.labelled`) beside others have a surgery each, see `Surgery.parts`: of
+    log p(x, y), and of log p(x). The terms are their means, in proportion to the rows.
+
     A latent whose prior differs from row to row (a conditional model written by hand) has no one marginal KL, a latent
     that is absent or masked in some rows no mutual information: these are None, and `notes` says why. Where the guide
     sets a continuous latent to a point (Delta), `log_joint` takes the place of `elbo`.
@@ -105,7 +108,7 @@ def surgery(
         True
     """
     refuse(samples < 1, f"surgery: expected at least one draw; got samples={samples}.")
-    x = accept(pair, x)
+    x = accept(pair, x, mixed=True)
     points = [name for name in pair.frame.known(x, every=False) if not pair.frame.entries[name].codes]
     refuse(points, "refused.known", names=points)  # a value has no density under q_agg
     kept = samples * len(x) * (1 + 6 * (len(pair.layout.latents) + len(pair.layout.enumerated)))
@@ -114,6 +117,8 @@ def surgery(
     y = _labels(labels, x)
 
     apart = partial(surgery, pair, samples=samples, components=components, memory=memory, seen=seen, population=None)
+    if (found := by_known(pair, x, y, partial(apart, population=population), seed)) is not None:
+        return replace(found, seen=seen)
     pooled = by_group(pair, x, y, train, apart, seed)
     if pooled is not None and (seen or population is None):
         return replace(pooled, seen=seen)

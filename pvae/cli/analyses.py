@@ -35,7 +35,7 @@ def on_rows(analyse: Callable[..., Any], shared: Shared, rows: int | None, **ask
 @command("rows", "on_run_and_device")
 def surgery(
     shared: Shared, run: str, split: str = "test", samples: int = 1, components: int | None = None,
-    by_class: bool = False, population: bool = False,
+    by_class: bool = False, population: bool = False, labelled: bool = False,
 ) -> None:  # fmt: skip
     """Decompose the ELBO: reconstruction, mutual information, marginal KL; what a better prior wins on new data."""
     from pvae.analysis.decompose.result import Surgery, class_table, side_by_side
@@ -47,7 +47,8 @@ def surgery(
     train = rows_of(opened, "train", rows, seed)[1] if population and split not in ("train", "both") else None
     with shared.bar("surgery", samples * len(names)) as bar:
         for i, name in enumerate(names):
-            _, x, labels = rows_of(opened, name, rows, seed)
+            chosen, x, labels = rows_of(opened, name, rows, seed)
+            x = opened.labelled(opened.data.split(name), others=True)[chosen] if labelled else x
             watch = partial(lambda i, done, _: bar.update(i * samples + done, ""), i)
             asked = {"labels": labels, "train": train, "seen": name == "train", "on_progress": watch, **given}
             found[name] = pvae.analysis.surgery(opened.pair, x, samples=samples, seed=seed, **asked)

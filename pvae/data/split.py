@@ -224,17 +224,25 @@ def together(splits: Sequence[Split]) -> Split:
     return replace(splits[0], name="all", raw=None, **found)
 
 
-def chosen_labels(y: Tensor | None, rows: int, count: int, seed: int) -> Tensor:
+def chosen_labels(y: Tensor, count: int, seed: int) -> Tensor:
     """Return True for `count` of the rows with a label, `(rows,)`, of every class as many as for the others, or all.
 
-    The choice depends on labels and seed alone. Without labels, `count` of all rows are chosen.
+    The choice depends on labels, `(rows,)` or several `(rows, d)`, -1 or NaN for none, and seed alone.
+
+    Raises:
+        DataError: fewer rows have a label.
 
     Example:
         >>> y = torch.tensor([0, 1, 1, 1, 0, 0, 2, -1])
-        >>> sorted(y[chosen_labels(y, 8, 5, seed=0)].tolist())
+        >>> sorted(y[chosen_labels(y, 5, seed=0)].tolist())
         [0, 0, 1, 1, 2]
     """
-    classes = np.zeros(rows, np.int64) if y is None else y.cpu().numpy()
+    columns = y.reshape(len(y), -1).nan_to_num(-1)
+    none = (columns < 0).all(1)
+    if count > (there := int((~none).sum())):
+        raise DataError(f"data.labelled: expected at most {there}, the number of labelled rows of train; got {count}.")
+    classes = columns.unique(dim=0, return_inverse=True)[1].masked_fill(none, -1).cpu().numpy()
+    rows = len(y)
     order = np.random.RandomState(seed).permutation(rows)
     order = order[np.argsort(classes[order], kind="stable")]  # by class, in random order within each
     starts = np.searchsorted(classes[order], classes[order])

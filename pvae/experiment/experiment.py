@@ -223,7 +223,8 @@ class Experiment(Plan):
         entries = self.observed_latents()
         found = {name: split.values(self.latents[name].observed or "", e) for name, e in entries.items()}
         if found and split.name == "train" and self.data.labelled is not None:
-            kept = chosen_labels(split.y, len(split), self.data.labelled, self.data.label_seed or 0)[:, None]
+            codes = torch.cat([v if entries[name].codes else 0 * v for name, v in found.items()], 1)
+            kept = chosen_labels(codes, self.data.labelled, self.data.label_seed or 0)[:, None]
             return {name: value.masked_fill(~kept.to(value.device), torch.nan) for name, value in found.items()}
         return found
 

@@ -38,8 +38,9 @@ def formulas(experiment: Experiment) -> dict[str, str]:
     given_of = {name: [n for n in experiment.latents[z].given if n != name] for name, z in scored(experiment).items()}
     factors = {**given_of, **{site.name: site.given for site in sites}, OBSERVED: decoded(experiment)}
     given = [name for name, entry in experiment.entries().items() if not entry.latent]
-    joint = factor("p", ", ".join((OBSERVED, *given_of, names)), [name for name in given if name not in given_of])
-    model = f"{joint} = {' '.join(factor('p', *each) for each in factors.items())}"
+    absent = {"m": experiment.decoder_given()} if experiment.decoder.missingness == "z" else {}  # which are missing
+    joint = factor("p", ", ".join((OBSERVED, *absent, *given_of, names)), [n for n in given if n not in given_of])
+    model = f"{joint} = {' '.join(factor('p', *each) for each in (factors | absent).items())}"
     posteriors = [factor("q", site.name, site.guide_given) for site in guide_sites]
     posteriors += [factor("p", site.name, (OBSERVED, *site.given)) for site in sites if site.summed]  # by Bayes
     guide = f"{factor('q', names, (OBSERVED, *given))} = {' '.join(posteriors)}"

@@ -195,8 +195,8 @@ class Frame(Record):
         parts = [x.new_full((len(x), w), torch.nan) if t is None else t.reshape(len(x), w).to(x) for t, w in named]
         return torch.cat([x.flatten(1), *parts], 1) if self.entries else x
 
-    def require(self, rows: Tensor) -> None:
-        """Check that every entry of the rows has a value that it can have, and that of a latent all or no rows have it.
+    def require(self, rows: Tensor, *, mixed: bool = False) -> None:
+        """Check that every entry of the rows has a value that it can have; of a latent all or none, unless `mixed`.
 
         Raises:
             DataError: an entry has another value, the message names both; or log p(x, y) of rows in which a latent y
@@ -206,7 +206,7 @@ class Frame(Record):
             entry = self.entries[name]
             if len(wrong := column[entry.wrong(column)]):
                 raise DataError.of("graph.frame.entry", name=name, entry=entry, found=float(wrong[0]))
-        for name, column in self.known(rows).items():
+        for name, column in {} if mixed else self.known(rows).items():
             if 0 < (count := int((~column.isnan()).reshape(len(rows), -1).any(1).sum())) < len(rows):
                 raise DataError.of("graph.frame.mixed", name=name, count=count, rows=len(rows))
 

@@ -208,19 +208,21 @@ class Run(Applied):
             split = plan.conditioned(split)
         return split.to(self._device)
 
-    def labelled(self, split: Split) -> Tensor:
+    def labelled(self, split: Split, *, others: bool = False) -> Tensor:
         """Return the rows `(m, *row)` of a split in which every observed latent y is known, with its values in them.
 
-        Analyses of these rows are of log p(x, y) and q(z | x, y), of other rows of log p(x) and q(y, z | x).
+        Analyses of these rows are of log p(x, y) and q(z | x, y), of other rows of log p(x) and q(y, z | x). The
+        surgery takes both at once.
 
         Arguments:
             split: one of `Run.data`, of which train has the labels that the fit saw, or of `Run.rows`.
+            others: return the other rows, too, as they are known: all rows of the split in order.
 
         Raises:
             DataError: the split lacks the values, or one is none of the latent's.
         """
         values = torch.cat([*self.experiment.known(split).values()], 1)
-        every = ~values.isnan().any(1)
+        every = ~values.isnan().any(1) | others
         rows = split.rows[every.nonzero().squeeze(1)]
         return torch.cat([rows[:, : -values.shape[1]], values[every].to(rows)], 1)
 

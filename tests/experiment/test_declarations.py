@@ -223,6 +223,8 @@ def test_read_back() -> None:
     assert text["guide"] == "q(z2, z1 | x) = q(z2 | x) q(z1 | x, z2)"
     assert text["model_latex"] == (r"p(x, z_{2}, z_{1}) = p(z_{2})\, p(z_{1} \mid z_{2})\, p(x \mid z_{1}, z_{2})")
     assert arrows(Experiment.load("hvae").sites(), ["z1", "z2"]) == ["z2", "z2 -> z1", "z1, z2 -> x"]
+    holes = {"data": {"source": "npz", "path": "x.npz", "missing": "mask"}, "decoder": {"missingness": "z"}}
+    assert formulas(Experiment.from_dict({**BASE, **holes}))["model"] == "p(x, m, z) = p(z) p(x | z) p(m | z)"
 
 
 def test_notebook_view_is_escaped() -> None:

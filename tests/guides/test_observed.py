@@ -19,6 +19,7 @@ from torch import Tensor
 
 import pvae
 from pvae import analysis
+from pvae.analysis.decompose.result import SURGERY_TERMS
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.pages.sections.latents import calibration_error, labels
 from pvae.analysis.samples.probe import groups
@@ -32,7 +33,7 @@ from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.pair.running import run
 from pvae.training.evaluation import classified
-from tests.cli_runner import run_cli
+from tests.cli_runner import run_cli, run_cli_json
 from tests.runs_shared import assert_resumes_exactly, fit, tiny
 
 ROWS, PIXELS, NAN = 7, 5, torch.nan
@@ -296,7 +297,46 @@ def test_evidence_is_of_x_or_of_x_and_y_but_never_of_some_of_each(fitted: pvae.R
             of(fitted.pair, rows)
     rows[::2, -1] = torch.nan
     with pytest.raises(DataError, match="all hold a value of y, or none; got 10 of 20"):
-        analysis.surgery(fitted.pair, rows)
+        analysis.evidence(fitted.pair, rows)
+
+
+def test_the_surgery_of_some_labels_is_that_of_each_part_in_proportion():
+    pair, rows = built(discrete()).eval(), rows_of(LABELS["mixed"])
+    found, known = analysis.surgery(pair, rows, 100), ~rows[:, -1].isnan()
+    terms = pair.terms(rows, expected=True)  # exact sums
+    each = (terms.reconstruction - terms.kl["y"] - terms.kl["z"]).detach()
+    assert abs(found.elbo.value - float(each.mean())) < 5 * found.elbo.standard_error  # 6e-7
+    assert list(found.parts) == ["y unknown", "y known"]
+    for mine, part in zip((~known, known), found.parts.values(), strict=True):
+        assert part.n == int(mine.sum())
+        assert abs(part.elbo.value - float(each[mine].mean())) < 5 * part.elbo.standard_error
+        assert part.elbo.value == pytest.approx(part.reconstruction.value - part.kl.value, abs=1e-9)
+    for term in SURGERY_TERMS:
+        parts = [(getattr(part, term).value, part.n) for part in found.parts.values()]
+        assert getattr(found, term).value == pytest.approx(sum(v * n for v, n in parts) / ROWS, abs=1e-9)
+
+
+def test_no_leave_one_out_where_one_row_alone_has_a_code():
+    pair, rows = built(discrete()).eval(), rows_of([0.0, 0.0, 0.0, 1.0])
+    assert analysis.surgery(pair, rows).leave_one_out is None
+    twice = analysis.surgery(pair, torch.cat([rows, rows])).leave_one_out
+    assert twice is not None
+    assert 0 < twice.value < 10
+
+
+def test_no_error_advises_what_is_refused():
+    pair, rows = built(discrete()).eval(), rows_of(LABELS["unknown"])
+    for of in (analysis.gap, analysis.ais):
+        with pytest.raises(DataError, match="Use evidence"):
+            of(pair, rows)
+    assert analysis.evidence(pair, rows, 10).n == ROWS
+
+
+def test_a_command_takes_rows_with_and_without_a_label_apart(fitted: pvae.Run):
+    out = run_cli_json("surgery", str(fitted.path), "--split", "train", "--labelled", "--rows", "300")
+    kinds = {name: part["n"] for name, part in out["parts"].items()}
+    assert sum(kinds.values()) == 300
+    assert 0 < kinds["y known"] <= 40
 
 
 def test_codes_are_probed_on_rows_whose_labels_the_guide_does_not_see(fitted: pvae.Run):
@@ -316,13 +356,26 @@ def test_labels_of_new_rows_are_typed(fitted: pvae.Run):
 
 def test_labelled_rows_are_chosen_by_class_and_seed_alone():
     y = torch.tensor([0] * 50 + [1] * 3 + [2] * 20 + [-1] * 10)
-    for count, want in ((6, [2, 2, 2]), (30, [14, 3, 13]), (90, [50, 3, 20])):
-        mask = chosen_labels(y, len(y), count, seed=1)
+    for count, want in ((6, [2, 2, 2]), (30, [14, 3, 13]), (73, [50, 3, 20])):
+        mask = chosen_labels(y, count, seed=1)
         assert [int((y[mask] == k).sum()) for k in range(3)] == want
         assert mask.sum() == sum(want)
-    again, other = (chosen_labels(y, len(y), 6, seed) for seed in (1, 2))
-    assert torch.equal(again, chosen_labels(y, len(y), 6, 1))
+    again, other = (chosen_labels(y, 6, seed) for seed in (1, 2))
+    assert torch.equal(again, chosen_labels(y, 6, 1))
     assert not torch.equal(again, other)
+    with pytest.raises(DataError, match="data.labelled: expected at most 73, .*; got 74"):
+        chosen_labels(y, 74, 1)
+
+
+def test_labelled_rows_are_those_with_the_values_that_a_latent_reads():
+    """The data's own label is of other classes than the side value that the latent is."""
+    rows = torch.arange(60)
+    kind = (rows % 10 == 0).float().masked_fill(rows % 2 == 1, NAN)  # known in half of the rows, rarely 1
+    split = Split("train", torch.zeros(60, 2), rows % 3, side={"kind": kind})
+    latents = {"y": {"codes": 2, "observed": "kind"}, "z": {"dim": 2}}
+    e = m2(2, data={"source": "tensor", "labelled": 10}, latents=latents)
+    seen = e.known(split)["y"].squeeze(1)
+    assert [int((seen == k).sum()) for k in (0, 1)] == [5, 5]
 
 
 # ---------------------------------------------------------------------- labels that are missing at the source
@@ -493,4 +546,4 @@ def test_m2_is_stacked_on_the_codes_of_m1(tmp_path: Path):
     assert torch.equal(label, data.test.y)
     seen = run.experiment.known(run.data.train)["y"].squeeze(1)
     assert int((~seen.isnan()).sum()) == 50
-    assert torch.equal(~seen.isnan(), chosen_labels(m1.data.train.y, len(seen), 50, 0))
+    assert torch.equal(~seen.isnan(), chosen_labels(m1.data.train.y, 50, 0))

@@ -199,6 +199,13 @@ def test_an_edited_declaration(run: Path) -> None:
     assert "not as it was written" in only(verify(run), "warning").found
 
 
+def test_a_default_of_a_later_version_is_no_change(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text is as it was written, and lacks a field that declarations have now."""
+    edit(run / "spec.toml", "validate_every = 1\n", "")
+    monkeypatch.setattr(RunDirectory, "spec_is_own", lambda _: True)
+    assert "spec.toml" not in names(verify(run), "warning") | names(verify(run), "failed")
+
+
 @pytest.mark.parametrize(
     ("file", "content", "told"),
     [
