@@ -136,10 +136,8 @@ def gradients(
             errors = pairs.std(0) / len(parts) ** 0.5
             errors[2] = torch.hypot(errors[2], pairs[:, 0].std(0) / draws * (known is None))  # of the references
             figures = zip(groups, pairs.mean(0).T.tolist(), errors[2].tolist(), dot(one, other).tolist(), strict=True)
-            found += [
-                {"group": group, "estimator": name, **_figures(means, error, norm, seconds)}
-                for group, means, error, norm in figures
-            ]
+            for group, mean, spread, norm in figures:
+                found.append({"group": group, "estimator": name, **_figures(mean, spread, norm, seconds)})
     order = sorted(found, key=lambda row: groups.index(row["group"]))
     return Gradients(len(x), draws, known is not None, pandas.DataFrame(order), refused)
 
@@ -151,7 +149,7 @@ def _group(name: str) -> str:
     return f"{part.removesuffix('s')} of {rest[1]}" if part in ("posteriors", "priors") else part
 
 
-def _figures(means: list[float], error: float, norm: float, seconds: float) -> dict[str, float]:
+def _figures(means: Any, error: float, norm: float, seconds: float) -> dict[str, float]:
     """Return the figures of an estimator in a group: means of g'g', |g - g'|^2 / 2 and the squared bias, its error."""
     signal, variance, bias = means
     power = max(signal, 0.0) / variance if variance > 0 else math.inf if signal > 0 else math.nan

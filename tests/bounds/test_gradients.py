@@ -42,7 +42,7 @@ def test_every_estimator_of_the_elbo_is_measured(run: pvae.Run) -> None:
 
 def test_variance_and_signal_are_those_of_many_gradients(run: pvae.Run) -> None:
     """The trace of the covariance, and the squared mean less its share, by torch, from other draws."""
-    found = gradients(run, rows=10, draws=100).frame.set_index(["estimator", "group"])
+    found = gradients(run, rows=10, draws=40).frame.set_index(["estimator", "group"])
     x = run.data.test.rows[seeds.subset(len(run.data.test), 10, 0)]
     weights = [p for name, p in run.pair.named_parameters() if ".posteriors." in name]
     for kind in ("reparameterised", "stick_the_landing"):
@@ -53,12 +53,12 @@ def test_variance_and_signal_are_those_of_many_gradients(run: pvae.Run) -> None:
             loss, _ = objective.evaluate(run.pair, x, None, torch.ones(()))
             return torch.cat([slope.flatten() for slope in torch.autograd.grad(loss, weights)]).double()
 
-        drawn = torch.stack([one(seed) for seed in range(100)])
+        drawn = torch.stack([one(seed) for seed in range(40)])
         row: Any = found.loc[(kind, "posterior of z")]
         variance = float(drawn.var(0).sum())
-        power = float(drawn.mean(0).square().sum()) - variance / 100
-        assert row["variance"] == pytest.approx(variance, rel=0.3)
-        assert row["signal_to_noise"] == pytest.approx((power / variance) ** 0.5, rel=0.3)
+        power = float(drawn.mean(0).square().sum()) - variance / 40
+        assert row["variance"] == pytest.approx(variance, rel=0.4)
+        assert row["signal_to_noise"] == pytest.approx((power / variance) ** 0.5, rel=0.4)
 
 
 @pytest.mark.parametrize(("posterior", "biased"), [("bernoulli", False), ("relaxed_onehot", True)])

@@ -343,8 +343,8 @@ FITTED = {
 
 
 @pytest.mark.parametrize("case", [pytest.param("landed", marks=pytest.mark.slow), "doubly"])
-def test_an_interrupted_fit_in_shards_goes_on_bit_for_bit(tmp_path, case):
-    few = tiny(epochs=2, shards=2)
+def test_an_interrupted_fit_goes_on_bit_for_bit(tmp_path, case):
+    few = tiny(epochs=2)
     assert_resumes_exactly(few.model_copy(update={"objective": Objective.parse(FITTED[case])}), tmp_path, 15)
 
 
