@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pvae.component import Names, Section, Shape
 from pvae.distributions.base import Determined
 from pvae.distributions.missing import partly_missing
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError, misdeclared
 from pvae.graph.frame import Frame
 from pvae.graph.site import EMBEDDED, OBSERVED, Law, Site, embedded
 from pvae.graph.statements import data_plate, sample
@@ -84,8 +84,7 @@ class DecoderModule(nn.Module):
         self.takes_missing = declared.takes_missing
         self.parts, (first, *rest) = [], self.likelihood.inputs
         if declared.missingness == "z":
-            if rest != [*x[1:]]:
-                raise DeclarationError.of("models.graph.missingness", likelihood=declared.likelihood, x=x)
+            misdeclared(rest != [*x[1:]], "models.graph.missingness", likelihood=declared.likelihood, x=x)
             self.parts, first = [first, x[0]], first + x[0]
         self.network = declared.network.build({name: known[name] for name in given}, (first, *rest))
 
@@ -164,8 +163,7 @@ class GraphModel(nn.Module):
             x `(batch, *event)`.
         """
         x, seen = (None, {}) if rows is None else self.frame.split(rows)
-        if rows is None and self.frame.covariates:
-            raise DeclarationError.of("models.graph.no_rows", covariates=self.frame.covariates)
+        misdeclared(rows is None and self.frame.covariates, "models.graph.no_rows", covariates=self.frame.covariates)
         like = next(self.parameters()) if rows is None else rows
         with data_plate(size or 1 if rows is None else rows.shape[0]):
             for name, caption in self.captions.items():

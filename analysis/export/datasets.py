@@ -11,7 +11,7 @@ import numpy as np
 import pandas
 import xarray
 
-from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, near
+from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, instead, near, refuse
 from pvae.records import Record
 from pvae.util.files import read_inside, replaced, write_atomic
 
@@ -54,8 +54,7 @@ class PosteriorDraws(Record, eq=False, repr=False):
         Raises:
             DataError: `hdi` lies outside (0, 1).
         """
-        if not 0 < hdi < 1:
-            raise DataError(f"hdi: expected a proportion between 0 and 1; got {hdi}.")
+        refuse(not 0 < hdi < 1, f"hdi: expected a proportion between 0 and 1; got {hdi}.")
         low, high = f"hdi_{50 * (1 - hdi):g}%", f"hdi_{50 * (1 + hdi):g}%"
         columns = ["mean", "sd", "sd_of_means", low, high, "kl"]
         return pandas.DataFrame.from_dict(dict(self._figures(hdi)), orient="index", columns=columns)
@@ -80,10 +79,9 @@ class PosteriorDraws(Record, eq=False, repr=False):
         Raises:
             MissingExtraError: ArviZ cannot be imported.
         """
-        try:
+        # it can fail in many ways: a read-only cache, a plotting package too old or new
+        with instead(Exception, "analysis.datasets.arviz", MissingExtraError):
             import arviz
-        except Exception as problem:  # it can fail in many ways: a read-only cache, a plotting package too old or new
-            raise MissingExtraError.of("analysis.datasets.arviz", problem=problem) from problem
         if int(arviz.__version__.partition(".")[0]) >= 1:
             return self.to_datatree()
         return arviz.InferenceData(**dict[str, Any](self.groups))
@@ -98,13 +96,10 @@ class PosteriorDraws(Record, eq=False, repr=False):
             OutputError: no file can be created there; StorageError: the disk is full. An older file is unchanged.
         """
         path = Path(path)
+        unwritten = f"{path}: expected to be written; got {{problem}}. What stood there is unchanged."
         with replaced(path) as temporary:
-            try:
+            with instead(RuntimeError, unwritten, StorageError):  # HDF5 raises it, too, on a full disk
                 self.to_datatree().to_netcdf(temporary, engine="h5netcdf")
-            except RuntimeError as why:  # HDF5 raises it, too, on a full disk
-                raise StorageError(
-                    f"{path}: expected to be written; got {why}. What stood there is unchanged."
-                ) from why
             digest = _sha256(temporary)
         write_atomic(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
         return path
@@ -186,11 +181,9 @@ def _require_plain(path: Path) -> None:
 def _verify(path: Path) -> None:
     """Compare a file with the SHA-256 checksum stored next to it; raise CheckpointError if they differ."""
     checksum = path.with_name(f"{path.name}.sha256")
-    try:
+    with instead((OSError, DataError), "analysis.datasets.checksum", CheckpointError, path=path):
         found = _DIGEST_LINE.match(read_inside(checksum.parent, checksum.name, 1 << 16))
         digest = _sha256(path)
-    except (OSError, DataError) as problem:
-        raise CheckpointError.of("analysis.datasets.checksum", path=path, problem=problem) from problem
     if found is None:
         raise CheckpointError(f"{checksum}: expected a line of sha256sum; got none. Export the file again.")
     if (wanted := found[1].decode()) != digest:

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 import xarray
 from pyro import poutine
-from torch import Tensor
 
 from pvae import __version__
 from pvae.analysis.aggregate.entry import accept, quiet, same_globals
@@ -38,7 +37,7 @@ class PosteriorExport:
     pair: Pair
     split: Split
     sites: ExportedSites
-    rows: Tensor
+    rows: torch.Tensor
     """Indices of the chosen rows of the split, `(n,)`, on the CPU."""
     draws: int
     seed: int
@@ -46,7 +45,7 @@ class PosteriorExport:
     predictive_draws: int
 
     @cached_property
-    def x(self) -> Tensor:
+    def x(self) -> torch.Tensor:
         """Data of the chosen rows in the type and on the device of the pair, `(n, *event)`."""
         return self.pair.accept(self.split.rows[self.rows.to(self.split.rows.device)])
 

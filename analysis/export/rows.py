@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pvae.analysis.export.sites import numpy_of
 from pvae.data.new import FittedTransforms
@@ -26,7 +25,7 @@ from pvae.util.files import replaced
 if TYPE_CHECKING:
     import pandas
 
-Part = Mapping[str, Tensor]
+Part = Mapping[str, torch.Tensor]
 """Results of consecutive rows: tensors `(m, ...)` by key."""
 
 
@@ -42,7 +41,7 @@ class Origin(Record, eq=False):
     table: FittedTransforms | None = None
 
     @classmethod
-    def of(cls, split: Split, chosen: Tensor, table: FittedTransforms | None = None) -> Self:
+    def of(cls, split: Split, chosen: torch.Tensor, table: FittedTransforms | None = None) -> Self:
         """Return the origin of the rows of a split at the positions `chosen` `(m,)`."""
         found = {"id": split.ids, "row": split.numbers, "split": split.splits, "label": split.words}
         return cls({key: v[chosen.numpy()] for key, v in found.items() if v is not None}, table)
@@ -76,7 +75,7 @@ class Origin(Record, eq=False):
             yield found
             start = stop
 
-    def shown(self, part: Part) -> dict[str, tuple[Tensor, FittedTransforms | None]]:
+    def shown(self, part: Part) -> dict[str, tuple[torch.Tensor, FittedTransforms | None]]:
         """Return the tensors of a part, each with the table that it has rows of, if it has.
 
         Of a table draws are shown one by one, and no moments (`mean`, `std`) of transformed values.

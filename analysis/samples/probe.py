@@ -9,7 +9,6 @@ import torch
 from scipy.stats import entropy
 from sklearn import compose, exceptions, linear_model, metrics, pipeline, preprocessing
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
-from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, over_rows, proportion, refuse
 from pvae.analysis.samples.encode import encode
@@ -32,7 +31,7 @@ LINEAR_STEPS = 200
 GROUPED_ROWS, MIXED_NEIGHBOURS = 5000, 50
 """Largest number of rows whose groups are looked at, and of neighbours of each."""
 TOGETHER, RAW = "all latents", "x"
-Block = tuple[Tensor, Tensor]
+Block = tuple[torch.Tensor, torch.Tensor]
 """Values `(n, ...)` that a classifier reads: of the training rows, and of those to classify; integers are codes."""
 
 
@@ -147,7 +146,7 @@ def probe(
     return Probe(tuple(readings), majority, len(y), len(labels), split)
 
 
-def _some(split: Split, most: int, seed: int) -> tuple[Tensor, np.ndarray]:
+def _some(split: Split, most: int, seed: int) -> tuple[torch.Tensor, np.ndarray]:
     """Return at most `most` random rows of a split `(m, *row)`, and their labels `(m,)`."""
     if (y := split.labels) is None or y.isnan().all():
         raise DataError(f"probe: expected labels; got none in {split.name}.")
@@ -156,7 +155,7 @@ def _some(split: Split, most: int, seed: int) -> tuple[Tensor, np.ndarray]:
     return split.rows[index.to(split.rows.device)], y[index.to(y.device)].long().cpu().numpy()
 
 
-def _right(blocks: Sequence[Block], y: np.ndarray, labels: np.ndarray) -> list[Tensor]:
+def _right(blocks: Sequence[Block], y: np.ndarray, labels: np.ndarray) -> list[torch.Tensor]:
     """Return 1 for each row whose label is predicted correctly, else 0, by nearest neighbours and logistic regression.
 
     Arguments:

@@ -4,7 +4,6 @@ import tempfile
 from functools import cache
 
 import torch
-from torch import Tensor
 
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
@@ -34,7 +33,7 @@ def example_run() -> Run:
     return fit(plan, data=data, run_dir=_folder().name, device="cpu", progress=False)
 
 
-def example_pair() -> tuple[Pair, Tensor]:
+def example_pair() -> tuple[Pair, torch.Tensor]:
     """Return the model-guide pair of `example_run`, and its test rows `(n, 3)`."""
     run = example_run()
     return run.pair, run.data.test.x

@@ -9,7 +9,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from scipy.stats import multivariate_normal
-from torch import Tensor
 
 from pvae.analysis.truths import truth
 from pvae.analysis.truths.truth import FloatArray, Programs, Truth
@@ -124,13 +123,13 @@ class LinearPrograms(Programs):
         super().__init__(law.w, b=law.b, noise=law.noise, g=law.g, c=law.c, tril=np.linalg.cholesky(law.s))
         self.is_diagonal = law.is_diagonal
 
-    def model(self, x: Tensor) -> None:
+    def model(self, x: torch.Tensor) -> None:
         """Sample z from the prior and observe x: the model p(x, z)."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", dist.Normal(torch.zeros_like(self.c), 1.0).to_event(1))
             pyro.sample("x", dist.Normal(z @ self.learned.T + self.b, self.noise).to_event(1), obs=x)
 
-    def guide(self, x: Tensor) -> None:
+    def guide(self, x: torch.Tensor) -> None:
         """Sample z from the guide q(z|x), a diagonal normal if its covariance is diagonal."""
         loc = x @ self.g.T + self.c
         normal = dist.Normal(loc, self.tril.diagonal()).to_event(1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.distributions.base import Batched, Size
-from pvae.errors import DeclarationError
+from pvae.errors import misdeclared
 from pvae.graph.site import Law
 from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
 from pvae.models.likelihoods.continuous import heavy_tailed
@@ -204,10 +204,8 @@ class ColumnsModule(LikelihoodModule):
     """Module of the likelihood `columns`: splits the decoder's output among the families of the columns."""
 
     def __init__(self, x: Shape, laws: Sequence[Law], floor: float) -> None:
-        if not laws:
-            raise DeclarationError("likelihood: expected data.columns, which say how each is scored; got none.")
-        if tuple(x) != (len(laws),):
-            raise DeclarationError.of("models.likelihoods.shape", laws=laws, x=x)
+        misdeclared(not laws, "likelihood: expected data.columns, which say how each is scored; got none.")
+        misdeclared(tuple(x) != (len(laws),), "models.likelihoods.shape", laws=laws, x=x)
         super().__init__(x, 1)
         self.laws = tuple(laws)
         places = grouped(laws)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pvae.component import Ints, Shape
 from pvae.distributions import Bijection, Coordinates, near_identity
 from pvae.distributions.base import Batched, Size
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, misdeclared
 from pvae.graph.site import Link, Site, Space, Values
 from pvae.models.priors.base import Prior
 from pvae.nn.network import Network, NetworkModule, flatten
@@ -134,10 +134,8 @@ class FlowPrior(Prior):
         """Build the flow; for relaxed codes it acts on the K - 1 free coordinates of every position."""
         relaxed = site.space.values == "relaxed"
         dim = prod(site.event[:-1]) * (site.event[-1] - 1) if relaxed else site.event[0]
-        if dim < 2:
-            raise DeclarationError(f"latents.{site.name}.dim: expected at least 2 coordinates for a flow; got {dim}.")
-        if self.masked and min(self.hidden) < dim:
-            raise DeclarationError.of("models.priors.narrow", dim=dim, hidden=self.hidden)
+        misdeclared(dim < 2, f"latents.{site.name}.dim: expected at least 2 coordinates for a flow; got {dim}.")
+        misdeclared(self.masked and min(self.hidden) < dim, "models.priors.narrow", dim=dim, hidden=self.hidden)
         context = sum(prod(shape) for shape in given.values())
         steps = [near_identity(self.bijection(dim, context)) for _ in range(self.layers)]
         flow = FlowModule(steps, dim, self.inward, given)

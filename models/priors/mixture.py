@@ -17,7 +17,7 @@ from pvae.component import Shape
 from pvae.distributions import Batched, FullRankNormals, Members, Mixture, Normals, bits, code_grid, lattice, unwrapped
 from pvae.distributions.base import Size
 from pvae.distributions.codes import Enumerated
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, misdeclared
 from pvae.graph.lifecycle import Begun, FirstRows, MadeOfData
 from pvae.graph.site import Link, Site, Values
 from pvae.models.priors.base import Prior
@@ -185,8 +185,7 @@ class DataMixtureModule(MadeOfData):
 
     def forward(self, _given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the mixture, with batch shape `()`."""
-        if not self.attended and not self.link.building:
-            raise DeclarationError.of("models.priors.no_data", name=self.name)
+        misdeclared(not self.attended and not self.link.building, "models.priors.no_data", name=self.name)
         if not self.training:
             return Mixture(self.components_of(self._kept_encodings()))
         components, x = self.declared.components, self.rows

@@ -22,7 +22,7 @@ from pvae.data.sources.tabular import FrameSource
 from pvae.data.split import Split, fingerprint_of, together
 from pvae.data.streamed import Streamed, streams
 from pvae.data.tables.side import notes_of
-from pvae.errors import DataError, DeclarationError, near
+from pvae.errors import DataError, misdeclared, near, refuse
 from pvae.graph.frame import Entry
 from pvae.records import Record, replace
 
@@ -78,8 +78,7 @@ class Dataset(Record, eq=False):
             DeclarationError: no split has that name.
         """
         found = {split.name: split for split in self.splits}
-        if name not in found:
-            raise DeclarationError(f"Expected a split, {', '.join(found)}; got {name!r}{near(name, found)}.")
+        misdeclared(name not in found, f"Expected a split, {', '.join(found)}; got {name!r}{near(name, found)}.")
         return found[name]
 
     def whole(self) -> Split:
@@ -313,8 +312,7 @@ def _constant_features(train: Split, notes: tuple[str, ...]) -> list[str]:
     x = train.rows if train.raw is None else train.raw
     low, high = x.blocks.survey[:2] if isinstance(x, Streamed) else extremes(x.numpy(), range(len(x)))
     constant, features = int((low == high).sum()), prod(x.shape[1:])
-    if constant == features:
-        raise DataError.of("data.dataset.constant", features=features, rows=len(x), notes=notes)
+    refuse(constant == features, "data.dataset.constant", features=features, rows=len(x), notes=notes)
     return [f"{constant} of {features} features are constant in train"] if constant else []
 
 

@@ -27,7 +27,7 @@ from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.data.split import Split
 from pvae.data.streamed import streams
 from pvae.data.tables.side import notes_of, side_rows, tokenised, vocabularies
-from pvae.errors import DataError, near
+from pvae.errors import DataError, near, refuse
 
 if TYPE_CHECKING:
     import pandas
@@ -94,8 +94,7 @@ class FittedTransforms(Section):
         places = [i for i, key in enumerate(columns) if key.split("[")[0] == name]
         if self.side is None or not places:
             known = self.label_names or ()
-            if value not in known:
-                raise DataError.of("data.new.label", name="given", row=0, known=known, word=value, hint="")
+            refuse(value not in known, "data.new.label", name="given", row=0, known=known, word=value, hint="")
             return torch.tensor(known.index(value))
         column, cells = list(columns.values())[places[0]], np.asarray(value)
         is_text = name in self.side.words
@@ -103,8 +102,7 @@ class FittedTransforms(Section):
         rows = side_rows({column.of or name: many}, {name: column}, len(many), "given")
         if rows is None or rows.x.shape[1] != len(places):
             raise DataError(f"given: expected {len(places)} numbers of {name}; got shape {list(cells.shape)}.")
-        if rows.notes:
-            raise DataError(f"given: expected texts of at most {len(places)} words; got {str(value)[:60]!r}.")
+        refuse(rows.notes, f"given: expected texts of at most {len(places)} words; got {str(value)[:60]!r}.")
         full = np.full((len(many), len(columns)), np.nan)
         full[:, places] = rows.x[:]
         found = torch.from_numpy(self.side.coded(full).of(range(len(full)))[:, places]).float()
@@ -306,8 +304,7 @@ def source_of(
     if path:
         member = Data.members.get(_kind_of(where, declared), Data)
         known = ", ".join(sorted(set(ENDINGS.values())))
-        if not issubclass(member, FileData):
-            raise DataError(f"{path}: expected a file of rows ({known}); got another.")
+        refuse(not issubclass(member, FileData), f"{path}: expected a file of rows ({known}); got another.")
         if issubclass(member, Tabular) and not isinstance(declared, Tabular):
             raise DataError(f"{path}: expected arrays, or columns declared for this table; got none. Pass an array.")
     elif isinstance(declared, Tabular):

@@ -9,7 +9,6 @@ from typing import Any, Self, TypeVar
 
 import torch
 from pydantic import Field, ValidationError, field_validator, model_validator
-from torch import Tensor, nn
 
 from pvae.component import Section, Shape, Table, load_members, problem
 from pvae.data.dataset import Dataset, load
@@ -89,7 +88,7 @@ class Experiment(Plan):
     @classmethod
     def _legal_names(cls, named: dict[str, Any]) -> dict[str, Any]:
         for name in named:
-            if not NAME.fullmatch(name) or name in RESERVED or hasattr(nn.ModuleDict, name):
+            if not NAME.fullmatch(name) or name in RESERVED or hasattr(torch.nn.ModuleDict, name):
                 raise ValueError(text("experiment.experiment.names", reserved=sorted(RESERVED), name=name[:60]))
         return named
 
@@ -211,7 +210,7 @@ class Experiment(Plan):
         """Return the entries of the latents whose values some rows have, by name."""
         return {name: entry for name, latent in self.latents.items() if (entry := latent.entry()) is not None}
 
-    def known(self, split: Split) -> dict[str, Tensor]:
+    def known(self, split: Split) -> dict[str, torch.Tensor]:
         """Return the values of observed latents in the rows of a split by name, `(n, width)`, NaN where unknown.
 
         Rows as `conditioned` returns them hide these values, so that analyses infer the latents from x; a fit shows

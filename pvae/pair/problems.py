@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
-from torch import Tensor
 
 from pvae.errors import DeclarationError, PvaeError, misdeclared
 from pvae.pair.densities import sum_over
@@ -87,7 +86,7 @@ class ProgramError(DeclarationError):
 
 
 @contextmanager
-def told(side: str, x: Tensor) -> Iterator[None]:
+def told(side: str, x: torch.Tensor) -> Iterator[None]:
     """Context manager that turns an exception of a program into a `ProgramError` with a plain message."""
     try:
         yield
@@ -97,7 +96,7 @@ def told(side: str, x: Tensor) -> Iterator[None]:
         raise ProgramError(explained(error, side, x)) from error
 
 
-def explained(error: Exception, side: str, x: Tensor) -> Problem:
+def explained(error: Exception, side: str, x: torch.Tensor) -> Problem:
     """Return an exception raised while a program ran on the batch `x` as a `Problem` with a plain message."""
     said, at = str(error), _line(error)
     if found := re.search(r"inside plate\('([^']*)'\) at site (\S+) dim (-\d+), (\d+) vs (\d+)", said):
@@ -123,7 +122,7 @@ def _line(error: Exception) -> str:
 # ---------------------------------------------------------------------- found by a run
 
 
-def problems_of(pair: "Pair", x: Tensor) -> list[Problem]:
+def problems_of(pair: "Pair", x: torch.Tensor) -> list[Problem]:
     """Return the problems of a copy of a pair, found by running it on data; the body of `Pair.check`."""
     try:
         with nullcontext() if pair.declared else evaluating(pair):
@@ -162,7 +161,7 @@ def plate_problems(trace: Trace, count: int) -> list[Problem]:
     return problems
 
 
-def gradient_problems(pair: "Pair", x: Tensor, guide_trace: Trace) -> list[Problem]:
+def gradient_problems(pair: "Pair", x: torch.Tensor, guide_trace: Trace) -> list[Problem]:
     """Return a problem for each global latent without a pathwise gradient, and each parameter without a gradient."""
     scored = {n: guide_trace.nodes[n]["fn"] for n in pair.layout.shared if n in pair.layout.scored}
     problems = [Problem(name, text("pair.problems.score", fn=fn)) for name, fn in scored.items()]

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load
@@ -208,7 +207,7 @@ class Run(Applied):
             split = plan.conditioned(split)
         return split.to(self._device)
 
-    def labelled(self, split: Split, *, others: bool = False) -> Tensor:
+    def labelled(self, split: Split, *, others: bool = False) -> torch.Tensor:
         """Return the rows `(m, *row)` of a split in which every observed latent y is known, with its values in them.
 
         Analyses of these rows are of log p(x, y) and q(z | x, y), of other rows of log p(x) and q(y, z | x). The

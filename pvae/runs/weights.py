@@ -3,19 +3,18 @@
 from collections.abc import Callable, Mapping
 
 import torch
-from torch import Tensor, nn
 
 from pvae.data.split import Split
 from pvae.errors import CheckpointError, DataError, instead
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 
-Tensors = Mapping[str, Tensor]
+Tensors = Mapping[str, torch.Tensor]
 LISTED_DIFFERENCES = 12
 """Largest number of differences between a checkpoint and a declaration that an error message lists."""
 
 
-def load_weights(module: nn.Module, tensors: Tensors, origin: str, dtype: torch.dtype | None = None) -> None:
+def load_weights(module: torch.nn.Module, tensors: Tensors, origin: str, dtype: torch.dtype | None = None) -> None:
     """Copy named weights into a module whose state_dict has the same names, shapes and dtypes.
 
     `dtype` is that of floating-point weights which were trained in another one than the module's.
@@ -58,7 +57,7 @@ def attended(pair: Pair, train: Callable[[], Split]) -> Pair:
         return pair.attend(train().data)
 
 
-def chosen(saved: checkpoint.Checkpoint) -> dict[str, Tensor]:
+def chosen(saved: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
     """Return the weights of a checkpoint that its fit selected: the best, the averaged, or the last weights.
 
     Raises:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from subprocess import Popen
 from types import FrameType
 from typing import Any
 
@@ -57,7 +56,7 @@ class Machine:
 
     def __init__(self, root: Path, name: str, jobs: int) -> None:
         self.root, self.name, self.jobs = root, name, jobs
-        self.workers: dict[str, Popen[bytes]] = {}
+        self.workers: dict[str, subprocess.Popen[bytes]] = {}
         """Workers that end with this process, by the ids of their tasks."""
         self.told: set[str] = set()
         """Ids of those that were told to end."""

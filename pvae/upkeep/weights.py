@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pvae.errors import CheckpointError
 from pvae.pair.pair import Pair
@@ -45,7 +44,7 @@ def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
             yield str(problem)
 
 
-def _not_finite(group: str, tensors: Mapping[str, Tensor], pair: Pair | None) -> list[str]:
+def _not_finite(group: str, tensors: Mapping[str, torch.Tensor], pair: Pair | None) -> list[str]:
     """Return the names of tensors with values that are not finite; if a pair is given, load them and check only it."""
     if pair is None:
         floating = {name: value for name, value in tensors.items() if value.is_floating_point()}

@@ -16,7 +16,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
-from pvae.errors import DataError, OutputError, PvaeError, StorageError
+from pvae.errors import DataError, OutputError, PvaeError, StorageError, refuse
 
 MIB = 1 << 20
 
@@ -179,13 +179,11 @@ def read_inside(folder: Path, name: str, limit: int = 16 * MIB) -> bytes:
     Raises DataError if the name contains a path, the file is a link or a device, is missing or unreadable, or exceeds
     ``limit`` bytes: a run folder received from others must not make pvae read other files.
     """
-    if not _PLAIN_NAME.match(name):
-        raise DataError(f"{folder}: expected a plain file name; got {name!r}.")
+    refuse(not _PLAIN_NAME.match(name), f"{folder}: expected a plain file name; got {name!r}.")
     readable = raising(DataError, f"{folder / name}: expected a plain readable file")
     with readable, os.fdopen(_open_plain(folder / name, os.O_RDONLY), "rb") as file:
         content = file.read(min(os.fstat(file.fileno()).st_size, limit) + 1)  # it allocates what it is asked for
-    if len(content) > limit:
-        raise DataError(f"{folder / name}: expected at most {limit} bytes; got more.")
+    refuse(len(content) > limit, f"{folder / name}: expected at most {limit} bytes; got more.")
     return content
 
 

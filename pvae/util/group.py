@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from pvae.errors import DeclarationError, Stopped
+from pvae.errors import Stopped, misdeclared
 
 _joined = False
 
@@ -207,8 +207,7 @@ class Shards:
 
     def __init__(self, count: int) -> None:
         self.count, self.processes = count, size()
-        if count % self.processes:
-            raise DeclarationError.of("util.group.shards", processes=self.processes, count=count)
+        misdeclared(count % self.processes, "util.group.shards", processes=self.processes, count=count)
         each = count // self.processes
         self.mine = range(rank() * each, (rank() + 1) * each)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pvae.errors import DeclarationError, near
+from pvae.errors import DeclarationError, misdeclared, near
 from pvae.util.files import raising
 
 SIZE_CAP = 1 << 20
@@ -25,8 +25,7 @@ def read(path: Path) -> dict[str, Any]:
     """Return a TOML file (UTF-8, at most 1 MiB) as nested dicts; raises DeclarationError."""
     with raising(DeclarationError, f"{path}: expected a readable TOML file"), path.open("rb") as file:
         raw = file.read(SIZE_CAP + 1)
-    if len(raw) > SIZE_CAP:
-        raise DeclarationError(f"{path}: expected at most 1 MiB of TOML; got more.")
+    misdeclared(len(raw) > SIZE_CAP, f"{path}: expected at most 1 MiB of TOML; got more.")
     if raw.startswith(b"\xef\xbb\xbf"):
         raise DeclarationError(f"{path}: expected UTF-8 without a byte order mark; got one. Save it without BOM.")
     try:
@@ -53,8 +52,7 @@ def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
             parsed.append((path, parse(f"value = {value}", text)["value"]))
         except (DeclarationError, KeyError):
             parsed.append((path, value.strip()))
-    if problems:
-        raise DeclarationError(problems)
+    misdeclared(problems, problems)
     return parsed
 
 

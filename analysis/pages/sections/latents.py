@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import CodeUse
@@ -203,7 +202,7 @@ CALIBRATION_BINS = 15
 """Number of intervals of confidence over which a calibration error is taken."""
 
 
-def calibration_error(probs: Tensor, label: Tensor) -> float:
+def calibration_error(probs: torch.Tensor, label: torch.Tensor) -> float:
     """Return the expected calibration error: |accuracy - mean confidence| of 15 bins of confidence, weighed by rows.
 
     Arguments:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pvae.data.rows.files import FileArray, version_of
-from pvae.errors import BusyError, DataError, OutputError, StorageError
+from pvae.errors import BusyError, DataError, OutputError, StorageError, instead
 from pvae.records import Record
 from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
 
@@ -175,10 +175,10 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
     with TemporaryDirectory(**place, ignore_cleanup_errors=True) as temporary:
         part = Path(temporary)
         writer = Writer(part)
-        try:
+        with instead(
+            OSError, "Expected data that can be read; got {problem}."
+        ):  # no fault of the cache's disk
             make(writer)
-        except OSError as error:  # a source that cannot be read is no fault of the cache's disk
-            raise DataError(f"Expected data that can be read; got {error}.") from error
         with room(folder):
             arrays = {name: {**kept, "sha256": _file_digest(part / name)} for name, kept in writer.arrays.items()}
             (part / INDEX).write_text(pretty(sealed({"arrays": arrays, "notes": writer.notes})))

@@ -13,7 +13,7 @@ from typing import IO, Any, ClassVar, Self
 
 import numpy as np
 
-from pvae.errors import DataError, PvaeError
+from pvae.errors import DataError, PvaeError, refuse
 from pvae.records import Record
 from pvae.util.files import raising
 from pvae.util.memory import require_memory
@@ -213,8 +213,7 @@ def located(path: str, data_dir: Path | None) -> Path:
     """
     if not (found := candidate(path, data_dir, Path.is_file)).exists():
         raise DataError(f"Expected a file of data at {found}; got no such file. Name its folder with --data-dir.")
-    if not found.is_file():
-        raise DataError.of("data.files.no_file", found=found)
+    refuse(not found.is_file(), "data.files.no_file", found=found)
     return found
 
 
@@ -312,10 +311,8 @@ def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool, kinds: s
         version = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(stream, max_header_size=MAX_NPY_HEADER_BYTES)
-    if dtype.hasobject:
-        raise DataError(f"{where}: expected numbers; got an object array, which could run code. Save floats.")
-    if dtype.kind not in kinds:
-        raise DataError(f"{where}: expected real numbers; got {dtype}. Save floats.")
+    refuse(dtype.hasobject, f"{where}: expected numbers; got an object array, which could run code. Save floats.")
+    refuse(dtype.kind not in kinds, f"{where}: expected real numbers; got {dtype}. Save floats.")
     fortran = fortran and len(shape) > 1
     layout = ArrayLayout(shape[::-1] if fortran else shape, dtype, stream.tell(), fortran)
     if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or layout.total != size:

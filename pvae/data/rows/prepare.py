@@ -10,12 +10,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from scipy.special import expit, logit
-from torch import Tensor
 
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Index, Stored
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
-from pvae.errors import DataError
+from pvae.errors import DataError, refuse
 from pvae.records import Record, field
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
@@ -63,7 +62,7 @@ class Scaled(Record, eq=False):
         values /= self.divisor
         return values
 
-    def apply(self, part: Part, rule: Rule | None = None) -> Tensor:
+    def apply(self, part: Part, rule: Rule | None = None) -> torch.Tensor:
         """Return the rows numbered in `part` after scaling and binarisation by `rule` (if any), float32 (m, *shape)."""
         out = np.empty((len(part), *self.x.shape[1:]), np.float32)
         for start, chunk in self.chunks(part):
@@ -128,8 +127,7 @@ def _table(rows: Rows, x: AnyArray, train: Part) -> Scaled:
     chosen = np.array([column.is_standardised for column in columns])
     mean, deviation, flat = _moments(Scaled(x, warps=warps), train)
     for name, constant, least, most in zip(rows.table, chosen & (flat | (low == high)), low, high, strict=True):
-        if constant:
-            raise DataError.of("data.rows.constant_column", name=name, least=least, most=most)
+        refuse(constant, "data.rows.constant_column", name=name, least=least, most=most)
     return Scaled(x, np.where(chosen, mean, 0.0), np.where(chosen, deviation, 1.0), warps)
 
 
@@ -188,7 +186,9 @@ def extremes(x: AnyArray, part: Part, digest: hashlib._Hash | None = None) -> tu
     return low, high
 
 
-def prepare(data: Scaled, parts: dict[str, Part], binarize: Binarize) -> tuple[dict[str, Tensor], Tensor | None]:
+def prepare(
+    data: Scaled, parts: dict[str, Part], binarize: Binarize
+) -> tuple[dict[str, torch.Tensor], torch.Tensor | None]:
     """Return each split scaled and binarised, (n, *shape) float32, and the train intensities or None.
 
     The intensities are returned only for dynamic binarisation, which samples the training data anew for every batch.
@@ -229,5 +229,4 @@ def require_unit(name: str, low: float, high: float) -> None:
     Raises:
         DataError: `low` is below 0 or `high` above 1.
     """
-    if low < 0 or high > 1:
-        raise DataError.of("data.rows.unit", name=name, found=low if low < 0 else high)
+    refuse(low < 0 or high > 1, "data.rows.unit", name=name, found=low if low < 0 else high)

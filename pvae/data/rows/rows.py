@@ -12,7 +12,7 @@ import numpy as np
 
 from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Joined
-from pvae.errors import DataError
+from pvae.errors import DataError, refuse
 from pvae.records import Record, field
 
 PARTLY_LABELLED: ContextVar[bool] = ContextVar("partly_labelled", default=False)
@@ -67,14 +67,12 @@ class Rows(Record, eq=False):
 
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name
-        if x.dtype.kind not in "biuf":
-            raise DataError(f"{name}: expected real numbers; got {x.dtype}.")
+        refuse(x.dtype.kind not in "biuf", f"{name}: expected real numbers; got {x.dtype}.")
         if not x.shape or 0 in x.shape:
             raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
         if x.dtype.kind == "f":
             require_finite(x, name, [column.missing == "mask" for column in self.table.values()] or [self.masked])
-        if y is not None and (y.ndim != 1 or len(y) != len(x)):
-            raise DataError.of("data.rows.labels", name=name, x=x, y=y)
+        refuse(y is not None and (y.ndim != 1 or len(y) != len(x)), "data.rows.labels", name=name, x=x, y=y)
         if y is not None and y.dtype.kind not in "biu":
             raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
         if y is not None and PARTLY_LABELLED.get() and (self.label_names or -1 == y.min() <= y.max() < len(y)):
@@ -179,12 +177,10 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
     """
     fixed = all(isinstance(part, range) for part in rows.parts.values())
     missing = [name for name in SPLITS if name not in declared]
-    if declared and missing and not fixed:
-        raise DataError.of("data.rows.all_splits", missing=missing)
+    refuse(declared and missing and not fixed, "data.rows.all_splits", missing=missing)
     parts: dict[str, Part] = dict(rows.parts)
     for name, (start, stop) in declared.items():
-        if start >= stop:
-            raise DataError(f"data.splits.{name}: expected start < stop; got [{start}, {stop}], which is empty.")
+        refuse(start >= stop, f"data.splits.{name}: expected start < stop; got [{start}, {stop}], which is empty.")
         if start < 0 or stop > len(rows.x):
             raise DataError(f"data.splits.{name}: expected rows in [0, {len(rows.x)}]; got [{start}, {stop}].")
         parts[name] = range(start, stop)
@@ -233,8 +229,7 @@ def joined(
         Rows(x, y, {}, name=split, masked=more.get("masked", False))
         if x.shape[1:] != first.shape[1:]:
             raise DataError(f"{split}: expected rows of shape {first.shape[1:]}, as in train; got {x.shape[1:]}.")
-        if (y is None) != (labels is None):
-            raise DataError.of("data.rows.labels_of", split=split, train=labels is not None)
+        refuse((y is None) != (labels is None), "data.rows.labels_of", split=split, train=labels is not None)
     order = [split for split in SPLITS if split in given]
     arrays = [given[split][0] for split in order]
     held = [array for array in arrays if isinstance(array, np.ndarray)]

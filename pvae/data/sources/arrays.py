@@ -24,7 +24,7 @@ from pvae.data.rows.prepare import Holed
 from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.data.tables.side import side_rows
-from pvae.errors import DataError, near, printable
+from pvae.errors import DataError, near, printable, refuse
 
 MAX_DEFLATE_RATIO = 1032
 """Largest compression ratio of the deflate format (output bytes for each input byte)."""
@@ -127,16 +127,13 @@ def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> 
     known = len(magic) == 4 and magic[:2] == b"\0\0" and magic[2] in TYPES and 1 <= magic[3] <= files.MAX_DIMENSIONS
     if wanted:
         known, expected = magic == idx_header(wanted)[:4], idx_header(wanted)[:4].hex(" ")
-    if not known:
-        raise DataError.of("data.sources.magic", path=path, expected=expected, found=magic.hex(" "))
+    refuse(not known, "data.sources.magic", path=path, expected=expected, found=magic.hex(" "))
     sizes = file.read(4 * magic[3])
-    if len(sizes) < 4 * magic[3]:
-        raise DataError(f"{path}: expected a header of {4 + 4 * magic[3]} bytes; got {4 + len(sizes)}.")
+    refuse(len(sizes) < 4 * magic[3], f"{path}: expected a header of {4 + 4 * magic[3]} bytes; got {4 + len(sizes)}.")
     shape = struct.unpack(f">{magic[3]}I", sizes)
     if wanted and shape != wanted:
         raise DataError(f"{path}: expected sizes {list(wanted)}; got {list(shape)}.")
-    if 0 in shape:
-        raise DataError(f"{path}: expected sizes of at least 1; got {list(shape)}.")
+    refuse(0 in shape, f"{path}: expected sizes of at least 1; got {list(shape)}.")
     return ArrayLayout(shape, np.dtype(TYPES[magic[2]]), 4 + len(sizes))
 
 
@@ -149,8 +146,7 @@ def _unzipped(file: IO[bytes], layout: ArrayLayout, path: Path, size: int) -> It
 
 
 def _require_length(path: Path, layout: ArrayLayout, found: int, more: str = "") -> None:
-    if found != layout.total:
-        raise DataError.of("data.sources.length", path=path, layout=layout, found=found, more=more)
+    refuse(found != layout.total, "data.sources.length", path=path, layout=layout, found=found, more=more)
 
 
 LOCAL_HEADER = struct.Struct("<26x2H")
@@ -173,8 +169,7 @@ def _by_split(wanted: str, names: Sequence[str], path: Path) -> dict[str, str]:
     for split, known in SPLIT_NAMES.items():
         forms = {f"{wanted}_{name}" for name in known} | {f"{name}_{wanted}" for name in known}
         there = [name for name in names if name.lower() in {form.lower() for form in forms}]
-        if len(there) > 1:
-            raise DataError(f"{path}: expected one array of {wanted!r} for {split}; got {', '.join(there)}.")
+        refuse(len(there) > 1, f"{path}: expected one array of {wanted!r} for {split}; got {', '.join(there)}.")
         if there:
             found[split] = there[0]
     if wanted in names:
@@ -222,8 +217,7 @@ class NamedArrays(FileData):
             if name not in names:
                 shown = ", ".join(map(printable, names)) or "none"
                 raise DataError(f"{path}: expected an array {name!r}; got {shown}{near(name, names)}.")
-        if "train" not in found:
-            raise DataError(f"{path}: expected training rows, {wanted}_train; got {', '.join(names)}.")
+        refuse("train" not in found, f"{path}: expected training rows, {wanted}_train; got {', '.join(names)}.")
         for want, arrays in known.items():
             if lacking := [split for split in found if split not in arrays]:
                 raise DataError.of("data.sources.beside", path=path, wanted=want, y=self.y, of=lacking, names=names)
@@ -291,8 +285,7 @@ def read_array(path: Path, key: str, stream: bool = False, *, text: bool = False
     version, where = files.version_of(path), f"{path}, {key!r}"
     with _opened(path) as archive:
         names = _names(archive)
-        if key not in names:
-            raise DataError(f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
+        refuse(key not in names, f"{path}: expected an array {key!r}; got {', '.join(names)}{near(key, names)}.")
         info = archive.getinfo(f"{key}.npy")
         _refuse_trick(info, where)
         with archive.open(info) as file:
@@ -322,11 +315,9 @@ def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
     name = PurePosixPath(info.filename.replace("\\", "/"))
     if name.is_absolute() or ".." in name.parts:
         raise DataError(f"{where}: expected a plain name in the archive; got one that leads out of it.")
-    if stat.S_ISLNK(info.external_attr >> 16):
-        raise DataError(f"{where}: expected an array in the archive; got a link.")
+    refuse(stat.S_ISLNK(info.external_attr >> 16), f"{where}: expected an array in the archive; got a link.")
     ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: MAX_DEFLATE_RATIO}
-    if info.compress_type not in ratios:
-        raise DataError.of("data.sources.packed", where=where, method=info.compress_type)
+    refuse(info.compress_type not in ratios, "data.sources.packed", where=where, method=info.compress_type)
     if info.file_size > (most := info.compress_size * ratios[info.compress_type]):
         raise DataError.of("data.sources.archive", where=where, info=info, most=most)
 

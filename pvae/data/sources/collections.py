@@ -21,7 +21,7 @@ from pvae.data.rows.files import user_folder
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
-from pvae.errors import DataError
+from pvae.errors import DataError, refuse
 from pvae.records import Record
 from pvae.util import toml
 from pvae.words import text
@@ -189,8 +189,7 @@ def read_known(path: Path, file: IdxFile) -> np.ndarray:
 def _checked_digest(array: np.ndarray, file: IdxFile, path: Path) -> np.ndarray:
     digest = hashlib.sha256(idx_header(file.shape))
     digest.update(np.ascontiguousarray(array).data)
-    if digest.hexdigest() != file.sha256:
-        raise DataError.of("data.sources.digest", path=path, file=file, found=digest.hexdigest())
+    refuse(digest.hexdigest() != file.sha256, "data.sources.digest", path=path, file=file, found=digest.hexdigest())
     return array
 
 

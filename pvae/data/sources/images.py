@@ -19,7 +19,7 @@ from pvae.data.rows.files import candidate, held, require_room, version_of
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, natural
 from pvae.data.sources.base import FileData
-from pvae.errors import DataError, printable
+from pvae.errors import DataError, printable, refuse
 from pvae.util.files import digest, pretty
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
@@ -67,8 +67,7 @@ class Images(FileData):
         if not root.is_dir():
             raise DataError(f"Expected a folder of images at {root}; got no such folder. Say where with --data-dir.")
         files, skipped = found(root)
-        if not files:
-            raise DataError(f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
+        refuse(not files, f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
         listing = digest(pretty({"files": files}).encode())
         entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
         options = {"size": self.size, "mode": self.mode, "background": self.background, "pillow": PIL.__version__}
@@ -142,8 +141,7 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
                     raise DataError.of("data.sources.sizes", root=root, names=both, one=shape, other=pixels.shape)
                 writer.append("x", pixels[None])
                 good.append(name)
-    if not good:
-        raise DataError(f"{root}: expected images that can be read; got none.{_listed(bad)}")
+    refuse(not good, f"{root}: expected images that can be read; got none.{_listed(bad)}")
     writer.append_texts("id", np.array(good), None)
     labels = [name.split("/", 1)[0] for name in good] if all("/" in name for name in good) else []
     if known := sorted(set(labels), key=natural):

@@ -20,7 +20,7 @@ from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources.base import Data, Seed
 from pvae.data.tables.side import side_rows
-from pvae.errors import DataError, near
+from pvae.errors import DataError, instead, near, refuse
 
 LARGEST_GAP = 4
 """Largest number of rows read for each row wanted: a sparser selection of rows is read row by row."""
@@ -58,8 +58,7 @@ class TensorSource(PassedData):
     """Column of `obs` of AnnData with the labels; None for data without labels."""
 
     def rows_of(self, data: Any, name: str = "train") -> Rows:
-        if self.layer or self.labels:
-            raise DataError.of("data.sources.not_anndata", found=type(data).__name__)
+        refuse(self.layer or self.labels, "data.sources.not_anndata", found=type(data).__name__)
         raw: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
         if isinstance(data, Mapping):
             if "x" not in data:
@@ -81,8 +80,7 @@ def as_array(values: Any, name: str) -> AnyArray:
     if isinstance(values, Stored):
         return values
     if issparse(values):
-        if values.ndim != 2:
-            raise DataError(f"{name}: expected a sparse matrix (rows, features); got shape {values.shape}.")
+        refuse(values.ndim != 2, f"{name}: expected a sparse matrix (rows, features); got shape {values.shape}.")
         return SparseRows(values)
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu()
@@ -172,8 +170,7 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, np.ndarr
         else:
             require_room((len(labels), *x.shape[1:]), x.dtype, name, "Pass stream=True to Dataset.from_torch.")
             blocks.append(x)
-    if not blocks:
-        raise DataError(f"{name}: expected a dataset of at least one item; got none.")
+    refuse(not blocks, f"{name}: expected a dataset of at least one item; got none.")
     if (known := [label for label in labels if label is not None]) and len(known) < len(labels):
         raise DataError.of("data.sources.some_labels", name=name, known=known, labels=labels)
     last = blocks[-1]
@@ -242,10 +239,9 @@ class Sliced(Stored):
             low, high = (int(index[0]), int(index[-1]) + 1) if len(index) else (0, 0)
             if high - low <= LARGEST_GAP * len(index):
                 chosen, index = index - low, slice(low, high)
-        try:
+        closed = "Expected the rows of an open file; got {problem}. Keep it open."
+        with instead((OSError, ValueError, RuntimeError), closed):
             rows = self.source[index]
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DataError(f"Expected the rows of an open file; got {error}. Keep it open.") from error
         return np.asarray(rows.toarray() if issparse(rows) else rows)[chosen]
 
 

@@ -17,7 +17,7 @@ from pvae.data.rows.files import candidate, confined
 from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import Rows, partition
 from pvae.data.sources.base import Data
-from pvae.errors import DataError
+from pvae.errors import refuse
 from pvae.records import replace
 from pvae.util import digest
 
@@ -60,8 +60,7 @@ class StackedCodes(Data):
         from pvae.runs.run import Run  # here, because runs import pvae.data
 
         run = Run.load(candidate(self.run, data_dir, Path.is_dir), data_dir=data_dir)
-        if run.lacks_data:
-            raise DataError(f"{self.run}: expected a run of declared data; got one of data passed in Python.")
+        refuse(run.lacks_data, f"{self.run}: expected a run of declared data; got one of data passed in Python.")
         return run
 
     def codes(self, first: Run, split: Split, seed: int = 0) -> np.typing.NDArray[Any]:

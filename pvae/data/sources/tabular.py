@@ -18,7 +18,7 @@ from pvae.data.sources.python import PassedData
 from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
 from pvae.data.tables.side import beside_rows
-from pvae.errors import DataError
+from pvae.errors import DataError, refuse
 
 DECODED_FIELDS = set("source columns label id na decimal thousands separator encoding header side".split())
 """Fields of a declaration on which the decoded numbers of a table depend."""
@@ -104,8 +104,7 @@ class TableFile(Tabular, FileData):
             for name, part in found.items():
                 (writer.append_texts if name == "id" else writer.append)(name, part)
             rows += len(found["x"])
-        if not rows:
-            raise DataError(f"{path}: expected rows below the names of the columns; got none.")
+        refuse(not rows, f"{path}: expected rows below the names of the columns; got none.")
         writer.notes |= {"labels": list(decoder.labels), "notes": decoder.notes}
 
 
@@ -155,15 +154,13 @@ class FrameSource(Tabular, PassedData):
         """
         import pandas
 
-        if not isinstance(data, pandas.DataFrame):
-            raise DataError(f"data: expected a pandas DataFrame; got {type(data).__name__}.")
+        refuse(not isinstance(data, pandas.DataFrame), f"data: expected a pandas DataFrame; got {type(data).__name__}.")
         if self.id is not None and self.id not in data and self.id == data.index.name:
             data = data.reset_index()
         names = [str(name) for name in data.columns]
         decoder = self.decoder("data")
         decoder.require_columns(names)
-        if not len(data):
-            raise DataError("data: expected a DataFrame with rows; got none.")
+        refuse(not len(data), "data: expected a DataFrame with rows; got none.")
         try:
             found = decoder.decode(data.set_axis(names, axis=1), lambda row: f"row {row}")
         except (TypeError, ValueError) as error:  # cells that are lists or the like

@@ -20,7 +20,7 @@ from pvae.data.rows.cache import texts
 from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.prepare import Floats
 from pvae.data.rows.rows import PARTLY_LABELLED
-from pvae.errors import DataError, near
+from pvae.errors import DataError, near, refuse
 from pvae.graph.frame import split, word_numbers
 from pvae.records import Record, field
 from pvae.words import text
@@ -176,8 +176,7 @@ def require_named_once(names: Sequence[str], origin: str) -> None:
         DataError: a name occurs more than once; the message gives the name.
     """
     name, times = Counter(names).most_common(1)[0] if names else ("", 0)
-    if times > 1:
-        raise DataError(f"{origin}: expected every column to be named once; got {shown(name)} {times} times.")
+    refuse(times > 1, f"{origin}: expected every column to be named once; got {shown(name)} {times} times.")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from pvae.data.rows.prepare import Floats
 from pvae.data.rows.rows import Part, natural, tenths
 from pvae.data.tables.cells import NA, SPELLINGS, Spelling, listed, moments, numbers_of, shown, word_of
 from pvae.data.tables.readers import TextTable, opened_parquet, opened_text
-from pvae.errors import DataError, near
+from pvae.errors import DataError, near, refuse
 from pvae.records import Record
 
 if TYPE_CHECKING:
@@ -81,8 +81,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
         found |= {name: value for name, value in layout.items() if value != CSV_DEFAULTS[name]}
         cells, whole = _text_cells(TextTable(where, **layout))
     if label is not None:
-        if label not in cells:
-            raise DataError(f"{path}: expected a column {shown(label)}; got none{near(label, map(str, cells))}.")
+        refuse(label not in cells, f"{path}: expected a column {shown(label)}; got none{near(label, map(str, cells))}.")
         found["label"] = label
     given = {str(name): [str(word) for word in cells[name].dropna().unique()] for name in cells if name != label}
     spelling = _spelling(list(given.values()), found.get("separator") == ";")
@@ -95,8 +94,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
     kinds = {str(name): column_of(cells[name], spelling, train) for name in cells if name != label}
     columns = {name: kind for name, kind in kinds.items() if not isinstance(kind, str)}
     left |= {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
-    if not columns:
-        raise DataError(f"{path}: expected a column that varies; got {listed(list(left))}.")
+    refuse(not columns, f"{path}: expected a column that varies; got {listed(list(left))}.")
     declaration = {
         "name": where.name.split(".")[0] or "table",
         "data": {**found, "columns": columns},
@@ -136,8 +134,7 @@ def _text_cells(table: TextTable) -> tuple[pandas.DataFrame, bool]:
         parts.append(table.frame(piece, NA, dict.fromkeys(table.names, "str")))
         if sum(map(len, parts)) > GUESSED_ROWS:
             break
-    if not parts:
-        raise DataError(f"{table.path}: expected rows below the names of the columns; got none.")
+    refuse(not parts, f"{table.path}: expected rows below the names of the columns; got none.")
     cells = pandas.concat(parts)
     return cells.head(GUESSED_ROWS), len(cells) <= GUESSED_ROWS
 

@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from pvae.data.tables.cells import CellDecoder, Numbers, Spelling, require_named_once, shown
-from pvae.errors import DataError, require_extra
+from pvae.errors import DataError, refuse, require_extra
 
 if TYPE_CHECKING:
     import pandas
@@ -66,8 +66,7 @@ class TextTable:
         self.path, self.separator, self.encoding = path, separator, encoding
         with opened_text(self.path, self.encoding) as file:
             start = file.read(MAX_HEADER_BYTES + 1)
-        if not start.removeprefix(BOM).strip():
-            raise DataError(f"{path}: expected a line of column names; got an empty file.")
+        refuse(not start.removeprefix(BOM).strip(), f"{path}: expected a line of column names; got an empty file.")
         marks = np.frombuffer(start, np.uint8)
         ends = np.flatnonzero((marks == NEWLINE) & ~_quoted(marks))
         if not len(ends) and len(start) > MAX_HEADER_BYTES:
@@ -163,8 +162,7 @@ class TextTable:
             dtype=dict(kinds), na_values=list(na), keep_default_na=False, index_col=False, engine="c",
             encoding="utf-8", skip_blank_lines=False, quotechar='"',
         )  # fmt: skip
-        if len(frame) != len(piece.lines):
-            raise DataError.of("data.tables.records", lines=piece.lines, found=len(frame))
+        refuse(len(frame) != len(piece.lines), "data.tables.records", lines=piece.lines, found=len(frame))
         return frame
 
 

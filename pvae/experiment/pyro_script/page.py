@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from torch import nn
 
 from pvae import data
 from pvae.component import Component, Section
@@ -84,7 +83,7 @@ class Script(ABC):
             formulas={name: re.sub(r"^(.*) = \1$", r"\1", said[name]) for name in ("model", "guide")},
             arguments=[*self.batch, *(f"{number}=1.0" for number in numbers)],
             left_out=[f"{name} = {getattr(train, name)}" for name in changed],
-            optimizer=type(train.optimizer.build([nn.Parameter(torch.zeros(1))])).__name__,
+            optimizer=type(train.optimizer.build([torch.nn.Parameter(torch.zeros(1))])).__name__,
             settings=literal({"lr": train.optimizer.lr, **settings}), timed=TIME in " ".join(before),
             step=[*before, f"loss = svi.step({', '.join(given)})", "optimizer.step()", *written["after"]],
         )  # fmt: skip
