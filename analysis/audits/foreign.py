@@ -13,11 +13,9 @@ from torch import Tensor
 
 from pvae.analysis.figures.estimate import refuse
 from pvae.component import Shape
-from pvae.distributions import Certain, code_grid
-from pvae.distributions.base import DiscretizedLogistic
+from pvae.distributions import Certain, base, code_grid
 from pvae.errors import DataError
-from pvae.pair import unwrapped
-from pvae.pair.running import modules_within
+from pvae.pair import running, unwrapped
 from pvae.records import Record
 
 LikelihoodName = Literal["normal", "bernoulli", "discretized_logistic"]
@@ -80,7 +78,7 @@ class Foreign:
 
     def chunks(self, call: Callable[[Tensor], Any], x: Tensor, like: Tensor) -> list[Any]:
         """Return what a function gives for chunks of rows, on the device of the parameters behind it."""
-        parameters = [p for module in modules_within([call]) for p in module.parameters()]
+        parameters = [p for module in running.modules_within([call]) for p in module.parameters()]
         rows = max(1, min(ROWS_AT_ONCE, ELEMENTS_AT_ONCE // max(1, like[:1].numel())))
         return [call(part.to(parameters[0].device) if parameters else part) for part in x.split(rows)]
 
@@ -104,7 +102,7 @@ class Foreign:
         if self.likelihood == "bernoulli":
             return dist.Bernoulli(mean.clamp(1e-6, 1 - 1e-6)).to_event(event)
         if self.likelihood == "discretized_logistic":
-            return DiscretizedLogistic(mean, scale.log(), self.levels).to_event(event)
+            return base.DiscretizedLogistic(mean, scale.log(), self.levels).to_event(event)
         return dist.Normal(mean, scale).to_event(event)
 
     def guide(self, x: Tensor) -> None:

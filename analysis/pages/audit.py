@@ -5,8 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from pvae.analysis.audits.audit import Audit
-from pvae.analysis.pages.document.blocks import Part
-from pvae.analysis.pages.document.document import Document
+from pvae.analysis.pages.document import blocks, document
 from pvae.analysis.pages.document.words import picture, section, table_of, text
 from pvae.analysis.pages.plots.base import array
 from pvae.analysis.pages.plots.clouds import Cloud, plane
@@ -14,14 +13,14 @@ from pvae.analysis.pages.plots.pictures import Rebuilt, reconstructions
 from pvae.analysis.samples.features import is_image
 
 
-def page_of(found: Audit, name: str) -> Document:
+def page_of(found: Audit, name: str) -> document.Document:
     """Return the page of an audit; `name` names encoder and decoder."""
     sections = tuple(filter(None, [_audited(found)]))
-    return Document("pvae audit", found.title, "", name, found.to_dict(), sections, text("page.nats"))
+    return document.Document("pvae audit", found.title, "", name, found.to_dict(), sections, text("page.nats"))
 
 
 @section("audited")
-def _audited(found: Audit) -> Iterator[Part]:
+def _audited(found: Audit) -> Iterator[blocks.Part]:
     """Yield remarks, all figures, and pictures."""
     yield from found.remarks
     yield table_of("audited", found)

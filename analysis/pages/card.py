@@ -8,8 +8,7 @@ from markupsafe import Markup
 
 from pvae.analysis.pages.document import document
 from pvae.errors import PvaeError, printable
-from pvae.experiment.experiment import Experiment
-from pvae.experiment.readback import described
+from pvae.experiment import experiment, readback
 from pvae.runs.run import Run
 from pvae.util.files import read_object
 
@@ -39,7 +38,7 @@ def card(run: Run) -> str:
     numbers = read_object(run.path / "report", document.NUMBERS, document.NUMBERS_BYTES) if there else {}
     with suppress(PvaeError):  # the data may be elsewhere
         rows = {split: len(run.data.split(split)) for split in ("train", "validation", "test")}
-    known = described(run.plan, run.shape, run.pair) if isinstance(run.plan, Experiment) else {}
+    known = readback.described(run.plan, run.shape, run.pair) if isinstance(run.plan, experiment.Experiment) else {}
     last = {str(row["split"]): row for row in run.files.metrics_rows()}
     template = document.engine().overlay(finalize=escaped, keep_trailing_newline=True).get_template("card.md.j2")
     return template.render(run=run, known=known, numbers=numbers, last=last, rows=rows, block=block)

@@ -6,25 +6,24 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from pvae.analysis.pages.document.blocks import Part
-from pvae.analysis.pages.document.document import Document
+from pvae.analysis.pages.document import blocks, document
 from pvae.analysis.pages.document.words import alert, picture, section, table, text, tile
 from pvae.analysis.pages.plots.base import BLUE, GREY, ORANGE, panels, plain, style, whole_numbers
 from pvae.studies.search import Searching
 
 
-def page_of(found: Searching) -> Document:
+def page_of(found: Searching) -> document.Document:
     """Return the page of a search: every trial, those of the best figures first, beside the values it was run with."""
     trials, search = found.history(), found.search
     numbers = {"search": search.model_dump(exclude={"storage"}), "trials": trials, "importance": found.importance()}
     identity = text("searched.identity", begun=len(trials), trials=search.trials, figure=search.figure)
     sections, footer = tuple(filter(None, [_trials(found)])), text("page.footer", seed=search.seed)
     about = str(found.base.get("description", ""))
-    return Document("pvae study", found.name, about, identity, numbers, sections, footer)
+    return document.Document("pvae study", found.name, about, identity, numbers, sections, footer)
 
 
 @section("trials", "searched")
-def _trials(found: Searching) -> Iterator[Part]:
+def _trials(found: Searching) -> Iterator[blocks.Part]:
     """Yield best trial, history, importances and all trials."""
     figure, paths, sign = found.search.figure, list(found.search.ends), found.search.sign
     unit = "bits" if figure == "bits_per_dimension" else "nats"

@@ -10,8 +10,7 @@ from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, exact, proportion, refuse
-from pvae.analysis.samples.features import Features, affordable
-from pvae.analysis.samples.running import observed_rows, opened
+from pvae.analysis.samples import features, running
 from pvae.analysis.samples.sample import Samples, sample
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
@@ -72,7 +71,7 @@ def copying(
     *,
     mean: bool = False,
     samples: Samples | None = None,
-    space: Features | None = None,
+    space: features.Features | None = None,
     on_progress: Progress = silent,
 ) -> Copying:
     """Test whether the samples of a run are copies of training rows; see `data_copying` for the statistics.
@@ -109,13 +108,13 @@ def copying(
         >>> len(found.distance), 0 <= found.nearer.value <= 1
         (400, True)
     """
-    pair, part, train = opened(run), run.data.split(split), run.data.train
+    pair, part, train = running.opened(run), run.data.split(split), run.data.train
     refuse(part.name == train.name, "refused.copied_from_train")
     chosen = seeds.subset(len(part), min(rows or COPYING_ROWS, COPYING_ROWS), seed)
     if samples is None:
         samples = sample(run, len(chosen), mean=mean, seed=seed)
-    kept = seeds.subset(len(train), affordable(COPIED_FROM_ROWS, tuple(train.rows.shape[1:])), seed)
-    learnt, held = observed_rows(train, kept), observed_rows(part, chosen)
+    kept = seeds.subset(len(train), features.affordable(COPIED_FROM_ROWS, tuple(train.rows.shape[1:])), seed)
+    learnt, held = running.observed_rows(train, kept), running.observed_rows(part, chosen)
     fake = samples.x.reshape(len(samples.x), *pair.frame.x)
     found = data_copying(learnt, held, fake, seed, space=space, on_progress=on_progress)
     return replace(found, nearest=kept[found.nearest], is_mean=samples.is_mean)
@@ -127,7 +126,7 @@ def data_copying(
     fake: Tensor,
     seed: int = 0,
     *,
-    space: Features | None = None,
+    space: features.Features | None = None,
     on_progress: Progress = silent,
 ) -> Copying:
     r"""Test whether samples are nearer to training rows than held-out data are.

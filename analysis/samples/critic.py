@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, refuse
+from pvae.analysis.samples import running, sample
 from pvae.analysis.samples.encode import encode
-from pvae.analysis.samples.running import analysed, by_chunks, opened
-from pvae.analysis.samples.sample import prior_latents
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
@@ -94,7 +93,7 @@ def critic(run_or_pair: Run | Pair, x: Tensor, seed: int = 0, *, on_progress: Pr
         >>> critic(pair, x[:40]).nwj.kind
         'lower_bound'
     """
-    pair = opened(run_or_pair)
+    pair = running.opened(run_or_pair)
     x = accept(pair, x)
     refuse(len(x) < FEWEST_CRITIC_ROWS, f"critic: expected at least {FEWEST_CRITIC_ROWS} rows; got {len(x)}.")
     draws = min(64, max(1, math.ceil(CRITIC_CODES / len(x))))
@@ -140,8 +139,8 @@ def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Te
 
 def from_prior(pair: Pair, x: Tensor, seed: int) -> dict[str, Tensor]:
     """Return one prior sample of every latent for each of the rows `(n, *row)`, given their covariates."""
-    with analysed(pair, x, seed):
-        return by_chunks(lambda *at: prior_latents(pair, x[slice(*at)]), len(x), x[0].numel())
+    with running.analysed(pair, x, seed):
+        return running.by_chunks(lambda *at: sample.prior_latents(pair, x[slice(*at)]), len(x), x[0].numel())
 
 
 # ---------------------------------------------------------------------- the network

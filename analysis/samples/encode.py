@@ -8,8 +8,7 @@ from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.export.sites import parameters_of, rows_of
-from pvae.analysis.samples import running
-from pvae.analysis.samples.sample import Covariates, given_values
+from pvae.analysis.samples import running, sample
 from pvae.pair import JointStates, Layout, Pair, log_prob, read_joint_states, samples, sum_over, unwrapped
 from pvae.records import Record
 from pvae.runs.run import Run
@@ -158,7 +157,7 @@ def reconstruct(
     x: Any,
     *,
     mean: bool = True,
-    given: Covariates | None = None,
+    given: sample.Covariates | None = None,
     seed: int = 0,
     on_progress: Progress = silent,
 ) -> Reconstructions:
@@ -191,7 +190,7 @@ def reconstruct(
     """
     pair = running.opened(run_or_pair)
     x = accept(pair, x)
-    layout, frame, changed = pair.layout, pair.frame, given_values(run_or_pair, pair, given or {}, 1)
+    layout, frame, changed = pair.layout, pair.frame, sample.given_values(run_or_pair, pair, given or {}, 1)
 
     def decoded(start: int, stop: int) -> Reconstructions:
         part, count = x[start:stop], stop - start

@@ -11,8 +11,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_counts
-from pvae.analysis.bounds.accumulate import accumulate_weights
-from pvae.analysis.bounds.evidence import require_posterior
+from pvae.analysis.bounds import accumulate, evidence
 from pvae.analysis.bounds.weights import log_weights
 from pvae.analysis.export.sites import rows_of
 from pvae.analysis.samples import running
@@ -20,12 +19,10 @@ from pvae.data.split import elementwise
 from pvae.distributions.exact import log_density
 from pvae.distributions.missing import Absence, has_columns
 from pvae.errors import DataError, PvaeError, StorageError
-from pvae.pair import Layout, Pair, is_point, read_joint_states, site_shape, terms_of, unwrapped
+from pvae.pair import Layout, Pair, densities, is_point, read_joint_states, site_shape, terms_of, unwrapped
 from pvae.pair import samples as sample_sites
-from pvae.pair.densities import masks_of
 from pvae.runs.run import Run
-from pvae.util import Progress, group, silent, write_atomic
-from pvae.util.files import read_object
+from pvae.util import Progress, files, group, silent, write_atomic
 
 REFERENCE_ROWS = 1000
 """Largest number of validation rows whose scores are the reference of p-values."""
@@ -135,7 +132,7 @@ def _scored(pair: Pair, x: Tensor, samples: int, seed: int, on_progress: Progres
     layout, absent, certain = pair.layout, dict[str, str](), False
     with quiet(pair, x, seed):
         try:
-            certain = require_posterior(pair) and pair.structure.points.issuperset(layout.shared)
+            certain = evidence.require_posterior(pair) and pair.structure.points.issuperset(layout.shared)
         except DataError as error:
             absent = dict.fromkeys(("log_p", "error", "elbo", "khat", "ess"), str(error))
 
@@ -153,7 +150,7 @@ def _scored(pair: Pair, x: Tensor, samples: int, seed: int, on_progress: Progres
             return tuple(map(torch.cat, zip(*found, strict=True)))
 
         count, together = 1 if certain else samples, pair.structure.rows is not None
-        found = accumulate_weights(x, count, draw, on_progress, together=together)
+        found = accumulate.accumulate_weights(x, count, draw, on_progress, together=together)
     known: Any = found.log_p, found.squared_errors[-1].sqrt(), found.bounds[0], found.khat, found.ess
     known, elements = [None] * 5 if absent else known, found.means[1:].mT.float()
     if not elements.numel():
@@ -174,7 +171,7 @@ def _reference(source: Run | Pair, pair: Pair, given: Any, samples: int) -> Tens
     if not isinstance(source, Run):
         raise DataError("expected a run; got a pair.")
     path, key = source.path / "analysis" / REFERENCE_FILE, f"{source.checkpoint.path.name}, {samples} samples"
-    kept = group.from_first(lambda: read_object(path.parent, REFERENCE_FILE) if path.is_file() else {})
+    kept = group.from_first(lambda: files.read_object(path.parent, REFERENCE_FILE) if path.is_file() else {})
     if key not in kept:
         split = source.data.validation
         index = torch.linspace(0, len(split) - 1, min(len(split), REFERENCE_ROWS)).long()
@@ -217,7 +214,7 @@ def element_densities(traces: Any, layout: Layout, particles: int, rows: int) ->
     value = base.element_log_prob(node["value"]) if has_columns(fn) else log_density(base, node["value"])
     if isinstance(fn, Absence):
         value = value + fn.absence_log_prob(node["value"])
-    for mask in masks_of(node):
+    for mask in densities.masks_of(node):
         value = torch.where(mask.bool(), value, 0.0)
     value = rows_of(value, node, layout, rows)
     if layout.enumerated:

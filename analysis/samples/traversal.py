@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, distributions
 
 from pvae.analysis.aggregate.entry import accept, require_room
-from pvae.analysis.decompose.collapse import activity
-from pvae.analysis.decompose.posterior_draws import draw
+from pvae.analysis.decompose import collapse, posterior_draws
 from pvae.analysis.export.sites import as_value
 from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.analysis.samples import running
@@ -190,10 +189,10 @@ def _scores(pair: Pair, x: Tensor, name: str) -> tuple[Tensor | None, str]:
     layout = pair.layout
     if name in layout.enumerated or (layout.enumerated and len(layout.latents) > 1):
         return None, "their own order"
-    drawn = draw(pair, x).latents[name]
+    drawn = posterior_draws.draw(pair, x).latents[name]
     if (kl := drawn.coordinate_kl) is not None:
         return kl.mean(0), "KL"
-    variance = activity(drawn)
+    variance = collapse.activity(drawn)
     return variance, "their own order" if variance is None else "variance of the posterior mean"
 
 

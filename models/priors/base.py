@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
-from pvae.distributions import Event, RelaxedCodes, UnitNormal, bits, code_grid
-from pvae.distributions.relaxed import Relaxing
+from pvae.distributions import Event, RelaxedCodes, UnitNormal, bits, code_grid, relaxed
 from pvae.graph.site import Link, Site, Values
 from pvae.nn.network import MLP, LogVarianceBounds, Network, NormalHead
 
@@ -154,7 +153,7 @@ class RelaxingModule(nn.Module):
 
     def forward(self, given: Mapping[str, Tensor]) -> dist.TorchDistribution:
         """Return the prior of the codes as a distribution over relaxed one-hots, which scores the codes alone."""
-        return Relaxing(self.codes(given), self.states)
+        return relaxed.Relaxing(self.codes(given), self.states)
 
 
 def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.graph.site import Link, Site, Values
-from pvae.models.priors.autoregressive import Choose, TokenModule
-from pvae.models.priors.base import Prior
+from pvae.models.priors import autoregressive, base
 
 
 def gate(h: Tensor) -> Tensor:
@@ -19,7 +18,7 @@ def gate(h: Tensor) -> Tensor:
     return a.tanh() * b.sigmoid()
 
 
-class PixelCNNPrior(Prior):
+class PixelCNNPrior(base.Prior):
     r"""Gated PixelCNN prior: prod_p p(c_p | codes above and before it, parents), by causal convolutions.
 
     A parent that is a vector (a one-hot label, a latent) adds one bias to each layer at all positions; a grid of
@@ -136,7 +135,7 @@ class Map(nn.Module):
         return h.reshape(*x.shape[:-3], *h.shape[1:])
 
 
-class PixelCNNModule(TokenModule):
+class PixelCNNModule(autoregressive.TokenModule):
     """Gated PixelCNN of two stacks: a vertical one over the rows above, without blind spot, and a horizontal one.
 
     The horizontal stack reads the columns before a position. A sequence `(L,)` is one row, and has no vertical stack.
@@ -204,7 +203,7 @@ class PixelCNNModule(TokenModule):
         conditions = self.conditions(context)
         return self.head(self.before(x, self.above(x, conditions), conditions)).flatten(2).mT
 
-    def draw(self, count: int, context: Tensor | None, choose: Choose) -> Tensor:
+    def draw(self, count: int, context: Tensor | None, choose: autoregressive.Choose) -> Tensor:
         """Return codes `(count, p)` chosen in raster order; the vertical stack runs once per row of the grid."""
         height, width = self.plane
         x = self.start.new_zeros(count, height, width, self.width)

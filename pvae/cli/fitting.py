@@ -14,11 +14,9 @@ import typer
 import pvae
 from pvae.cli.app import Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
 from pvae.errors import DataError, PvaeError
-from pvae.runs.find import Claim, slug
-from pvae.runs.rundir import RunDirectory, list_runs
+from pvae.runs import find, rundir
 from pvae.signals import end_with
-from pvae.util.files import pretty, write_atomic
-from pvae.util.progress import ProgressBar
+from pvae.util import files, progress
 from pvae.words import text
 
 if TYPE_CHECKING:
@@ -76,7 +74,7 @@ def _compare(shared: Shared, parent: Run | None, child: Run, rows: int | None = 
     try:
         if parent is None:
             raise DataError(f"{child.path}: expected its first stage {_parent(child)} beside it; got none.")
-        with ProgressBar(4, "surgery", show=not shared.quiet) as bar:
+        with progress.ProgressBar(4, "surgery", show=not shared.quiet) as bar:
             for i, split in enumerate(("train", "test")):
                 _, x, _ = rows_of(child, split, rows, 0)
                 watch = partial(lambda i, done, _: bar.update(2 * i + done, ""), i)
@@ -84,7 +82,7 @@ def _compare(shared: Shared, parent: Run | None, child: Run, rows: int | None = 
                 found[split] = pvae.analysis.gain(parent.pair, child.pair, x, samples, **given)
         splits = {split: gained.to_dict() for split, gained in found.items()}
         record = {"run": str(child.path), "parent": str(parent.path), "splits": splits}
-        write_atomic(child.files.analysis / "refit.json", pretty(record))
+        files.write_atomic(child.files.analysis / "refit.json", files.pretty(record))
     except PvaeError as error:
         tell(f"no comparison with the first stage: {error}", err=True)
     shown = [part for split, result in found.items() for part in (f"\n{split}:", result)]
@@ -141,7 +139,7 @@ def export(shared: Shared, run: str, kind: str, what: str = "decoder") -> None:
     if (path := Path(kind)).suffix == ".md":
         from pvae.analysis.pages.card import card
 
-        write_atomic(path, card(shared.open(run)))
+        files.write_atomic(path, card(shared.open(run)))
         where = str(path)
     elif path.suffix:
         from pvae.runs.export.modules import export_module
@@ -150,14 +148,14 @@ def export(shared: Shared, run: str, kind: str, what: str = "decoder") -> None:
     else:
         from pvae.runs.export.exporting import export as export_run
 
-        where = export_run(RunDirectory.open(run, shared.run_dir), kind)
+        where = export_run(rundir.RunDirectory.open(run, shared.run_dir), kind)
     shared.answer({"kind": kind, "where": where}, where)
 
 
 @command("run_dir", "as_json")
 def runs(shared: Shared) -> None:
     """List runs with their state, epochs and best validation ELBO."""
-    rows = list_runs(shared.run_dir)
+    rows = rundir.list_runs(shared.run_dir)
     lines = [] if rows else [f"no runs in {shared.run_dir}; make one with: pvae fit vae"]
     for row in rows:
         known = [f"{name} {row[name]:>10.3f}" for name in ("elbo", "log_joint") if isinstance(row.get(name), float)]
@@ -185,7 +183,7 @@ def study(
         return
     from pvae.analysis.pages.document.document import earlier
 
-    where = out or Path(f"study-{slug(declared.name)}")
+    where = out or Path(f"study-{find.slug(declared.name)}")
     if page or out is not None:
         earlier(where)  # before the work
     options: dict[str, Any] = {name: getattr(shared, name) for name in ("run_dir", "data_dir", "data", "device")}
@@ -194,7 +192,7 @@ def study(
     written = None
     if page:
         try:
-            with ProgressBar(100, "compare", show=not (shared.quiet or shared.as_json)) as bar:
+            with progress.ProgressBar(100, "compare", show=not (shared.quiet or shared.as_json)) as bar:
                 written = found.compare(where, on_progress=bar.report)
         except PvaeError as error:  # runs that cannot be compared
             tell(f"no comparison: {error}", err=True)
@@ -226,7 +224,7 @@ def study_work() -> None:
     signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # Slurm sends it to all processes of a job
     order = json.load(sys.stdin)
     end_with(order["supervisor"])
-    with Claim(Path(order["claim"]), "a case"):
+    with find.Claim(Path(order["claim"]), "a case"):
         from pvae.studies.tasks import work
 
         load_installed_plugins()

@@ -16,8 +16,7 @@ from pvae.guides.posteriors.codes import BernoulliPosterior, CategoricalPosterio
 from pvae.models.priors.base import BernoulliPrior, CategoricalPrior, Prior, StandardNormal
 from pvae.nn.precision import Precision
 from pvae.nn.schedules import Adam, Constant, Optimizer, Schedule
-from pvae.objectives.base import Objective
-from pvae.objectives.elbo import TraceELBO
+from pvae.objectives import base, elbo
 from pvae.util import digest, toml
 from pvae.words import text
 
@@ -267,7 +266,7 @@ class Plan(Section):
     name: str = Field(default="experiment", min_length=1, max_length=300)
     description: str = ""
     seed: int = Field(default=0, ge=0, lt=2**32)
-    objective: Objective = TraceELBO()
+    objective: base.Objective = elbo.TraceELBO()
     train: Table[Train] = Train()
     analysis: Table[Watch] = Watch()
 

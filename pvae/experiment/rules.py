@@ -13,10 +13,9 @@ from pvae.experiment.captions import unscored
 from pvae.graph.site import OBSERVED, Values
 from pvae.guides.posteriors.base import Posterior
 from pvae.guides.posteriors.codes import EstimatedPosterior
-from pvae.models.likelihoods.base import Likelihood
+from pvae.models.likelihoods import base, standard
 from pvae.models.likelihoods.columns import support_of
 from pvae.models.likelihoods.counts import LIBRARY, OWNERS, Counts
-from pvae.models.likelihoods.standard import DeterminedLikelihood
 from pvae.models.priors.base import CategoricalPrior, Prior, UniformPrior
 from pvae.nn.network import TableNetwork
 from pvae.objectives.em import EM
@@ -256,7 +255,7 @@ def _no_mixture(e: Experiment) -> Iterator[Finding]:
         return
     ((name, latent),) = e.latents.items()
     likelihood, network = e.decoder.likelihood, e.decoder.network
-    closed = ", ".join(sorted(kind for kind, member in Likelihood.members.items() if member.closed_form))
+    closed = ", ".join(sorted(kind for kind, member in base.Likelihood.members.items() if member.closed_form))
     weights = isinstance(latent.prior, CategoricalPrior | UniformPrior)
     wanted: list[tuple[str, Component, Any, str]] = [
         (f"latents.{name}.prior", latent.prior, weights, "categorical or uniform, of a latent with codes,"),
@@ -317,13 +316,13 @@ def _negative_schedules(e: Experiment) -> Iterator[Finding]:
 def _likelihood_free(e: Experiment) -> Iterator[Finding]:
     """Yield the components that do not suit an objective with a likelihood, or the likelihood-free objective gan."""
     kind, likelihood, scores = e.objective.kind, e.decoder.likelihood, e.objective.scores
-    if not scores and not isinstance(likelihood, DeterminedLikelihood):
+    if not scores and not isinstance(likelihood, standard.DeterminedLikelihood):
         yield "decoder.likelihood", f"determined, x = g(z), for the objective {kind}", likelihood.kind
     wanted = text("experiment.rules.infers", kind=kind, scores=scores)
     for name, latent in e.latents.items():
         if latent.posterior.infers != scores:
             yield f"latents.{name}.posterior", wanted, latent.posterior.kind
-    if scores and isinstance(likelihood, DeterminedLikelihood) and likelihood.squash != "none":
+    if scores and isinstance(likelihood, standard.DeterminedLikelihood) and likelihood.squash != "none":
         yield "decoder.likelihood.squash", text("experiment.rules.squash"), likelihood.squash
     if not scores and e.refit is not None:
         yield "refit", text("experiment.rules.no_refit", kind=kind), sorted(e.refit.priors)

@@ -9,9 +9,8 @@ from pyro import poutine
 from torch import Tensor
 
 from pvae.distributions import Certain, Discretised
-from pvae.pair.densities import Unweighed, moved, rows_first
+from pvae.pair import densities, running
 from pvae.pair.layout import Layout, is_point, samples, unwrapped
-from pvae.pair.running import quiet, run
 from pvae.pair.structure import ROWS_OF_A_BATCH, Structure, unpack
 from pvae.records import Record
 from pvae.util import seeds
@@ -99,10 +98,10 @@ def read_dependencies(pair: "Pair", x: Tensor) -> Dependencies:
     layout, structure = pair.layout, pair.structure
     rows = _probed(pair, x)
     random = [name for name in layout.shared if name not in structure.points]
-    with quiet(pair, x), Unweighed(), Discretised(pair.relaxed):
+    with running.quiet(pair, x), densities.Unweighed(), Discretised(pair.relaxed):
         seeds.set_noise(seeds.mix(0, seeds.ANALYSIS), x.device)
         with pair.own_store():
-            traces = run(pair, rows)
+            traces = running.run(pair, rows)
         guide, model = samples(unpack(traces[0], structure.unpacked)), samples(traces[1])
         nodes = {**model, **guide}
         base = {z: nodes[z]["value"] for z in (*layout.latents, *structure.model_only) if z in nodes}
@@ -110,7 +109,7 @@ def read_dependencies(pair: "Pair", x: Tensor) -> Dependencies:
         sites, first = _conditioned(pair, rows, given, base)
         reads: Reads = {key: set() for key in first}
         for name in (*random, *base):
-            _, other = _conditioned(pair, rows, {**given, name: moved(sites[name])}, base)
+            _, other = _conditioned(pair, rows, {**given, name: densities.moved(sites[name])}, base)
             for key in (key for key in first if key[1] != name and not torch.equal(first[key], other[key])):
                 reads[key].add(name)
     certain = frozenset(name for name in base if name in guide and isinstance(unwrapped(guide[name]["fn"]), Certain))
@@ -148,7 +147,7 @@ def _trail(node: Mapping[str, Any], value: Tensor, layout: Layout) -> Tensor:
     fn, rows = node["fn"], value.shape[value.dim() - len(node["fn"].event_shape) + layout.dim]
     base = unwrapped(fn)
     if isinstance(base, Certain) or is_point(fn):
-        return rows_first(base.index if isinstance(base, Certain) else base.v, node, layout, rows)
+        return densities.rows_first(base.index if isinstance(base, Certain) else base.v, node, layout, rows)
     score = fn.log_prob(value).detach().movedim(layout.dim, 0)
     return score.expand(rows, *score.shape[1:]).reshape(rows, -1)
 

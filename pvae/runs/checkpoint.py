@@ -22,8 +22,7 @@ from torch import Tensor
 
 from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError, instead
 from pvae.records import Record, field
-from pvae.runs.find import slug
-from pvae.runs.rundir import require_sound
+from pvae.runs import find, rundir
 from pvae.util import files
 
 SCHEMA_VERSION = 1
@@ -78,7 +77,7 @@ def write(
     temporary files remain), CheckpointError if tensors or state could not be read back unchanged, and DeclarationError
     for an invalid group name. Returns the checkpoint's folder.
     """
-    if wrong_groups := [group for group in tensors if slug(group) != group]:
+    if wrong_groups := [group for group in tensors if find.slug(group) != group]:
         raise DeclarationError(f"Expected a safe file name for a group of tensors; got {wrong_groups[0]!r}.")
     path = folder / f"step-{step:08d}"
     temporary = files.temporary_for(path)
@@ -156,7 +155,7 @@ def manifest_of(path: Path) -> tuple[int, int, dict[str, dict[str, Any]], dict[s
     if path.is_symlink() or not path.is_dir():
         raise wrong(path, "a checkpoint folder", "a link" if path.is_symlink() else "none")
     found = files.read_object(path, "manifest.json", LARGEST_STATE)
-    require_sound(where, found)
+    rundir.require_sound(where, found)
     schema, step, match = found.get("schema", -1), found.get("step", -1), _NAME.match(path.name)
     if schema > SCHEMA_VERSION:
         newer = f"schema {schema}; upgrade pvae (pip install -U pvae-pyro)"
@@ -166,7 +165,7 @@ def manifest_of(path: Path) -> tuple[int, int, dict[str, dict[str, Any]], dict[s
     table, run = _file_table(where, found.get("files")), found.get("run", {})
     if not isinstance(run, dict):
         raise wrong(where, "a table for 'run'", repr(run)[:80])
-    require_sound(where, run)
+    rundir.require_sound(where, run)
     if not files.is_sealed(found) and ("sha256" in found or run):
         raise wrong(where, "the manifest that was written", "an edited one (its digest differs)")
     return schema, step, table, run
@@ -178,7 +177,7 @@ def _file_table(where: Path, table: object) -> dict[str, dict[str, Any]]:
         raise wrong(where, "a table of files with state.json", repr(table)[:80])
     for name, entry in table.items():
         group = name.removesuffix(".safetensors")
-        if name != "state.json" and (group == name or slug(group) != group):
+        if name != "state.json" and (group == name or find.slug(group) != group):
             raise wrong(where, "plain names like weights.safetensors", repr(name)[:80])
         if not re.fullmatch(r'\{"sha256": "[0-9a-f]{64}", "size": \d{1,18}\}', json.dumps(entry)):
             raise wrong(where, f"size and sha256 of {name!r}", repr(entry)[:80])

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pvae.component import IMPORTED
-from pvae.data import Dataset, Split, load
-from pvae.data.new import FittedTransforms, rows_of_new
+from pvae.data import Dataset, Split, load, new
 from pvae.data.rows.files import confined
 from pvae.data.sources.python import PassedData, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError, refuse
@@ -151,7 +150,7 @@ class Run(Applied):
         return (self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data).to(self._device)
 
     @cached_property
-    def transforms(self) -> FittedTransforms:
+    def transforms(self) -> new.FittedTransforms:
         """Transforms of the fit, by which new rows are prepared; a run of an earlier version reads its data for them.
 
         Raises:
@@ -162,7 +161,7 @@ class Run(Applied):
             return self.data.transforms
         if digest(found := read_inside(self.path, TRANSFORMS, 1 << 30)) != wanted:
             raise DataError(f"{self.path / TRANSFORMS}: expected the file of the fit; got an edited one.")
-        return FittedTransforms.parse(found, str(self.path / TRANSFORMS))
+        return new.FittedTransforms.parse(found, str(self.path / TRANSFORMS))
 
     def rows(self, data: Any, *, data_dir: str | Path | None = None) -> Split:
         """Return new data as the split "new", prepared as those of the fit were, none of which are needed.
@@ -200,7 +199,7 @@ class Run(Applied):
         folder = Path(data_dir) if data_dir else None
         declared = None if plan is None else plan.data.with_side(side_columns(plan.covariates))
         with reading(self.plan):
-            found = rows_of_new(data, declared, self.transforms, folder, labelled=labelled)
+            found = new.rows_of_new(data, declared, self.transforms, folder, labelled=labelled)
         split = self.transforms.split(found, closed=labelled)
         if plan is not None:
             split.require_support(plan.observed().support, plan.decoder.likelihood.hint, holed=plan.data.masked)

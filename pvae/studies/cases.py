@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from pvae.errors import DeclarationError, misdeclared, near
-from pvae.experiment import zoo
+from pvae.experiment import plan, zoo
 from pvae.experiment.experiment import Experiment
-from pvae.experiment.plan import apply_overrides
 from pvae.records import Record, replace
 from pvae.studies.sweep import FIRST, SECOND, Measure, Search, StudyFile, Sweep, find, validated
 from pvae.training.resume import stage_of
@@ -239,7 +238,7 @@ def overridden(raw: Mapping[str, Any], changes: Mapping[str, Any], name: str) ->
     """Return the experiment `name` that a declaration gives with other values at dotted paths."""
     table: dict[str, Any] = copy.deepcopy(dict(raw))
     values = [(tuple(path.split(".")), copy.deepcopy(value)) for path, value in changes.items()]
-    apply_overrides(table, values, Experiment)
+    plan.apply_overrides(table, values, Experiment)
     return Experiment.from_dict({**table, "name": name}, origin="\0")
 
 

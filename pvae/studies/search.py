@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pvae.errors import BusyError, Interrupted, PvaeError, StorageError, require_extra
 from pvae.runs.export.exporting import WATCH, brief
 from pvae.runs.find import slug
-from pvae.studies.cases import Case, overridden
-from pvae.studies.sweep import Search
+from pvae.studies import cases, sweep
 from pvae.studies.tasks import Task, claimed, fitted, own_folder
 from pvae.util.files import digest
 
@@ -36,7 +35,7 @@ class Searching:
         root: folder of the run directories.
     """
 
-    def __init__(self, search: Search, base: Mapping[str, Any], name: str, root: Path) -> None:
+    def __init__(self, search: sweep.Search, base: Mapping[str, Any], name: str, root: Path) -> None:
         require_extra("optuna", "search", "search: expected optuna, which chooses the values of [search]")
         self.search, self.base, self.name, self.root = search, base, name, root
         self.named = f"{name} trial"
@@ -112,7 +111,7 @@ class Searching:
 
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # outside of a fit it comes too late
         trial = self.open(order["number"])
-        case = Case.of(overridden(self.base, self.values(trial), self.named))
+        case = cases.Case.of(cases.overridden(self.base, self.values(trial), self.named))
         token = WATCH.set(partial(self._report, trial))
         try:
             with claimed(Task((case,)).claim(self.root)):

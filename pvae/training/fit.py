@@ -24,8 +24,7 @@ from pvae.runs.run import Run
 from pvae.runs.weights import attended
 from pvae.training.launch import begun_before, launch, pick_device
 from pvae.training.resume import resume, second_stage
-from pvae.util import group
-from pvae.util.memory import require_training_memory
+from pvae.util import group, memory
 from pvae.words import text
 
 BATCHES_LOOKED_AT = 100
@@ -103,7 +102,7 @@ def fit(
     rows = min(plan.train.batch_size, len(dataset.train))
     step = partial(weigh_step, plan.objective, row=dataset.train.rows.shape[1:], rows=rows)
     particles, of_data = getattr(plan.objective, "particles", 1), step if pair.made_of_data() else None
-    require_training_memory(pair, math.prod(dataset.shape), rows * particles, where, of_data)
+    memory.require_training_memory(pair, math.prod(dataset.shape), rows * particles, where, of_data)
     given_pair = what if isinstance(what, Pair) else None
     _require_fittable(plan, pair, dataset, given_pair is not None)
     with group.joined(where):

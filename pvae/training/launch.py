@@ -22,8 +22,7 @@ from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, find, seal
 from pvae.runs.export.exporting import exporting
 from pvae.runs.run import Run
-from pvae.training import artefacts, evaluation, loop, step
-from pvae.training.trainer import Trainer
+from pvae.training import artefacts, evaluation, loop, step, trainer
 from pvae.util import follows, group, toml
 from pvae.util.provenance import UNCOUNTED, provenance, surroundings
 from pvae.words import text
@@ -70,7 +69,7 @@ def launch(
     with files.lock(), exporting(files, export, show=progress):
         if step.learned(pair):
             engine = str(files.manifest["engine"])
-            loop.train(Trainer(plan, pair, dataset, files, group.local(where), engine, progress))
+            loop.train(trainer.Trainer(plan, pair, dataset, files, group.local(where), engine, progress))
         else:
             keep_as_it_is(pair, dataset, plan, files)
     group.wait()

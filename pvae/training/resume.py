@@ -12,8 +12,7 @@ from pvae.data import Dataset
 from pvae.errors import CheckpointError, DataError, DeclarationError, misdeclared
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
-from pvae.objectives.base import ranked_by
-from pvae.objectives.elbo import TraceELBO
+from pvae.objectives import base, elbo
 from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
@@ -107,7 +106,7 @@ def _go_on(run: Run, plan: Plan, where: torch.device, changed: list[str], *, pro
     engine = str(files.manifest.get("engine", "eager"))
     judged, is_old = _judged(start.own_plan(run)) != _judged(plan), "spec" not in files.manifest
     if changed:
-        own = {"figure": ranked_by(plan.objective, plan.train.epochs, pair)} if judged or not is_old else {}
+        own = {"figure": base.ranked_by(plan.objective, plan.train.epochs, pair)} if judged or not is_old else {}
         own |= {} if is_old else {"spec": digest(plan.to_toml().encode())}
         files.write_manifest({**files.manifest, **start.computing(run, plan, where), **own})
     group.wait()
@@ -241,7 +240,7 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
         raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
     name = f"{old.name}_refit" if changed.name == old.name else changed.name
     train = {**changed.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
-    stage = changed.with_changes({"name": name, "refit": None, "objective": TraceELBO(), "train": train})
+    stage = changed.with_changes({"name": name, "refit": None, "objective": elbo.TraceELBO(), "train": train})
     if frozen := [line for key, line in start.changed_keys(old, stage).items() if not NOT_FROZEN.match(key)]:
         raise DeclarationError([text("training.resume.own", line=line) for line in frozen])
     if stage.seed != old.seed and getattr(stage.data, "data_seed", 0) == "experiment":

@@ -21,8 +21,7 @@ from pvae.data import Dataset
 from pvae.errors import is_refused_draw, printable
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
-from pvae.nn.precision import resolved
-from pvae.nn.schedules import Scheduled
+from pvae.nn import precision, schedules
 from pvae.objectives.base import Fitting, Loss, Stepper
 from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, seal
@@ -101,7 +100,7 @@ class Trainer:
         """Numbers of the training rows in which a latent is observed."""
         self.pair = pair.to(device, plan.objective.dtype)
         self.dtype = plan.objective.dtype or data.train.rows.dtype
-        self.precision = str(files.manifest.get("precision", resolved(self.train.precision, device)))
+        self.precision = str(files.manifest.get("precision", precision.resolved(self.train.precision, device)))
         self.total = self.pair.structure.total
         """Name of reconstruction - KL among the metrics."""
         figure = str(files.manifest.get("figure", "elbo"))
@@ -122,7 +121,7 @@ class Trainer:
         self.gathered: dict[str, Tensor] = {}
         """Sums that an objective with a step of its own keeps over an epoch; see `Fitting.gathered`."""
         self.made_of_data = self.pair.made_of_data()
-        self.scheduled = [part for part in self.pair.modules() if isinstance(part, Scheduled)]
+        self.scheduled = [part for part in self.pair.modules() if isinstance(part, schedules.Scheduled)]
         self.batch = min(self.train.batch_size, len(data.train))
         self.per_epoch = math.ceil(len(data.train) / self.batch)
         self.shards = group.Shards(self.train.shards)

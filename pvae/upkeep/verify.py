@@ -12,16 +12,14 @@ from typing import Any
 from pvae.errors import CheckpointError, DataError, instead
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
-from pvae.runs import RunDirectory, checkpoint, seal, state_of
-from pvae.runs.find import is_stale, leftovers
+from pvae.runs import RunDirectory, checkpoint, find, rundir, seal, state_of
 from pvae.runs.run import Run
-from pvae.runs.rundir import TRANSFORMS
 from pvae.training.launch import changed_keys, own_plan
 from pvae.upkeep import weights
 from pvae.util.checks import Check, Checks, Level, attempt
 from pvae.util.files import MIB, digest, read_inside, read_lines, walk
 
-FILES = ("manifest.json", "spec.toml", TRANSFORMS, "status.json", "metrics.jsonl", "events.jsonl", ".lock")
+FILES = ("manifest.json", "spec.toml", rundir.TRANSFORMS, "status.json", "metrics.jsonl", "events.jsonl", ".lock")
 FOLDERS = ("checkpoints", "analysis", "report", "exports")
 LISTED_FILES = 20
 """Largest number of unexpected files that are listed by name; any others are only counted."""
@@ -138,7 +136,7 @@ class _Inspection:
 
     @property
     def _live(self) -> bool:
-        return self.status.get("state") == "running" and not is_stale(self.status)
+        return self.status.get("state") == "running" and not find.is_stale(self.status)
 
     def lines(self, name: str) -> Iterator[Check]:
         """Yield the check of a JSON lines file: all lines are valid; an incomplete last line is a warning."""
@@ -214,7 +212,7 @@ class _Inspection:
 
         Temporary files of interrupted writes are reported unless the run is being fitted.
         """
-        left = set(leftovers(self.path))
+        left = set(find.leftovers(self.path))
         found = [check for entry in walk(self.path) for check in self._stranger(entry, Path(entry.path) in left)]
         yield from found[:LISTED_FILES]
         if len(found) > LISTED_FILES:

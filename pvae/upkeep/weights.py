@@ -10,9 +10,7 @@ from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.run import Run
 from pvae.runs.weights import chosen, load_weights
-from pvae.training.evaluation import evaluate
-from pvae.training.recovery import bad_weights
-from pvae.training.trainer import State
+from pvae.training import evaluation, recovery, trainer
 from pvae.util.checks import Check
 from pvae.util.provenance import surroundings
 from pvae.words import text
@@ -37,7 +35,7 @@ def unsound(saved: checkpoint.Checkpoint, pair: Pair | None) -> Iterator[str]:
             yield from (f"{group}: {name} is not finite" for name in bad[:LISTED_TENSORS])
         except CheckpointError as problem:
             yield str(problem)
-    for validated in (chosen, State.of):
+    for validated in (chosen, trainer.State.of):
         try:
             validated(saved)
         except (CheckpointError, ValueError) as problem:
@@ -50,7 +48,7 @@ def _not_finite(group: str, tensors: Mapping[str, torch.Tensor], pair: Pair | No
         floating = {name: value for name, value in tensors.items() if value.is_floating_point()}
         return [name for name, value in floating.items() if not bool(value.double().isfinite().all())]
     load_weights(pair, tensors, group)
-    return bad_weights(pair)
+    return recovery.bad_weights(pair)
 
 
 def elbo(run: Run, saved: checkpoint.Checkpoint | None) -> Iterator[Check]:
@@ -75,7 +73,7 @@ def _measure(run: Run, saved: checkpoint.Checkpoint, device: str, closed: Any = 
     load_weights(pair, chosen(saved), str(saved.path))
     data = run.data.to(device)
     x, fitted = data.validation.rows, len(data.train)
-    return plan.objective.measure(pair, x, plan.seed) or evaluate(pair, x, plan.seed, fitted, closed)
+    return plan.objective.measure(pair, x, plan.seed) or evaluation.evaluate(pair, x, plan.seed, fitted, closed)
 
 
 def _compare(run: Run, device: str, recorded: Mapping[str, Any], measured: Mapping[str, float]) -> Check:

@@ -10,11 +10,9 @@ from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.bounds.rate_distortion import named, require_alike
-from pvae.analysis.decompose.posterior_draws import draw
-from pvae.analysis.decompose.result import SURGERY_TERMS
+from pvae.analysis.decompose import posterior_draws, result
 from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, proportion, refuse
-from pvae.analysis.pages.document.document import Stages
-from pvae.analysis.pages.document.words import Value
+from pvae.analysis.pages.document import document, words
 from pvae.analysis.pages.sections.examination import Examination, draws
 from pvae.analysis.pages.sections.samples import measure
 from pvae.analysis.samples.quality import SampleQuality
@@ -58,7 +56,7 @@ def elbos(pair: Pair, x: Tensor, samples: int = 8, seed: int = 0) -> Tensor:
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     with quiet(pair, x, seed):
         for _ in range(samples):
-            drawn = draw(pair, x)
+            drawn = posterior_draws.draw(pair, x)
             total += drawn.reconstruction - sum_over([z.log_q - z.log_p for z in drawn.latents.values()])
     return total / samples
 
@@ -115,7 +113,7 @@ class Comparison:
         self.exams = {name: Examination(run, **settings) for name, run in zip(names, runs, strict=True)}
         self.quality: dict[str, SampleQuality] = {}
         """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
-        self.split, self.stages = self.first.split, Stages()
+        self.split, self.stages = self.first.split, document.Stages()
 
     @property
     def first(self) -> Examination:
@@ -143,17 +141,17 @@ class Comparison:
         return known if len(known) == len(found) else {}
 
     @cached_property
-    def figures(self) -> dict[str, dict[str, Value]]:
+    def figures(self) -> dict[str, dict[str, words.Value]]:
         """Scalar metrics of each run for the overview table, by run and by metric; also fills `quality`."""
         return {name: self._measure(name, exam) for name, exam in self.exams.items()}
 
-    def _measure(self, name: str, exam: Examination) -> dict[str, Value]:
+    def _measure(self, name: str, exam: Examination) -> dict[str, words.Value]:
         """Return the metrics of a run: of its ELBO if the model has a likelihood, of its samples, and its seconds."""
         self.stages.begin(name)
         exam.stages = self.stages
-        row: dict[str, Value] = {}
+        row: dict[str, words.Value] = {}
         if not exam.implicit:
-            row |= {term: getattr(exam.held, term) for term in SURGERY_TERMS}
+            row |= {term: getattr(exam.held, term) for term in result.SURGERY_TERMS}
             if (bits := exam.held.bits_per_dimension) is not None:
                 row["bits_per_dimension"] = bits
             bound = exam.evidence

@@ -13,8 +13,7 @@ from pvae.analysis.figures.estimate import Estimate, merged
 from pvae.analysis.pages.comparison.comparison import STRIP, Comparison
 from pvae.analysis.pages.document.blocks import PageTable, Part, Sentence
 from pvae.analysis.pages.document.words import Value, alert, picture, section, table, text
-from pvae.analysis.pages.plots import comparisons, pictures
-from pvae.analysis.pages.plots.base import array, plain
+from pvae.analysis.pages.plots import base, comparisons, pictures
 from pvae.analysis.pages.sections.fit import OVERFITTING_NATS, SHOWN_NATS, environment_of
 from pvae.analysis.pages.sections.samples import whole
 from pvae.analysis.samples.features import is_image
@@ -176,8 +175,8 @@ def samples(found: Comparison) -> Iterator[Part]:
     first = found.first
     drawn = {name: exam.sampled.x[:STRIP] for name, exam in found.exams.items() if exam.sampled is not None}
     if shown := is_image(first.shape) and bool(drawn):
-        images = np.stack([array(x).reshape(len(x), *first.shape) for x in drawn.values()])
-        made = pictures.gallery(images, *first.scale_of_grey, row_names=[plain(name)[:18] for name in drawn])
+        images = np.stack([base.array(x).reshape(len(x), *first.shape) for x in drawn.values()])
+        made = pictures.gallery(images, *first.scale_of_grey, row_names=[base.plain(name)[:18] for name in drawn])
         yield picture("compared.samples", made, each=STRIP, count=len(drawn))
     if quality := found.quality:
         space = next(iter(quality.values())).fidelity.space

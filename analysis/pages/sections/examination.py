@@ -11,16 +11,12 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.bounds.weights import Evidence
+from pvae.analysis.decompose import posterior_draws, result, surgery_figures
 from pvae.analysis.decompose.collapse import Collapse, collapse
-from pvae.analysis.decompose.posterior_draws import Draw, draw
-from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
-from pvae.analysis.decompose.surgery_figures import Asked
-from pvae.analysis.pages.document.document import Stages
-from pvae.analysis.pages.document.words import text
+from pvae.analysis.pages.document import document, words
+from pvae.analysis.samples import quality, running
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
-from pvae.analysis.samples.quality import space_of
-from pvae.analysis.samples.running import datum
 from pvae.analysis.samples.sample import Samples, sample
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError
@@ -90,13 +86,13 @@ class Examination:
     seed: int = 0
     train_rows: int = SURGERY_ROWS["train"]
     """Largest number of training rows of an ELBO surgery."""
-    population: Asked = "rows"
+    population: surgery_figures.Asked = "rows"
     """Source of the interval on new data, as in `surgery`."""
     most_evidence_rows: int = 500
     """Largest number of rows for importance sampling."""
     missing: dict[str, str] = field(default_factory=dict, init=False)
     """Reasons of the analyses that could not be computed, by name of the analysis."""
-    stages: Stages = field(default_factory=Stages, init=False)
+    stages: document.Stages = field(default_factory=document.Stages, init=False)
 
     def __post_init__(self) -> None:
         self.pair, self.data, self.part = self.run.pair, self.run.data, self.run.data.split(self.split)
@@ -171,23 +167,23 @@ class Examination:
             return True
         few = self.pair.structure.few(self.x)
         with quiet(self.pair, few, self.seed):
-            site = datum(self.pair.layout, sample_sites(self.pair.model_trace(few)))
+            site = running.datum(self.pair.layout, sample_sites(self.pair.model_trace(few)))
         return int(site["value"].numel()) == len(few) * prod(self.shape)
 
     def require_whole_rows(self) -> None:
         """Raise DataError unless the model observes whole rows of data."""
         if not self.whole_rows:
-            raise DataError(text("page.parts_of_rows", shape=list(self.shape)))
+            raise DataError(words.text("page.parts_of_rows", shape=list(self.shape)))
 
     # ------------------------------------------------------------------ figures
 
     @cached_property
-    def surgeries(self) -> dict[str, Surgery]:
+    def surgeries(self) -> dict[str, result.Surgery]:
         """ELBO surgery by split: of train and of the reported split.
 
         The surgery of a held-out split also estimates the ELBO gain if q_agg of the training rows were the prior.
         """
-        found: dict[str, Surgery] = {}
+        found: dict[str, result.Surgery] = {}
         for name, rows in self.rows.items():
             train = self.rows["train"].x if name != "train" else None
             given_label = any(entry.source == "label" for entry in self.pair.frame.covariates.values())
@@ -199,7 +195,7 @@ class Examination:
         return found
 
     @property
-    def held(self) -> Surgery:
+    def held(self) -> result.Surgery:
         """ELBO surgery of the reported split."""
         return self.surgeries[self.split]
 
@@ -233,10 +229,10 @@ class Examination:
         return collapse(self.pair, self.x, self.seed)
 
     @cached_property
-    def drawn(self) -> Draw:
+    def drawn(self) -> posterior_draws.Draw:
         """One posterior sample of every latent for the rows `x`, with log q, log p and log p(x | z)."""
         with quiet(self.pair, self.x, self.seed):
-            return draw(self.pair, self.x)
+            return posterior_draws.draw(self.pair, self.x)
 
     @cached_property
     def binary(self) -> bool:
@@ -269,7 +265,7 @@ class Examination:
     @cached_property
     def space(self) -> Features | None:
         """Feature space to compare samples and data: features of a classifier of labels, or principal components."""
-        return self.attempt("feature space", space_of, self.run, self.seed)
+        return self.attempt("feature space", quality.space_of, self.run, self.seed)
 
     @property
     def prior(self) -> dict[str, Tensor]:

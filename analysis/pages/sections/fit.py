@@ -23,8 +23,7 @@ from pvae.analysis.pages.document.words import alert, picture, section, table, t
 from pvae.analysis.pages.plots import bars, base, clouds, curves, pictures
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
-from pvae.experiment.experiment import Experiment
-from pvae.experiment.readback import formulas
+from pvae.experiment import experiment, readback
 from pvae.objectives.base import named
 from pvae.runs.run import Run
 
@@ -250,8 +249,8 @@ def training(exam: Examination) -> Iterator[Part]:
 @section("declaration", is_appendix=True)
 def declaration(exam: Examination) -> Iterator[Part]:
     """Yield the formulas of model and guide, and the declaration of the run as TOML."""
-    if isinstance(exam.run.plan, Experiment):
-        found = formulas(exam.run.plan)
+    if isinstance(exam.run.plan, experiment.Experiment):
+        found = readback.formulas(exam.run.plan)
         yield Listing(f"{found['model']}\n{found['guide']}", text("declaration.formulas"))
         yield Listing(f"{found['model_latex']}\n{found['guide_latex']}", text("declaration.latex"), folded=True)
     else:

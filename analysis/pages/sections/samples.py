@@ -13,14 +13,11 @@ from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence
 from pvae.analysis.pages.document.words import alert, picture, section, table, text, texts, tile
 from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.pages.sections.examination import Examination
+from pvae.analysis.samples import encode, features, running, sample
 from pvae.analysis.samples.copying import Copying, copying
-from pvae.analysis.samples.encode import reconstruct
-from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.fidelity import Fidelity
 from pvae.analysis.samples.quality import SampleQuality
 from pvae.analysis.samples.quality import sample_quality as quality_of
-from pvae.analysis.samples.running import decoded_mean
-from pvae.analysis.samples.sample import Samples
 from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolate, traverse
 from pvae.util import seeds
 
@@ -48,7 +45,7 @@ def samples(exam: Examination) -> Iterator[Part]:
     if not known:
         return
     first = next(iter(known.values()))
-    if is_image(exam.shape):
+    if features.is_image(exam.shape):
         train = exam.data.train
         nearest = train.observed(train.rows[first.nearest[:BESIDE_NEIGHBOURS].to(exam.x.device)])
         pairs = np.stack([x[:BESIDE_NEIGHBOURS], base.array(nearest)[: len(x)]])
@@ -122,7 +119,7 @@ def sample_quality(exam: Examination) -> Iterator[Part]:
     yield {"sample_quality": {name: quality.to_dict() for name, quality in found.items()}}
 
 
-def measure(exam: Examination, kind: str, drawn: Samples | None) -> SampleQuality | None:
+def measure(exam: Examination, kind: str, drawn: sample.Samples | None) -> SampleQuality | None:
     """Return the quality of samples of the model (`draws`) or of means of p(x | z) (`means`); None on failure."""
     if drawn is None or exam.space is None:
         return None
@@ -181,12 +178,12 @@ def _rebuild(exam: Examination) -> list[pictures.Rebuilt]:
             rows = torch.from_numpy(picked).to(exam.x.device)
             chosen = exam.x[rows]
             if layout.enumerated:  # the score sums over codes c: decode a sample of p(c | x, z)
-                means = reconstruct(pair, chosen).x
+                means = encode.reconstruct(pair, chosen).x
             else:
                 nodes = pair.guide_trace(chosen).nodes
                 values: dict[str, Any] = {name: nodes[name]["value"] for name in (*layout.latents, *layout.shared)}
                 values |= {name: as_value(z.value[rows], nodes[name], layout) for name, z in drawn.latents.items()}
-                means = decoded_mean(pair.model_trace(chosen, values).nodes, layout, len(rows))
+                means = running.decoded_mean(pair.model_trace(chosen, values).nodes, layout, len(rows))
             data, scores = base.array(pair.frame.split(chosen)[0]), base.array(drawn.reconstruction[rows])
             found.append(pictures.Rebuilt(title, data, base.array(means).reshape(data.shape), scores))
     return found
@@ -203,7 +200,7 @@ def traversals(exam: Examination) -> Iterator[Part]:
 
 def _traversal(exam: Examination, found: Traversal) -> Part:
     """Return the traversal of a latent: for images a row per coordinate, for points in the plane its path."""
-    if is_image(exam.shape):
+    if features.is_image(exam.shape):
         names, steps, below = pictures.moved(found)
         made = pictures.gallery(base.array(found.x), *exam.scale_of_grey, row_names=names, column_names=steps)
         return picture("traversals.traversal", made, of=found.latent, count=len(names), order=found.order, below=below)
@@ -211,7 +208,7 @@ def _traversal(exam: Examination, found: Traversal) -> Part:
     return picture("traversals.paths.traversal", paths, of=found.latent, count=len(found.dims))
 
 
-@section("interpolations", scored=True, where=lambda exam: is_image(exam.shape) and exam.whole_rows)
+@section("interpolations", scored=True, where=lambda exam: features.is_image(exam.shape) and exam.whole_rows)
 def interpolations(exam: Examination) -> Iterator[Part]:
     """Yield interpolations between codes of two data; nothing unless data are images and codes real."""
     if not (found := exam.attempt("interpolations", _interpolated, exam)):

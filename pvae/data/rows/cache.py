@@ -175,9 +175,7 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
     with TemporaryDirectory(**place, ignore_cleanup_errors=True) as temporary:
         part = Path(temporary)
         writer = Writer(part)
-        with instead(
-            OSError, "Expected data that can be read; got {problem}."
-        ):  # no fault of the cache's disk
+        with instead(OSError, "Expected data that can be read; got {problem}."):  # no fault of the cache's disk
             make(writer)
         with room(folder):
             arrays = {name: {**kept, "sha256": _file_digest(part / name)} for name, kept in writer.arrays.items()}

@@ -15,8 +15,7 @@ import numpy as np
 
 from pvae.errors import DataError, PvaeError, refuse
 from pvae.records import Record
-from pvae.util.files import raising
-from pvae.util.memory import require_memory
+from pvae.util import files, memory
 
 SPAN_BYTES = 2**25
 """Largest span of a file, in bytes, that is mapped at once to read scattered rows, which bounds the memory used."""
@@ -136,7 +135,7 @@ def version_of(path: Path) -> tuple[int, ...]:
     Raises:
         DataError: the file cannot be found or read.
     """
-    with raising(DataError, f"{path}: expected a file of data"):
+    with files.raising(DataError, f"{path}: expected a file of data"):
         found = path.stat()
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
@@ -238,7 +237,7 @@ def require_room(shape: tuple[int, ...], dtype: np.dtype[Any], name: str, advice
         DataError: the rows are too large; the message gives the memory that they need.
     """
     needed = (dtype.itemsize + 4) * prod(shape)
-    require_memory(needed, name, f"{shape} {dtype}", advice or "Set data.stream = true.")
+    memory.require_memory(needed, name, f"{shape} {dtype}", advice or "Set data.stream = true.")
 
 
 def held(x: Stored, stream: bool, name: str) -> AnyArray:

@@ -14,10 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from pvae.component import Component, Ints, Section, Table
-from pvae.data.rows.columns import Column
-from pvae.data.rows.files import AnyArray, candidate
-from pvae.data.rows.prepare import Binarize, Scale
-from pvae.data.rows.rows import Rows, joined
+from pvae.data.rows import columns, files, prepare, rows
 from pvae.errors import DataError
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
@@ -48,9 +45,9 @@ class Data(Component):
 
     tag: ClassVar[str] = "source"
 
-    binarize: Binarize = "none"
+    binarize: prepare.Binarize = "none"
     """`threshold`: x > 0.5; `static`: sampled once; `dynamic`: training data are sampled anew for every batch."""
-    scale: Scale = "unit"
+    scale: prepare.Scale = "unit"
     """`unit`: divide by the largest possible value; `raw`: no scaling; `standardise`: training mean and deviation."""
     shape: Ints | None = None
     """Shape to which each row is reshaped, for example `[1, 28, 28]`."""
@@ -64,12 +61,12 @@ class Data(Component):
     labels are hidden from it. All are seen by default."""
     label_seed: Seed | None = None
     """Seed of the choice of the labelled rows, 0 by default."""
-    side: dict[str, Column] = {}
+    side: dict[str, columns.Column] = {}
     """Values read beside x, by name and type: columns of a table, arrays of an archive, keys of `obs`, entries of a
     dictionary passed in Python. Those that the covariates of an experiment are made of need not be declared here."""
 
     @property
-    def table(self) -> Mapping[str, Column]:
+    def table(self) -> Mapping[str, columns.Column]:
         """Declared columns of a tabular source by name, in the order of x; empty for other sources."""
         return getattr(self, "columns", {})
 
@@ -78,12 +75,12 @@ class Data(Component):
         """True if values may be missing; those of a table's columns are not meant."""
         return self.missing == "mask"
 
-    def with_side(self, side: Mapping[str, Column]) -> Self:
+    def with_side(self, side: Mapping[str, columns.Column]) -> Self:
         """Return the declaration with more values beside x; the same without any."""
         return self.model_copy(update={"side": {**self.side, **side}}) if side else self
 
     @abstractmethod
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
+    def read(self, data_dir: Path | None, seed: int) -> rows.Rows:
         """Return the stored rows of the source, with its default splits.
 
         Arguments:
@@ -104,7 +101,7 @@ class FileData(Data):
 
     path: str
     """Path of the file or folder; a relative path is looked for in the data folder, then in the working directory."""
-    scale: Scale = "raw"
+    scale: prepare.Scale = "raw"
     """Scaling of the values; `unit` needs `largest`, or unsigned bytes (divided by 255)."""
     largest: Annotated[float, Field(gt=0)] | None = None
     """Largest possible value, by which `scale = "unit"` divides."""
@@ -113,7 +110,7 @@ class FileData(Data):
     stream: bool = False
     """Stream the rows from the disk in shuffled blocks, for data larger than memory, instead of loading them."""
 
-    def to_rows(self, x: AnyArray, y: np.ndarray | None, name: str, **more: Any) -> Rows:
+    def to_rows(self, x: files.AnyArray, y: np.ndarray | None, name: str, **more: Any) -> rows.Rows:
         """Return the values of a file as rows with random splits: 80 % train, 10 % validation, 10 % test.
 
         Arguments:
@@ -125,7 +122,7 @@ class FileData(Data):
         Raises:
             DataError: see `Rows` and `joined`.
         """
-        return joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, masked=self.masked, **more)
+        return rows.joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, masked=self.masked, **more)
 
 
 SIGNATURES: Mapping[bytes, str] = {
@@ -148,7 +145,7 @@ def named(data: Data, data_dir: Path | None) -> Iterator[None]:
     except DataError as error:
         if not isinstance(data, FileData):
             raise
-        kind = signature(candidate(data.path, data_dir, Path.is_file))
+        kind = signature(files.candidate(data.path, data_dir, Path.is_file))
         is_other = kind and getattr(data, data.tag) not in kind
         said = f"{error} By its first bytes it is {kind}." if is_other else str(error)
         raise DataError(said if Path(data.path).name in said else f"{data.path}: {said}") from error

@@ -21,9 +21,8 @@ from pvae.data.rows import files
 from pvae.data.rows.cache import Writer, decoded, texts
 from pvae.data.rows.files import AnyArray, ArrayLayout, Index, SparseRows, Stored
 from pvae.data.rows.rows import Rows
+from pvae.data.sources import base, python
 from pvae.data.sources.arrays import NamedArrays, unpacked
-from pvae.data.sources.base import FileData
-from pvae.data.sources.python import LARGEST_GAP, column_labels
 from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near, printable
 
@@ -217,7 +216,7 @@ def _read(source: ArrayFile, path: Path, name: str, text: bool, reverse: bool) -
         return source.in_rows(node.shape, reverse, lambda at: node[at], path, name, source.stream and not text)
 
 
-class H5ad(FileData):
+class H5ad(base.FileData):
     """AnnData file (`.h5ad`): the matrix `X` or a layer, dense or sparse, and labels from a column of `obs`.
 
     A sparse matrix stays sparse, its rows are made dense batch by batch; with `stream` it stays on the disk as well.
@@ -238,7 +237,7 @@ class H5ad(FileData):
         with opened(path) as file:
             x, y, names = self._matrix(file, name, path), None, None
             if self.labels is not None:
-                y, names = column_labels(_column(file, self.labels, path), self.labels)
+                y, names = python.column_labels(_column(file, self.labels, path), self.labels)
             inner = [f"{group}/{key}" for group in ("layers", "obsm", "obsp") for key in file.get(group, ())]
             left = [key for key in ("X", *inner, "raw/X") if key != name and key in file]
             raw = {of: _column(file, of, path) for of in (c.of or name for name, c in self.side.items())}
@@ -302,7 +301,7 @@ class CsrRows(Stored):
         if not len(rows):
             return np.zeros((0, self.shape[1]), self.dtype)
         low, high = int(rows[0]), int(rows[-1]) + 1
-        if high - low > LARGEST_GAP * len(rows):
+        if high - low > python.LARGEST_GAP * len(rows):
             return np.concatenate([self.read(slice(int(row), int(row) + 1)) for row in rows])
         span = slice(int(self.starts[low]), int(self.starts[high]))
         columns, values = self.indices[span], self.data[span]

@@ -14,10 +14,8 @@ import PIL
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field
 
-from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows import cache, prepare, rows
 from pvae.data.rows.files import candidate, held, require_room, version_of
-from pvae.data.rows.prepare import Scale
-from pvae.data.rows.rows import Rows, natural
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, printable, refuse
 from pvae.util.files import digest, pretty
@@ -52,10 +50,10 @@ class Images(FileData):
     """Channels: one of luminance (`L`), or three of colour (`RGB`)."""
     background: Literal["white", "black"] = "white"
     """Background on which transparent pixels are composited; `Dataset.notes` says how many images have some."""
-    scale: Scale = "unit"
+    scale: prepare.Scale = "unit"
     """Scaling of the pixels; `unit` divides by 255."""
 
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
+    def read(self, data_dir: Path | None, seed: int) -> rows.Rows:
         """Return rows (n, channels, height, width), uint8.
 
         Raises:
@@ -71,7 +69,7 @@ class Images(FileData):
         listing = digest(pretty({"files": files}).encode())
         entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
         options = {"size": self.size, "mode": self.mode, "background": self.background, "pillow": PIL.__version__}
-        kept = decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))
+        kept = cache.decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))
         y = kept.arrays["y"][:] if "y" in kept.arrays else None
         x, names = held(kept.arrays["x"], self.stream, str(root)), tuple(kept.notes["label_names"]) or None
         more: dict[str, Any] = {"notes": tuple(kept.notes["told"]), "ids": kept.texts("id")}
@@ -118,7 +116,7 @@ def _problem(path: Path, root: Path) -> str:
     return "" if path.suffix.lower() in SUFFIXES else "no image by its name"
 
 
-def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[str], declared: Images) -> None:
+def _decode(writer: cache.Writer, root: Path, files: list[ImageFile], skipped: list[str], declared: Images) -> None:
     """Write decoded images `x` (n, C, H, W) uint8, labels `y` (n,) if any, and notes into a cache entry."""
     shape, good, bad, changed = None, list[str](), list(skipped), Counter[str]()
     with warnings.catch_warnings(), ThreadPoolExecutor(DECODING_THREADS) as pool:
@@ -144,7 +142,7 @@ def _decode(writer: Writer, root: Path, files: list[ImageFile], skipped: list[st
     refuse(not good, f"{root}: expected images that can be read; got none.{_listed(bad)}")
     writer.append_texts("id", np.array(good), None)
     labels = [name.split("/", 1)[0] for name in good] if all("/" in name for name in good) else []
-    if known := sorted(set(labels), key=natural):
+    if known := sorted(set(labels), key=rows.natural):
         number = {name: code for code, name in enumerate(known)}
         writer.append("y", np.array([number[name] for name in labels]))
     told = [f"{root}:{_listed(bad)}"] if bad else []

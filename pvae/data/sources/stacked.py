@@ -12,9 +12,7 @@ import numpy as np
 from pydantic import model_validator
 from safetensors.torch import save
 
-from pvae.data.rows.cache import Writer, decoded
-from pvae.data.rows.files import candidate, confined
-from pvae.data.rows.prepare import Scale
+from pvae.data.rows import cache, files, prepare
 from pvae.data.rows.rows import Rows, partition
 from pvae.data.sources.base import Data
 from pvae.errors import refuse
@@ -43,7 +41,7 @@ class StackedCodes(Data):
     """Name of the latent; it need not be given if the run has only one."""
     sample: bool = False
     """Use one sample of q(z | x) for every row in place of its mean (of a discrete latent, its mode)."""
-    scale: Scale = "raw"
+    scale: prepare.Scale = "raw"
 
     @model_validator(mode="after")
     def _splits_of_the_run(self) -> Self:
@@ -59,7 +57,7 @@ class StackedCodes(Data):
         """
         from pvae.runs.run import Run  # here, because runs import pvae.data
 
-        run = Run.load(candidate(self.run, data_dir, Path.is_dir), data_dir=data_dir)
+        run = Run.load(files.candidate(self.run, data_dir, Path.is_dir), data_dir=data_dir)
         refuse(run.lacks_data, f"{self.run}: expected a run of declared data; got one of data passed in Python.")
         return run
 
@@ -79,17 +77,17 @@ class StackedCodes(Data):
 
         first = self.first(data_dir)
         data = first.experiment.data
-        with confined(first.foreign):
+        with files.confined(first.foreign):
             rows = data.with_side(self.side).read(data_dir, first.plan.seed)
         parts, of = partition(data.splits.declared, rows), first.files.manifest.get("data", {}).get("fingerprint")
         weights = digest(save(chosen(first.checkpoint)))
         key = {"source": "codes", "of": of, "weights": weights, "latent": self.latent, "sample": self.sample}
 
-        def encode(writer: Writer) -> None:
+        def encode(writer: cache.Writer) -> None:
             for number, split in enumerate(first.data.splits):
                 writer.append(split.name, self.codes(first, split, number))
 
-        found = decoded(key, encode).arrays
+        found = cache.decoded(key, encode).arrays
         x = np.zeros((len(rows.x), *found["train"].shape[1:]), found["train"].dtype)
         for name, part in parts.items():
             x[part] = found[name][:]

@@ -8,13 +8,10 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pvae.component import Names
-from pvae.data.rows.cache import Writer, decoded
+from pvae.data.rows import cache, files, prepare
 from pvae.data.rows.columns import Column
-from pvae.data.rows.files import held, located, version_of
-from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
-from pvae.data.sources.base import Data, FileData
-from pvae.data.sources.python import PassedData
+from pvae.data.sources import base, python
 from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
 from pvae.data.tables.side import beside_rows
@@ -24,10 +21,10 @@ DECODED_FIELDS = set("source columns label id na decimal thousands separator enc
 """Fields of a declaration on which the decoded numbers of a table depend."""
 
 
-class Tabular(Data):
+class Tabular(base.Data):
     """Base of the tabular sources: x (n, columns) has one number for every declared column, NaN for a missing value."""
 
-    scale: Scale = "raw"
+    scale: prepare.Scale = "raw"
     """Always `raw`: columns have transforms of their own; `binarize` and `shape` cannot be set either."""
     columns: dict[str, Column] = Field(min_length=1)
     """Type of every column, by its name in the table; columns that are not declared are left out of x."""
@@ -67,7 +64,7 @@ class Tabular(Data):
         return self
 
 
-class TableFile(Tabular, FileData):
+class TableFile(Tabular, base.FileData):
     """Base of the tables in files, which are decoded once into the cache."""
 
     @abstractmethod
@@ -84,20 +81,20 @@ class TableFile(Tabular, FileData):
         Raises:
             DataError: see `pieces`.
         """
-        path = located(self.path, data_dir)
+        path = files.located(self.path, data_dir)
         declared = self.model_dump(include=DECODED_FIELDS)
-        key = {"path": str(path.resolve()), "version": version_of(path), **declared}
+        key = {"path": str(path.resolve()), "version": files.version_of(path), **declared}
         key |= {"partly_labelled": True} if PARTLY_LABELLED.get() else {}
-        kept = decoded(key, lambda writer: self._decode(writer, path))
+        kept = cache.decoded(key, lambda writer: self._decode(writer, path))
         more: dict[str, Any] = {"table": self.columns, "notes": tuple(kept.notes["notes"]), "ids": kept.texts("id")}
         y = None
         if self.label is not None:
             y, more["label_names"] = in_order(kept.arrays["y"][:], kept.notes["labels"])
         if self.side:
             more["side"] = beside_rows(kept.arrays["side"][:], self.side, str(path))
-        return self.to_rows(held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
+        return self.to_rows(files.held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
 
-    def _decode(self, writer: Writer, path: Path) -> None:
+    def _decode(self, writer: cache.Writer, path: Path) -> None:
         decoder = self.decoder(str(path))
         rows = 0
         for found in self.pieces(path, decoder):
@@ -141,7 +138,7 @@ class Parquet(TableFile):
         return parquet_pieces(path, decoder)
 
 
-class FrameSource(Tabular, PassedData):
+class FrameSource(Tabular, python.PassedData):
     """Source of a pandas DataFrame passed in Python: `pvae.fit(experiment, data=frame)`, or `Dataset.from_frame`."""
 
     source: Literal["frame"] = "frame"

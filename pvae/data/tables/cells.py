@@ -16,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pvae.data.rows.cache import texts
+from pvae.data.rows import cache, rows
 from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.data.rows.prepare import Floats
-from pvae.data.rows.rows import PARTLY_LABELLED
 from pvae.errors import DataError, near, refuse
 from pvae.graph.frame import split, word_numbers
 from pvae.records import Record, field
@@ -243,7 +242,7 @@ class CellDecoder:
             if cells := [self._column(frame[c.of or name], name, c, where) for name, c in columns.items()]:
                 found[key] = np.column_stack(cells)
         if self.id is not None:
-            found["id"] = texts(frame[self.id])
+            found["id"] = cache.texts(frame[self.id])
         if self.label is not None:
             found["y"] = self._labels(frame[self.label], self.label, where)
         return found
@@ -320,7 +319,7 @@ class CellDecoder:
     def _labels(self, cells: Cells, name: str, where: Where) -> np.typing.NDArray[np.int64]:
         codes, words = self._words(cells)
         missing = (codes < 0) | np.isin(codes, [place for place, word in enumerate(words) if word is None])
-        if missing.any() and not PARTLY_LABELLED.get():
+        if missing.any() and not rows.PARTLY_LABELLED.get():
             raise self._wrong(int(missing.argmax()), name, "a label", "none", where, "Leave the row out.")
         words = [*(word or "" for word in words), ""]  # of code -1 as well
         for code in dict.fromkeys(codes.tolist()):

@@ -12,9 +12,8 @@ import numpy as np
 from scipy.stats import skew
 
 from pvae.component import from_table
+from pvae.data.rows import files, prepare
 from pvae.data.rows.columns import TRUTH, Column
-from pvae.data.rows.files import located
-from pvae.data.rows.prepare import Floats
 from pvae.data.rows.rows import Part, natural, tenths
 from pvae.data.tables.cells import NA, SPELLINGS, Spelling, listed, moments, numbers_of, shown, word_of
 from pvae.data.tables.readers import TextTable, opened_parquet, opened_text
@@ -70,7 +69,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
     Raises:
         DataError: the file is not a table, or none of its columns can be modelled.
     """
-    where = located(path, data_dir)
+    where = files.located(path, data_dir)
     found: Found = {"source": "csv", "path": path}
     left: dict[str, str] = {}
     if where.suffix.lower() in (".parquet", ".pq"):
@@ -189,7 +188,7 @@ def date_forms(words: Sequence[str]) -> list[str | None]:
     cells = pandas.Series(list(words), dtype=object)
     if not cells.map(lambda word: bool(re.search(r"\d[-.:/]\d", word))).all():
         return []
-    found: dict[str | None, Floats] = {}
+    found: dict[str | None, prepare.Floats] = {}
     for form in (None, *DATE_FORMS):
         seconds, _ = moments(cells, form)
         if not np.isnan(seconds).any() and not any(np.array_equal(seconds, other) for other in found.values()):
@@ -234,7 +233,7 @@ def column_of(cells: Cells, spelling: Spelling = SPELLINGS[0], train: Part | Non
     return _checked({**kind, **({} if len(given) == len(cells) else {"missing": "mask"})}, cells, values, train)
 
 
-def _checked(kind: Found, cells: Cells, values: Floats, train: Part | None) -> Found | str:
+def _checked(kind: Found, cells: Cells, values: prepare.Floats, train: Part | None) -> Found | str:
     """Return a declared column, or the reason for which reading its table would refuse it."""
     present = cells.notna().to_numpy()
     if train is not None and not present[np.asarray(train)].any():
@@ -251,7 +250,7 @@ def _checked(kind: Found, cells: Cells, values: Floats, train: Part | None) -> F
     return kind
 
 
-def _number(values: Floats) -> Found | str:
+def _number(values: prepare.Floats) -> Found | str:
     """Return the declaration of a numeric column (count or continuous), or the reason to leave it out."""
     if not np.isfinite(values).all():
         return "values that are not finite"

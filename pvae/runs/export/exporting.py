@@ -9,8 +9,7 @@ from functools import partial
 from typing import Any
 
 from pvae.errors import DeclarationError, PvaeError, StorageError, near, printable, refuse, require_extra
-from pvae.runs.export.base import Exporter
-from pvae.runs.export.trackers import MLflow, TensorBoard, without_secrets
+from pvae.runs.export import base, trackers
 from pvae.runs.rundir import RunDirectory
 from pvae.util.files import follows
 from pvae.words import text
@@ -20,7 +19,7 @@ SECONDS_BETWEEN_EXPORTS = 5.0
 
 WATCH: ContextVar[Callable[[Mapping[str, Any]], None]] = ContextVar("watch", default=lambda _row: None)
 """Function that is called with each row of metrics of a fit."""
-KINDS: Mapping[str, type[Exporter]] = {cls.kind: cls for cls in (TensorBoard, MLflow)}
+KINDS: Mapping[str, type[base.Exporter]] = {cls.kind: cls for cls in (trackers.TensorBoard, trackers.MLflow)}
 
 
 def require(kinds: Sequence[str]) -> tuple[str, ...]:
@@ -86,7 +85,7 @@ def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Itera
         kinds: names of the exporters to use; an unknown one causes an alert.
         show: True to print alerts on standard error, too.
     """
-    exporters: dict[str, Exporter] = {}
+    exporters: dict[str, base.Exporter] = {}
 
     def attempt(kind: str, action: Callable[[], object]) -> None:
         try:
@@ -128,4 +127,4 @@ def exporting(files: RunDirectory, kinds: Sequence[str], *, show: bool) -> Itera
 def brief(error: Exception) -> str:
     """Return the class of an error and the first line of its message, without passwords in addresses."""
     first = (str(error).splitlines() or [""])[0]
-    return without_secrets(f"{type(error).__name__}: {first}"[:300].rstrip(". "))
+    return trackers.without_secrets(f"{type(error).__name__}: {first}"[:300].rstrip(". "))
