@@ -55,7 +55,7 @@ class Encoder(Component):
 
 def laid_out(network: Network, inputs: Mapping[str, Shape], sites: Sequence[Site]) -> NetworkModule:
     """Return the feature network of `inputs`; features lie on the finest grid of the latents if it supports grids."""
-    grids = [site.space.grid for site in sites if site.space.grid]
+    grids = [site.space.plane for site in sites if site.space.plane]
     return network.build(inputs, network.features_on(max(grids, key=prod)) if grids else None)
 
 
@@ -235,13 +235,13 @@ class GraphGuide(nn.Module):
 
     @staticmethod
     def _carried(site: Site, posterior: Any, found: Any, row: Tensor) -> Tensor:
-        """Return the codebook row of a nearest code, with the straight-through gradient of the encoder's vector.
+        """Return the row of a quantised code, with a gradient that goes on to the encoder's vector.
 
         The row is a Pyro site of its own, a point mass in model and guide, because an index carries no gradient.
         """
-        through = row.detach() + (found.point - found.point.detach())
         infer: Any = {**EMBEDDED, "penalties": posterior.penalties(found, row), "point": found.point}
-        return sample(embedded(site.name), Determined(through, event_dim=len(site.features)), infer=infer)
+        point = Determined(posterior.through(found, row), event_dim=len(site.features))
+        return sample(embedded(site.name), point, infer=infer)
 
     def _encoded(self, x: Tensor) -> tuple[Tensor, Any]:
         """Return x as encoder and posteriors read it, and its features."""

@@ -291,16 +291,26 @@ def _as_read(latents: Raw) -> Raw:
     return latents
 
 
+def suits(posterior: Posterior, space: Space) -> bool:
+    """Whether a space of codes has the sizes that a posterior asks for."""
+    try:
+        posterior.sampled(space)
+    except ValueError:
+        return False
+    return True
+
+
 @st.composite
 def _latents(draw: DrawFn, size: Raw, given: list[str], guide_given: list[str]) -> Raw:
     wanted = "real" if "dim" in size else "binary" if "bits" in size else "index"
+    space = Space.codes(size.get("codes", 2), embedding=size.get("embedding"))
 
     def infers(kind: Any) -> bool:
         return (
             kind.values == wanted
             and kind.infers
             and kind.determines is None
-            and not (kind.carries and "embedding" not in size)
+            and (not kind.carries or suits(kind(), space))
         )
 
     site = Site("z", Space.bits(size["bits"]) if "bits" in size else Space.real(size.get("dim", 1)))

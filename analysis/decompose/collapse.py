@@ -11,7 +11,7 @@ from pvae.analysis.aggregate.entry import accept, quiet
 from pvae.analysis.decompose.codes import duplicates
 from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.analysis.figures.estimate import text, texts
-from pvae.nn.codebook import Codebook, NearestCodebook
+from pvae.nn.codebook import Table
 from pvae.pair import SILENT, Pair, Tally, codebook_of, in_use, perplexity, revival, silence
 from pvae.records import Record
 
@@ -38,8 +38,8 @@ class CodeUse(Record):
     """Number of codes in use: those with a probability in `share` of at least 1/1000 of 1/K; None for binary codes."""
     duplicates: int | None = None
     """Number of codes in use whose codebook row nearly coincides with that of another one; None without a codebook."""
-    looked_up: bool = False
-    """True if the codes are the nearest rows of a codebook, as in a VQ-VAE."""
+    revival: str = ""
+    """Settings to change so that dead codes come into use."""
     information: tuple[float, ...] = ()
     """Mutual information with x of every position, nats, at most log K; if that is smaller, its mean KL."""
     silent: int = 0
@@ -142,9 +142,9 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
     return Collapse(len(x), latents, tuple(alerts))
 
 
-def code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None = None) -> CodeUse:
+def code_use(name: str, found: Tally, book: Table | None = None) -> CodeUse:
     """Return the use of the codes of a discrete latent, from the sums over its posteriors, and its codebook if any."""
-    looked_up, pooled = isinstance(book, NearestCodebook), not found.bits
+    pooled = not found.bits
     return CodeUse(
         states=found.states, perplexity=tuple(perplexity(found.share).tolist()),
         dead=tuple((~in_use(found.share)).sum(-1).tolist()), grid=tuple(found.grid),
@@ -152,12 +152,12 @@ def code_use(name: str, found: Tally, book: Codebook | NearestCodebook | None = 
         pooled_perplexity=float(perplexity(found.pooled)) if pooled else None,
         used=int(found.used.sum()) if pooled else None,
         duplicates=None if book is None else len(duplicates(book.table.to(found.used.device)[found.used])),
-        looked_up=looked_up, information=tuple(found.information.tolist()), silent=int(found.silent.sum()),
-        alert=silence(name, found, looked_up),
+        revival=revival(name, book), information=tuple(found.information.tolist()), silent=int(found.silent.sum()),
+        alert=silence(name, found, book),
     )  # fmt: skip
 
 
-def _read(name: str, d: LatentDraw, book: Codebook | NearestCodebook | None) -> LatentCollapse:
+def _read(name: str, d: LatentDraw, book: Table | None) -> LatentCollapse:
     if d.tally is not None:
         return LatentCollapse(d.tally.positions, None, None, None, None, (), code_use(name, d.tally, book))
     variance, each, dim, prior = activity(d), d.coordinate_kl, d.value.shape[1], d.normal_prior
@@ -181,5 +181,5 @@ def alert(name: str, latent: LatentCollapse) -> str | None:
         return use.alert
     limit = SILENT.capacity * math.log(use.states)
     awake = [dead for dead, nats in zip(use.dead, use.information, strict=True) if nats > limit]
-    said = texts("collapse.codes", name=name, use=use, revival=revival(name, use.looked_up), awake=awake)
+    said = texts("collapse.codes", name=name, use=use, revival=use.revival, awake=awake)
     return " ".join(filter(None, (use.alert, *said))) or None

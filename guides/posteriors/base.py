@@ -17,7 +17,7 @@ from pvae.component import Component, Names, Shape
 from pvae.distributions.base import Determined, Event, PlainNormal
 from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Link, Site, Space, Values
-from pvae.nn.codebook import Codebook
+from pvae.nn.codebook import Codebook, Table
 from pvae.nn.conv import Pointwise
 from pvae.nn.network import MLP, Head, LogVarianceBounds, Network, NetworkModule, NormalHead, lower_factor
 
@@ -29,7 +29,8 @@ class Posterior(Component):
     values: ClassVar[Values] = "real"
     """Kind of latents that the posterior supports: real vectors (`dim`), codes, or bits."""
     carries: ClassVar[bool] = False
-    """True if the codebook row of a code is sampled at a site of its own, because an index carries no gradient."""
+    """True if the codebook row of a code is sampled at a site of its own, because an index carries no gradient; its
+    module then has the methods of `guides.posteriors.nearest.QuantisedModule`."""
     reads_features: ClassVar[bool] = True
     """True if the posterior reads the encoder's features, False if it reads x itself."""
     reads_prior: ClassVar[bool] = False
@@ -44,16 +45,16 @@ class Posterior(Component):
     """Names of the variables that the posterior is conditioned on: x and, in a hierarchy, other latents."""
 
     def sampled(self, space: Space) -> Space:
-        """Return the space of the values that the posterior samples: `space`, or its relaxation if it relaxes codes."""
+        """Return the space of the values that the posterior samples: `space`, a relaxation, or one of several codes."""
         return space
 
     def follows_prior(self, given: tuple[str, ...]) -> bool:
         """Return True if another prior changes this posterior, for a latent whose parents in the model are `given`."""
         return self.reads_prior or self.summed
 
-    def codebook(self, codes: int, width: int) -> nn.Module:
-        """Return a new module with the table of code embeddings `(codes, width)`, which the model holds."""
-        return Codebook(codes, width)
+    def codebook(self, space: Space) -> Table:
+        """Return a new module with the table of the embeddings of codes, which the model holds."""
+        return Codebook(space.states, space.features[0])
 
     @abstractmethod
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:

@@ -323,8 +323,8 @@ def linked_parts(experiment: Experiment, frame: Frame) -> Link:
         decoder = declared.build(known, experiment.decoder_given(), frame.x)
     codebooks = {}
     for site in sites:
-        if (width := site.space.embedding) is not None:
-            codebooks[site.name] = latents[site.name].posterior.codebook(site.space.states, width)
+        if site.space.embedding is not None:
+            codebooks[site.name] = latents[site.name].posterior.codebook(site.space)
     relaxed = [site.name for site in sites if site.space.values == "relaxed"]
     temperatures = {name: Scheduled(latents[name].temperature or Constant(value=2 / 3)) for name in relaxed}
     link.model = GraphModel(sites, priors, decoder, frame, codebooks, temperatures)

@@ -67,8 +67,8 @@ class Latent(Section):
                 raise ValueError(f"{name} with codes alone; got {name} with {found[0]}")
         if self.temperature is not None and self.sampled.values != "relaxed":
             raise ValueError("a temperature with a relaxed posterior alone (relaxed_onehot, straight_through); got one")
-        if self.posterior.carries and self.codes is not None and self.embedding is None:
-            raise ValueError("embedding, the width of the codebook, with the posterior nearest_code; got none")
+        if self.posterior.carries and self.codes is not None:
+            self.posterior.sampled(self.space)  # a ValueError, if sizes do not fit
         return self
 
     @property
@@ -80,7 +80,9 @@ class Latent(Section):
 
     @property
     def sampled(self) -> Space:
-        """Space of the values that the posterior samples: `space`, or its relaxation if the posterior relaxes codes."""
+        """Space of the values that the posterior samples: `space`, or what the posterior makes of it."""
+        if self.posterior.carries and self.codes is None:
+            return self.space  # which the rules of a declaration refuse
         return self.posterior.sampled(self.space)
 
     def entry(self) -> Entry | None:

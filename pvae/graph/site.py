@@ -35,6 +35,8 @@ class Space(Record):
     """Width of the codebook vectors that stand for codes in features; None if features are one-hots."""
     is_hard: bool = False
     """True for straight-through features: the one-hot of the largest entry, with the relaxed value's gradient."""
+    joined: Literal["sum", "concatenation"] | None = None
+    """Way in which the codes along the last axis make one vector: their rows are added, or lie side by side."""
 
     @classmethod
     def real(cls, dim: int) -> Self:
@@ -55,6 +57,10 @@ class Space(Record):
         """Return the space of the relaxed one-hots of these codes."""
         return replace(self, values="relaxed", is_hard=is_hard)
 
+    def joining(self, count: int, way: Literal["sum", "concatenation"]) -> Space:
+        """Return the space in which `count` codes, along one more last axis, make the vector of a position."""
+        return replace(self, shape=(*self.shape, count), joined=way)
+
     @property
     def is_code(self) -> bool:
         """True for discrete codes, relaxed or not; False for real vectors and bits."""
@@ -66,6 +72,11 @@ class Space(Record):
         return self.shape if self.is_code else ()
 
     @property
+    def plane(self) -> Shape:
+        """Shape of the grid of vectors that stand for codes: `grid`, without the axis of codes that make one vector."""
+        return self.grid[:-1] if self.joined else self.grid
+
+    @property
     def event(self) -> Shape:
         """Event shape of one sampled value; with a last dimension K if relaxed."""
         return (*self.shape, self.states) if self.values == "relaxed" else self.shape
@@ -73,7 +84,7 @@ class Space(Record):
     @property
     def features(self) -> Shape:
         """Event shape of the features that child priors and the decoder receive; of codes, channels first."""
-        return (self.embedding or self.states, *self.shape) if self.is_code else self.shape
+        return (self.embedding or self.states, *self.plane) if self.is_code else self.shape
 
     @property
     def log_states(self) -> float:
@@ -87,18 +98,36 @@ class Space(Record):
             value: sampled values `(..., *event)`; of codes, indices `(..., *grid)` if of an integer type, else
                 logarithms of relaxed one-hots `(..., *grid, K)`.
             like: a tensor of the type and device wanted.
-            codebook: one vector for each code, `(K, embedding)`; None for one-hots.
+            codebook: one vector for each code, `(K, embedding)`, or as `rows` reads it; None for one-hots.
         """
         if not self.is_code:
             return value
         if not value.is_floating_point():
-            seen = one_hot(value, self.states, like) if codebook is None else nn.functional.embedding(value, codebook)
+            seen = one_hot(value, self.states, like) if codebook is None else self.rows(value, codebook)
         else:
             soft = value.exp()
             if self.is_hard:
                 soft = one_hot(value.argmax(-1), self.states, soft).detach() + (soft - soft.detach())
             seen = soft if codebook is None else soft @ codebook
-        return seen.movedim(-1, -1 - len(self.shape)) if self.shape else seen
+        if self.joined:
+            seen = seen.sum(-2) if self.joined == "sum" else seen.flatten(-2)
+        return self.channels_first(seen)
+
+    def channels_first(self, vectors: Tensor) -> Tensor:
+        """Return vectors `(..., *plane, E)` as features, `(..., E, *plane)`."""
+        return vectors.movedim(-1, -1 - len(self.plane)) if self.plane else vectors
+
+    def rows(self, index: Tensor, codebook: Tensor) -> Tensor:
+        """Return the rows of codes `(..., *grid)`, `(..., *grid, E)`.
+
+        Arguments:
+            index: the codes.
+            codebook: their table, `(K, E)`; or T of them, `(T, K, E)`, which codes along the last axis take in turn.
+        """
+        if codebook.dim() == 3:
+            which = torch.arange(index.shape[-1], device=index.device) % len(codebook)
+            index, codebook = index + codebook.shape[1] * which, codebook.flatten(0, 1)
+        return nn.functional.embedding(index, codebook)
 
 
 def one_hot(index: Tensor, codes: int, like: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
 """Codebooks of embedding vectors, learned by gradients or by moving averages of the vectors assigned to each code."""
 
+from abc import abstractmethod
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -11,7 +14,19 @@ START_VECTORS = 50_000
 """Largest number of vectors to which the initial k-means is fitted."""
 
 
-class Codebook(nn.Module):
+class Table(nn.Module):
+    """Base of tables of the embedding vectors that stand for codes."""
+
+    remedy: ClassVar[str] = "warmup"
+    """Name of the advice on dead codes, in the template `pair.code_usage.revival`."""
+
+    @property
+    @abstractmethod
+    def table(self) -> Tensor:
+        """Embedding vectors of all codes, `(K, E)`; or `(T, K, E)` of T tables, which codes take in turn."""
+
+
+class Codebook(Table):
     """Codebook of K embedding vectors of width E, learned by gradients."""
 
     def __init__(self, codes: int, width: int) -> None:
@@ -24,7 +39,29 @@ class Codebook(nn.Module):
         return self.weight
 
 
-class NearestCodebook(Moving):
+def closeness(z: Tensor, table: Tensor) -> Tensor:
+    """Return 2 z.e_k - |e_k|^2 for vectors `(m, E)` and rows `(K, E)`, `(m, K)`; the largest is at the nearest row."""
+    return torch.addmm(-table.square().sum(1), z, table.T, alpha=2)
+
+
+class LookedUp(Table):
+    """Base of codebooks by whose nearest row a vector is replaced."""
+
+    def scores(self, z: Tensor) -> Tensor:
+        """Return the closeness of vectors `(m, E)` to all rows, `(m, K)`; it carries no gradient to the rows."""
+        return closeness(z, self.table.detach())
+
+    @torch.no_grad()
+    def find(self, z: Tensor) -> Tensor:
+        """Return the index of the code nearest to each vector `(m, E)`, `(m,)`, int64."""
+        table = self.table
+        rows = max(1, BLOCK_DISTANCES // len(table))
+        if torch.compiler.is_exporting() or len(z) <= rows:  # blocks would fix the batch size
+            return closeness(z, table).argmax(1)
+        return torch.cat([closeness(part, table).argmax(1) for part in z.split(rows)])
+
+
+class NearestCodebook(LookedUp, Moving):
     """Codebook of a VQ latent: nearest-neighbour lookup, moving-average or gradient updates, restarts of dead codes.
 
     With `decay`, every row follows the mean of the vectors assigned to it: N <- decay N + (1 - decay) n and the sums
@@ -48,6 +85,8 @@ class NearestCodebook(Moving):
         unit: True to normalise rows and vectors to the unit sphere (cosine similarity).
     """
 
+    remedy = "restart"
+
     def __init__(self, codes: int, width: int, decay: float | None, restart: float, unit: bool) -> None:
         super().__init__()
         self.decay, self.restart, self.unit = decay, restart, unit
@@ -70,25 +109,18 @@ class NearestCodebook(Moving):
         """Return vectors `(..., E)` as they are compared with the codebook: normalised if `unit`."""
         return nn.functional.normalize(z, dim=-1) if self.unit else z
 
-    def scores(self, z: Tensor) -> Tensor:
-        """Return 2 z.e_k - |e_k|^2 for vectors `(m, E)`, `(m, K)`; the largest score is at the nearest code."""
-        table = self.table.detach()
-        return torch.addmm(-table.square().sum(1), z, table.T, alpha=2)
-
     @torch.no_grad()
     def nearest(self, z: Tensor) -> Tensor:
         """Return the index of the code nearest to each vector `(..., E)`, `(...)`, int64; training mode records it."""
         flat = z.reshape(-1, z.shape[-1])
-        rows = max(1, BLOCK_DISTANCES // len(self.counts))
-        if torch.compiler.is_exporting() or len(flat) <= rows:  # blocks would fix the batch size
-            index = self.scores(flat).argmax(1)
-        else:
-            index = torch.cat([self.scores(part).argmax(1) for part in flat.split(rows)])
+        index = self.find(flat)
         if self.training:
-            self._note(flat, index)
+            self.note(flat, index)
         return index.reshape(z.shape[:-1])
 
-    def _note(self, flat: Tensor, index: Tensor) -> None:
+    @torch.no_grad()
+    def note(self, flat: Tensor, index: Tensor) -> None:
+        """Record vectors of the batch `(m, E)` and their codes `(m,)`, for `after_step`."""
         flat = flat.to(self.counts)
         # A non-finite batch has weight 0.
         sound = flat.sum().isfinite().to(self.counts)

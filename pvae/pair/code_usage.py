@@ -13,7 +13,7 @@ from pvae.component import Shape
 from pvae.data.streamed import Streamed
 from pvae.distributions import CertainCodes, Codes, Discretised, Members, twin
 from pvae.models.graph import GraphModel
-from pvae.nn.codebook import Codebook, NearestCodebook
+from pvae.nn.codebook import Table
 from pvae.pair.densities import members
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
@@ -142,11 +142,10 @@ def in_use(share: Tensor) -> Tensor:
     return share >= DEAD / share.shape[-1]
 
 
-def codebook_of(pair: Pair, name: str) -> Codebook | NearestCodebook | None:
+def codebook_of(pair: Pair, name: str) -> Table | None:
     """Return the codebook of a latent; None if its codes are read as one-hots, or the pair is hand-written."""
     books = dict(pair.model.codebooks) if isinstance(pair.model, GraphModel) else {}
-    found = books.get(name)
-    return found if isinstance(found, Codebook | NearestCodebook) else None
+    return books.get(name)  # type: ignore[return-value]
 
 
 def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits: bool = False) -> Tally | None:
@@ -205,7 +204,7 @@ def tallies(guide: Nodes, layout: Layout, rows: int, model: Nodes | None = None)
     return found
 
 
-def silence(name: str, use: Tally, looked_up: bool) -> str | None:
+def silence(name: str, use: Tally, book: Table | None) -> str | None:
     """Return sentences on a discrete latent that carries no information as a whole, and on what to set; else None.
 
     Single silent positions, such as those of a constant background, are no fault of a fit.
@@ -213,7 +212,7 @@ def silence(name: str, use: Tally, looked_up: bool) -> str | None:
     Arguments:
         name: name of the latent.
         use: its sums over the posteriors.
-        looked_up: True if the codes are the nearest rows of a codebook.
+        book: the codebook of the latent; None if its codes are read as one-hots.
     """
     if not use.collapsed:
         return None
@@ -222,12 +221,12 @@ def silence(name: str, use: Tally, looked_up: bool) -> str | None:
     some = carried > SILENT.of_codes(use.positions, use.states)
     kind = "constant" if float(perplexity(use.share).max()) < 1.01 else "some" if some else "none"
     said = text("pair.code_usage.silence", use=use, kind=kind, **amounts)
-    return f"{name} has collapsed: {said} {revival(name, looked_up)}"
+    return f"{name} has collapsed: {said} {revival(name, book)}"
 
 
-def revival(name: str, looked_up: bool) -> str:
+def revival(name: str, book: Table | None) -> str:
     """Return a sentence with the settings to change so that silent positions and dead codes come into use."""
-    return text("pair.code_usage.revival", name=name, looked_up=looked_up)
+    return text("pair.code_usage.revival", name=name, remedy=Table.remedy if book is None else book.remedy)
 
 
 def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, float]:

@@ -13,7 +13,6 @@ from pvae.data.streamed import Streamed
 from pvae.distributions import Discretised, FactoredNormal
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
-from pvae.nn.codebook import NearestCodebook
 from pvae.objectives.base import Objective, known_apart
 from pvae.pair import SILENT, Pair, Tally, Terms, codebook_of, quiet, samples, silence, tallies, unwrapped
 from pvae.util import group, seeds
@@ -178,7 +177,7 @@ def _asleep(kl: Mapping[str, float], guide: Mapping[str, Any]) -> Iterator[str]:
 def _unused(pair: Pair, codes: Mapping[str, Tally]) -> Iterator[str]:
     """Yield a line for each discrete latent that carries no information as a whole, or with dead codes."""
     for name, use in codes.items():
-        if alert := silence(name, use, isinstance(codebook_of(pair, name), NearestCodebook)):
+        if alert := silence(name, use, codebook_of(pair, name)):
             yield alert
         dead = 0 if use.bits or use.collapsed else int((~use.used).sum())
         if dead and use.n * use.positions >= MIN_EXPECTED_USES * use.states:

@@ -81,6 +81,23 @@ ENGINES = {
         certain=True,
         moves=True,
     ),
+    "nearest_code, rotation": Engine(
+        {"codes": 6, "grid": [3], "embedding": 5, "posterior": {"kind": "nearest_code", "passes": "rotation"}},
+        (5, 3),
+        certain=True,
+        moves=True,
+    ),
+    "finite_scalar": Engine(
+        {"codes": 12, "grid": [2, 2], "posterior": {"kind": "finite_scalar", "levels": [4, 3]}}, (2, 2, 2), certain=True
+    ),
+    "lookup_free": Engine(
+        {"codes": 8, "grid": [2, 2], "posterior": {"kind": "lookup_free", "sharpness": 1.0}}, (3, 2, 2), certain=True
+    ),
+    "simvq": Engine(
+        {"codes": 6, "grid": [2, 2], "embedding": 5, "posterior": {"kind": "simvq", "passes": "rotation"}},
+        (5, 2, 2),
+        certain=True,
+    ),
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vector_quantize_pytorch import VectorQuantize
 
 from pvae.data import Dataset
-from pvae.guides.posteriors.codes import NearestCodePosterior
+from pvae.guides.posteriors.nearest import NearestCodePosterior
 from pvae.nn.codebook import SMOOTHING, NearestCodebook
 from pvae.training.begin import begin
 from pvae.training.evaluation import evaluate

@@ -173,7 +173,7 @@ class PlainScript(Script):
         """Return the expression of the features of a latent or covariate that networks read (one-hots of codes)."""
         if (latent := self.experiment.latents.get(name)) is None or latent.codes is None:
             return name
-        if latent.embedding is not None or latent.sampled.values == "index" and latent.grid:
+        if latent.sampled.embedding is not None or latent.sampled.values == "index" and latent.grid:
             raise parts.NotPlainError
         if latent.sampled.values == "index":
             return f"F.one_hot({name}, {latent.codes}).float()"
