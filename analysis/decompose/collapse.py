@@ -40,12 +40,16 @@ class CodeUse(Record):
     """Number of codes in use whose codebook row nearly coincides with that of another one; None without a codebook."""
     revival: str = ""
     """Settings to change so that dead codes come into use."""
+    tables: int = 1
+    """Number of codebooks, of K codes each, that `share`, `used` and `duplicates` count together."""
     information: tuple[float, ...] = ()
     """Mutual information with x of every position, nats, at most log K; if that is smaller, its mean KL."""
     silent: int = 0
     """Number of positions without information: at most 1 % of log K nats."""
     alert: str | None = None
     """Alert that the latent as a whole carries no information, and what to change; None if it carries some."""
+    parts: tuple["CodeUse", ...] = ()
+    """Use of each of the codes that make one vector, such as the depths of a residual code; empty for single codes."""
 
 
 class LatentCollapse(Record):
@@ -144,15 +148,19 @@ def collapse(pair: Pair, x: Tensor, seed: int = 0) -> Collapse:
 
 def code_use(name: str, found: Tally, book: Table | None = None) -> CodeUse:
     """Return the use of the codes of a discrete latent, from the sums over its posteriors, and its codebook if any."""
-    pooled = not found.bits
+    pooled, tables = not found.bits, found.tables
+    rows = None if book is None else book.table.detach().to(found.mass.device).reshape(tables, found.states, -1)
+    pairs = () if rows is None else zip(rows, found.used.reshape(tables, -1), strict=True)
+    parts = tuple(code_use(name, found.part(i)) for i in range(found.count)) if found.count > 1 else ()
     return CodeUse(
         states=found.states, perplexity=tuple(perplexity(found.share).tolist()),
         dead=tuple((~in_use(found.share)).sum(-1).tolist()), grid=tuple(found.grid),
         share=tuple(found.pooled.sort(descending=True).values.tolist()) if pooled else None,
         pooled_perplexity=float(perplexity(found.pooled)) if pooled else None,
         used=int(found.used.sum()) if pooled else None,
-        duplicates=None if book is None else len(duplicates(book.table.to(found.used.device)[found.used])),
-        revival=revival(name, book), information=tuple(found.information.tolist()), silent=int(found.silent.sum()),
+        duplicates=None if rows is None else sum(len(duplicates(table[used])) for table, used in pairs),
+        revival=revival(name, book), tables=tables, parts=parts,
+        information=tuple(found.information.tolist()), silent=int(found.silent.sum()),
         alert=silence(name, found, book),
     )  # fmt: skip
 

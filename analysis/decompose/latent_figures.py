@@ -104,10 +104,25 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
     use = code_use(name, latent.tally) if first and latent.tally is not None else None
     shown = ("perplexity", "states", "pooled_perplexity", "used")
     of_codes: dict[str, Any] = {name: getattr(use, name, None) for name in shown}
+    if first and latent.certain and latent.tally is not None and latent.tally.count > 1:
+        of_codes |= _by_code(latent.value, latent.tally, prior_first)
     information, marginal_kl = group["mutual_information"], group["marginal_kl"] if prior_first else None
     columns = tuple(torch.stack(level.kl_per_dimension).mean(0).tolist()) if level.kl_per_dimension else None
     figures = group["kl"], kl_exact, information, marginal_kl, columns
     return LatentSurgery(*figures, active_units(latent), _dimensions(account, name, information), **of_codes)
+
+
+def _by_code(value: Tensor, found: Tally, prior_first: bool) -> dict[str, tuple[float, ...]]:
+    """Return information and marginal KL of each of the codes of a vector, given those before it: the chain rule."""
+    codes = value.long().reshape(found.n, -1, found.count)
+    counts = [codes[..., :i].flatten(1).unique(dim=0, return_counts=True)[1] for i in range(1, found.count + 1)]
+    joint = torch.stack([entropy_of(count.double() / found.n) for count in counts])
+    information = joint.diff(prepend=joint.new_zeros(1))
+    out = {"information_by_code": tuple(information.tolist())}
+    if prior_first and found.prior is not None:
+        kl = -(found.share * found.prior).sum(1).reshape(-1, found.count).sum(0)
+        out["marginal_kl_by_code"] = tuple((kl - information).tolist())
+    return out
 
 
 def _dimensions(account: Account, name: str, information: Estimate | None) -> Dimensions | None:

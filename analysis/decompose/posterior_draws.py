@@ -16,7 +16,7 @@ from pvae.distributions import ROW_COST, CertainCodes, Codes, FullRankNormals, M
 from pvae.errors import DataError
 from pvae.pair import ROWS_OF_A_BATCH, JointStates, Layout, Pair, eliminated, read_joint_states, samples, unwrapped
 from pvae.pair import densities as traces
-from pvae.pair.code_usage import Tally, grid_of, shared_prior, tally
+from pvae.pair.code_usage import Tally, described, shared_prior, tally
 from pvae.pair.densities import closed_kl, full_size, log_prob, presence, rows_first, sum_over
 
 PARAMETER_BYTES = 2**29
@@ -145,7 +145,7 @@ def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> Late
         p=None if isinstance(prior, Codes) else prior, normal=normal if isinstance(normal, Normals) else None,
         kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout), point=point,
         present=presence(q, p, layout, n),
-        tally=tally(posterior, prior, grid_of(q), bits=isinstance(unwrapped(q["fn"]), Bernoulli)),
+        tally=tally(posterior, prior, **described(q)),
         prior=shared_prior(prior),
     )  # fmt: skip
 
@@ -235,7 +235,7 @@ def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:
     marginals = [Codes(torch.einsum("ns,spk->npk", t.logits[:, 0].exp(), one_hot).log()) for t in (q, p)]
     apart = torch.einsum("pk,spk->s", marginals[1].logits[0], one_hot)
     prior = marginals[1] if torch.allclose(apart, p.logits[0, 0], rtol=0, atol=1e-6) else None
-    return tally(marginals[0], prior, grid_of(nodes[0]), bits=isinstance(unwrapped(fn), Bernoulli))
+    return tally(marginals[0], prior, **described(nodes[0]))
 
 
 def draw(pair: Pair, x: Tensor, chunk: int = ROWS_OF_A_BATCH) -> Draw:

@@ -62,6 +62,12 @@ class LatentSurgery(Record):
     used: int | None = None
     """Number of codes in use: those with a probability of at least 1/1000 of 1/K under q_agg averaged over grid
     positions; None for binary codes and continuous latents."""
+    information_by_code: tuple[float, ...] | None = None
+    """Mutual information I_q[x, c_i] given c_1 .. c_(i-1) of the i-th of the codes that make one vector (depths of a
+    residual code), of all positions; they sum to `mutual_information`. None unless several certain codes make one."""
+    marginal_kl_by_code: tuple[float, ...] | None = None
+    """Marginal KL of the same codes given those before them, which sums to `marginal_kl`; None without
+    `information_by_code`, and unless the prior factorises and is the same for all rows."""
 
 
 class ClassSurgery(Record):
@@ -182,6 +188,8 @@ class Surgery(Figures):
         if latent.pooled_perplexity is not None:
             meaning = f"codes in use, weighed: at most {latent.states}; a number, not nats"
             yield f"{prefix}perplexity", exact(latent.pooled_perplexity), meaning
+        for i, nats in enumerate(latent.information_by_code or (), 1):
+            yield f"{prefix}information_{i}", exact(nats), "of this code of a vector, given those before it"
 
     def to_dict(self) -> dict[str, Any]:
         """Return all terms, by latent and by class, as plain numbers and strings for JSON."""

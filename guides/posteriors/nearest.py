@@ -46,6 +46,10 @@ class QuantisedPosterior(Posterior):
             raise ValueError(f"embedding, the width of the codebook, with the posterior {self.kind}; got none")
         return space
 
+    def read(self, module: "QuantisedModule", found: QuantisedCodes, row: Tensor) -> Tensor:
+        """Return the rows that the decoder reads, `(..., *features)`: by default those of the codes, `row`."""
+        return row
+
     @abstractmethod
     def codebook(self, space: Space) -> Table:
         """Return a new table of the rows of all codes, which the model holds and by which vectors are quantised."""
@@ -96,7 +100,7 @@ class QuantisedModule(Linked, Begun):
         book, space = self.codebook, self.site.space
         z = book.place(channels_last(self.network(inputs), self.plane))
         found = QuantisedCodes(book.nearest(z), space.states, len(space.grid))
-        found.point = space.channels_first(z)
+        found.point, found.count, found.tables = space.channels_first(z), book.count, book.tables
         return found
 
     def through(self, found: QuantisedCodes, row: Tensor) -> Tensor:
@@ -106,10 +110,12 @@ class QuantisedModule(Linked, Begun):
             found: the posterior, whose `point` holds the encoder's vectors before the quantisation.
             row: the rows of its codes, `(..., *features)`.
         """
-        z = found.point
+        z, row = found.point, self.declared.read(self, found, row).detach()
         if getattr(self.declared, "passes", "straight") == "rotation":
-            z = rotated(z, row.detach(), -1 - self.plane)
-        return row.detach() + (z - z.detach())
+            dim, groups = -1 - self.plane, self.site.space.groups
+            z, e = (t.unflatten(dim, (groups, -1)) for t in (z, row))
+            z = rotated(z, e, dim).flatten(dim - 1, dim)
+        return row + (z - z.detach())
 
     def penalties(self, found: QuantisedCodes, row: Tensor) -> dict[str, Tensor]:
         """Return penalties by name, `(...)`, which the loss adds to the negative ELBO."""

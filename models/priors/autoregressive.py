@@ -50,7 +50,7 @@ class TokenModule(nn.Module):
     """Base of autoregressive networks: from the parents' features to the distribution of a grid of codes.
 
     Arguments:
-        site: the latent, a grid of codes of at most 2 axes.
+        site: the latent, a grid of codes of at most `axes` axes.
         parents: shapes of the parents' features, by name: `(D,)`, `(C, L)` or `(C, H, W)`.
         kind: kind of the prior, for messages.
         width: width of the embedding of a code.
@@ -61,12 +61,14 @@ class TokenModule(nn.Module):
 
     context_dims: ClassVar[int]
     """Number of dimensions of a context (the encoded parents) after its leading dimensions."""
+    axes: ClassVar[int] = 2
+    """Largest number of axes of a grid."""
 
     def __init__(self, site: Site, parents: Mapping[str, Shape], kind: str, width: int) -> None:
         super().__init__()
         self.grid, self.codes, self.width = site.space.grid, site.space.states, width
-        if len(self.grid) > 2:
-            raise DeclarationError.of("models.priors.grid", name=site.name, kind=kind, grid=self.grid)
+        if len(self.grid) > self.axes:
+            raise DeclarationError.of("models.priors.grid", name=site.name, kind=kind, grid=self.grid, axes=self.axes)
         for name, shape in parents.items():
             if len(shape) not in (1, 2, 3):
                 raise DeclarationError.of("models.priors.parents", latent=site.name, kind=kind, name=name, shape=shape)
@@ -250,6 +252,7 @@ class TransformerModule(TokenModule):
     """
 
     context_dims = 2
+    axes = 3
     ends = False
     """True if the tokens are words, which padding ends."""
 

@@ -97,6 +97,8 @@ class Certain(Batched):
     """
 
     widened = ("index",)
+    count = tables = 1
+    """Numbers of codes that make one vector, along the last axis of the grid, and of codebooks they take in turn."""
 
     def __init__(self, index: Tensor, states: int, grid: int) -> None:
         self.index, self.states = index, states

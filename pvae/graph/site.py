@@ -77,6 +77,11 @@ class Space(Record):
         return self.grid[:-1] if self.joined else self.grid
 
     @property
+    def groups(self) -> int:
+        """Number of codes whose rows lie side by side in one vector; 1 unless they do."""
+        return self.shape[-1] if self.joined == "concatenation" else 1
+
+    @property
     def event(self) -> Shape:
         """Event shape of one sampled value; with a last dimension K if relaxed."""
         return (*self.shape, self.states) if self.values == "relaxed" else self.shape

@@ -19,11 +19,17 @@ class Table(nn.Module):
 
     remedy: ClassVar[str] = "warmup"
     """Name of the advice on dead codes, in the template `pair.code_usage.revival`."""
+    count = tables = 1
+    """Number of codes that make one vector, along the last axis of their grid, and of the tables these take in turn."""
 
     @property
     @abstractmethod
     def table(self) -> Tensor:
         """Embedding vectors of all codes, `(K, E)`; or `(T, K, E)` of T tables, which codes take in turn."""
+
+    def place(self, z: Tensor) -> Tensor:
+        """Return vectors `(..., E)` as they are compared with the table: by default themselves."""
+        return z
 
 
 class Codebook(Table):

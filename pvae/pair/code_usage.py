@@ -11,7 +11,7 @@ from torch.distributions import Bernoulli, Categorical, OneHotCategorical
 
 from pvae.component import Shape
 from pvae.data.streamed import Streamed
-from pvae.distributions import CertainCodes, Codes, Discretised, Members, twin
+from pvae.distributions import Certain, CertainCodes, Codes, Discretised, Members, twin
 from pvae.models.graph import GraphModel
 from pvae.nn.codebook import Table
 from pvae.pair.densities import members
@@ -71,6 +71,10 @@ class Tally(Record):
     """True if each position is a bit rather than a code of one shared codebook."""
     kl: Tensor | None = None
     """Summed KL(q(c_p | x_i) || p(c_p)), `(P,)`, nats; None unless the prior is factorised given its parents."""
+    count: int = 1
+    """Number of codes that make one vector, along the last axis of the grid."""
+    tables: int = 1
+    """Number of codebooks T that these codes take in turn."""
 
     @property
     def positions(self) -> int:
@@ -89,13 +93,19 @@ class Tally(Record):
 
     @property
     def used(self) -> Tensor:
-        """Codes in use, `(K,)` booleans: those with a pooled proportion of at least 0.001 / K."""
+        """Codes in use, `(T K,)` booleans: those with a pooled proportion of at least 0.001 / (T K)."""
         return in_use(self.pooled)
 
     @property
     def pooled(self) -> Tensor:
-        """Proportion of each code over all rows and positions, `(K,)`: the mean of q_agg(c_p) over positions."""
-        return self.share.mean(0)
+        """Proportion of each code of all codebooks over rows and positions, `(T K,)`: the mean of q_agg(c_p)."""
+        return self.share.reshape(-1, self.tables, self.states).mean(0).flatten() / self.tables
+
+    def part(self, i: int) -> "Tally":
+        """Return the sums of the i-th (from 0) of the codes that make one vector."""
+        own = slice(i, None, self.count)
+        prior, kl = (None if t is None else t[own] for t in (self.prior, self.kl))
+        return Tally(self.n, self.mass[own], self.entropy[own], self.grid[:-1], prior, self.bits, kl)
 
     @property
     def information(self) -> Tensor:
@@ -123,7 +133,7 @@ class Tally(Record):
         kl = None if self.kl is None or other.kl is None else self.kl + other.kl
         return Tally(
             self.n + other.n, self.mass + other.mass, self.entropy + other.entropy, self.grid,
-            self.prior if same else None, self.bits, kl,
+            self.prior if same else None, self.bits, kl, self.count, self.tables,
         )  # fmt: skip
 
 
@@ -148,13 +158,13 @@ def codebook_of(pair: Pair, name: str) -> Table | None:
     return books.get(name)  # type: ignore[return-value]
 
 
-def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits: bool = False) -> Tally | None:
-    """Return the code-usage sums (`Tally`) of a batch of posteriors; None unless the latent is discrete."""
+def tally(q: Members | None, p: Members | None = None, **described: Any) -> Tally | None:
+    """Return the code-usage sums (a `Tally`, fields as `described`) of a batch of posteriors; None unless discrete."""
     if isinstance(q, CertainCodes):
         n, positions = q.index.shape
         flat = q.index + q.states * torch.arange(positions, device=q.index.device)
         mass = flat.flatten().bincount(minlength=positions * q.states).reshape(positions, -1).double()
-        return Tally(n, mass, mass.new_zeros(positions), grid, shared_prior(p))
+        return Tally(n, mass, mass.new_zeros(positions), prior=shared_prior(p), **described)
     if not isinstance(q, Codes):
         return None
     logits = q.logits.double()
@@ -162,7 +172,7 @@ def tally(q: Members | None, p: Members | None = None, grid: Shape = (), *, bits
     entropy = -(probs * logits).sum((0, 2))
     log_p = p.logits if isinstance(p, Codes) and p.logits.shape[1:] == logits.shape[1:] else None
     kl = None if log_p is None else -entropy - (probs * log_p).sum((0, 2))
-    return Tally(len(q), probs.sum(0), entropy, grid, shared_prior(p), bits, kl)
+    return Tally(len(q), probs.sum(0), entropy, prior=shared_prior(p), kl=kl, **described)
 
 
 def shared_prior(p: Members | None) -> Tensor | None:
@@ -172,10 +182,12 @@ def shared_prior(p: Members | None) -> Tensor | None:
     return p.logits[0].double().clone()  # not a view of the rows of a batch
 
 
-def grid_of(node: Mapping[str, Any]) -> Shape:
-    """Return the shape of the grid of codes of a traced site."""
-    event = tuple(node["fn"].event_shape)
-    return event[:-1] if isinstance(unwrapped(node["fn"]), OneHotCategorical) else event
+def described(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a `Tally` that a traced site tells: its grid, and whether it has bits or stacked codes."""
+    fn, event = unwrapped(node["fn"]), tuple(node["fn"].event_shape)
+    grid = event[:-1] if isinstance(fn, OneHotCategorical) else event
+    stack = {"count": fn.count, "tables": fn.tables} if isinstance(fn, Certain) else {}
+    return {"grid": grid, "bits": isinstance(fn, Bernoulli), **stack}
 
 
 class Undrawn(Messenger):
@@ -198,8 +210,8 @@ def tallies(guide: Nodes, layout: Layout, rows: int, model: Nodes | None = None)
     found = {}
     for name in (name for name in layout.latents if name in guide):  # a batch may lack some
         node, prior = guide[name], (model or {}).get(name)
-        p, bits = None if prior is None else members(prior, layout, rows), isinstance(unwrapped(node["fn"]), Bernoulli)
-        if (made := tally(members(node, layout, rows), p, grid_of(node), bits=bits)) is not None:
+        p = None if prior is None else members(prior, layout, rows)
+        if (made := tally(members(node, layout, rows), p, **described(node))) is not None:
             found[name] = made
     return found
 

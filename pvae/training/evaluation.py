@@ -180,8 +180,8 @@ def _unused(pair: Pair, codes: Mapping[str, Tally]) -> Iterator[str]:
         if alert := silence(name, use, codebook_of(pair, name)):
             yield alert
         dead = 0 if use.bits or use.collapsed else int((~use.used).sum())
-        if dead and use.n * use.positions >= MIN_EXPECTED_USES * use.states:
-            yield f"{name}: {dead} of {use.states} codes are dead: on {use.n} rows they are not in use."
+        if dead and use.n * use.positions >= MIN_EXPECTED_USES * len(use.used):
+            yield f"{name}: {dead} of {len(use.used)} codes are dead: on {use.n} rows they are not in use."
 
 
 def _at_bounds(plan: Plan, guide: Mapping[str, Any], model: Mapping[str, Any]) -> Iterator[str]:

@@ -1,10 +1,12 @@
 """Cost of vector quantisation: pvae's codebook against vector-quantize-pytorch, a whole step against PyTorch by hand.
 
 The first table is one step of a codebook alone (lookup, straight-through gradient, commitment, backward, moving
-averages, restart of dead codes), the second one of a VQ-VAE on 28 x 28 images, Adam included. Variants take turns in
-one process on the same batches; a figure is the median over rounds of the ratio to the first variant of the same
-round. K = 512, E = 64, grid 8 x 8, batch 128, decay .99, 2 threads. Where vector-quantize-pytorch is installed, both
-codebooks are first shown to give the same codes and rows (restarts, which are drawn at random, left out).
+averages, restart of dead codes), the second one of every quantiser as a pair uses it, beside the peer's (posterior,
+gradient to the vectors, penalties, averages), the third one of a VQ-VAE on 28 x 28 images, Adam included.
+Variants take turns in one process on the same batches; a figure is the median over rounds of the ratio to the first
+variant of the same round. K = 512, E = 64, grid 8 x 8, batch 128, decay .99, 2 threads. Where vector-quantize-pytorch
+is installed, both codebooks are first shown to give the same codes and rows (restarts, which are drawn at random, left
+out).
 
     python tests/bench/codes.py [--rounds 40] [--codes 512]
 """
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, embedding, pad
 
 from pvae import Experiment
+from pvae.graph.lifecycle import Moving
 from pvae.nn.codebook import NearestCodebook
 from pvae.objectives.base import Loss
 from pvae.training.step import Step
@@ -30,6 +33,7 @@ from pvae.util.seeds import set_noise
 
 WIDTH, SIDE, BATCH, DECAY, DEAD, COMMITMENT = 64, 8, 128, 0.99, 1.0, 0.25
 Variant = Callable[[Tensor], object]
+PEER = "vector_quantize_pytorch"
 
 
 def share(codes: int) -> float:
@@ -83,7 +87,7 @@ def codebooks(codes: int, batches: Tensor) -> dict[str, Variant]:
     """Both codebooks, started at the same vectors of the data."""
     rows = batches[0].movedim(1, -1).reshape(-1, WIDTH)[:codes]
     variants = {"pvae": ours(book_at(rows, share(codes)))}
-    if find_spec("vector_quantize_pytorch"):
+    if find_spec(PEER):
         variants = {"vector-quantize-pytorch": peer(rows, DEAD)[0], **variants}
         book, (step, theirs) = book_at(rows, 0.0), peer(rows, 0.0)
         for z in batches[:3]:
@@ -91,6 +95,87 @@ def codebooks(codes: int, batches: Tensor) -> dict[str, Variant]:
             gap = float((book.weight - theirs.embed[0]).abs().max())
             print(f"same codes {same:.4f}   largest difference of a row {gap:.1e}")
     return variants
+
+
+# ---------------------------------------------------------------------- every quantiser
+
+
+class Given(nn.Module):
+    """Network whose output is its input."""
+
+    def forward(self, inputs: dict[str, Tensor]) -> Tensor:
+        """The vectors as they are."""
+        return inputs["z"]
+
+
+def quantiser(posterior: dict[str, Any], codes: int, width: int) -> Variant:
+    """A posterior of pvae whose vectors are given."""
+    latent = {"codes": codes, "grid": [SIDE, SIDE], "embedding": width, "prior": "uniform", "posterior": posterior}
+    decoder = {"network": NETWORK, "likelihood": {"kind": "bernoulli"}}
+    pair = Experiment.from_dict({"latents": {"c": latent}, "decoder": decoder}).build((1, 28, 28))
+    guide: Any = pair.guide
+    module = guide.posteriors["c"]
+    module.network, model = Given(), module.link.model
+    moving = [part for part in model.codebooks.modules() if isinstance(part, Moving)]
+
+    def step(z: Tensor) -> Tensor:
+        found = module({"z": z.detach().requires_grad_()}, {})
+        row = model.see(model.sites[0], found.index, z)
+        penalties = module.penalties(found, row).values()
+        (module.through(found, row).square().mean() + sum(value.mean() for value in penalties)).backward()
+        for part in moving:
+            part.after_step()
+        return found.index
+
+    return step
+
+
+def theirs(module: Any, rows: bool) -> Variant:
+    """A quantiser of vector-quantize-pytorch; its stacks read rows of vectors."""
+
+    def step(z: Tensor) -> Tensor:
+        z = z.detach().requires_grad_()
+        through, index, *loss = module(z.flatten(2).mT if rows else z)
+        (through.square().mean() + sum(part.sum() for part in loss)).backward()
+        return index
+
+    return step
+
+
+def quantisers(codes: int) -> dict[str, tuple[int, Callable[[], Any], dict[str, Any]]]:
+    """Width of a vector, the peer's module and pvae's posterior of every quantiser."""
+    from vector_quantize_pytorch import FSQ, LFQ, GroupedResidualVQ, ResidualVQ, SimVQ, VectorQuantize
+
+    bits, image = codes.bit_length() - 1, {"accept_image_fmap": True}
+    settings = {**image, "decay": DECAY, "commitment_weight": COMMITMENT, "threshold_ema_dead_code": DEAD}
+    straight = {**settings, "rotation_trick": False}
+    of_rows = {**straight, "accept_image_fmap": False}
+    nearest = {"kind": "nearest_code", "decay": DECAY, "restart": share(codes)}
+
+    def one(**more: Any) -> Callable[[], Any]:
+        return lambda: VectorQuantize(WIDTH, codes, **{**straight, **more})
+
+    def several(**more: Any) -> Callable[[], Any]:
+        return lambda: ResidualVQ(dim=WIDTH, num_quantizers=4, codebook_size=codes, **{**of_rows, **more})
+
+    def grouped() -> Any:
+        return GroupedResidualVQ(dim=WIDTH, groups=4, num_quantizers=1, codebook_size=codes, **of_rows)
+
+    stack, levels = {**nearest, "kind": "residual", "depth": 4}, [8, 8, codes // 64]
+    return {
+        "nearest_code": (WIDTH, one(), nearest),
+        "nearest_code, rotation": (WIDTH, one(rotation_trick=True), {**nearest, "passes": "rotation"}),
+        "nearest_code, cosine": (WIDTH, one(use_cosine_sim=True), {**nearest, "unit": True}),
+        "finite_scalar": (3, lambda: FSQ(levels), {"kind": "finite_scalar", "levels": levels}),
+        "lookup_free": (bits, lambda: LFQ(dim=bits, commitment_loss_weight=COMMITMENT), {"kind": "lookup_free"}),
+        "simvq": (
+            WIDTH, lambda: SimVQ(WIDTH, codes, channel_first=True, rotation_trick=False), {"kind": "simvq"}
+        ),
+        "residual": (WIDTH, several(), stack),
+        "residual, shared": (WIDTH, several(shared_codebook=True), {**stack, "shared": True}),
+        "residual, dropout": (WIDTH, several(quantize_dropout=True), {**stack, "dropout": 1.0}),
+        "grouped": (WIDTH, grouped, {**nearest, "kind": "grouped", "groups": 4}),
+    }  # fmt: skip
 
 
 # ---------------------------------------------------------------------- a whole step
@@ -209,6 +294,14 @@ def main() -> None:
         vectors = torch.randn(5, BATCH, WIDTH, SIDE, SIDE)
         print("a codebook")
         interleave(codebooks(a.codes, vectors), vectors, a.rounds)
+        for name, (width, peer_of, posterior) in quantisers(a.codes).items() if find_spec(PEER) else ():
+            print(name)
+            given = torch.randn(5, BATCH, width, SIDE, SIDE)
+            variants = {
+                "vector-quantize-pytorch": theirs(peer_of(), "depth" in posterior or "groups" in posterior),
+                "pvae": quantiser(posterior, a.codes, width),
+            }
+            interleave(variants, given, a.rounds)
         images = (torch.rand(5, BATCH, 1, 28, 28) > 0.5).float()
         print("a training step of a VQ-VAE")
         interleave({"hand-written": hand_written(a.codes), "pvae eager": fitted(a.codes, images[0])}, images, a.rounds)

@@ -98,6 +98,24 @@ ENGINES = {
         (5, 2, 2),
         certain=True,
     ),
+    "residual": Engine(
+        {"codes": 6, "grid": [2, 2], "embedding": 5, "posterior": {"kind": "residual", "depth": 3}},
+        (5, 2, 2),
+        certain=True,
+        moves=True,
+    ),
+    "residual, shared, gradient": Engine(
+        {"codes": 6, "embedding": 5, "posterior": {"kind": "residual", "depth": 2, "shared": True, "gradient": True}},
+        (5,),
+        certain=True,
+        moves=True,
+    ),
+    "grouped": Engine(
+        {"codes": 6, "grid": [2], "embedding": 6, "posterior": {"kind": "grouped", "groups": 3, "passes": "rotation"}},
+        (6, 2),
+        certain=True,
+        moves=True,
+    ),
 }
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
 

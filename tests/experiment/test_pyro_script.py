@@ -39,6 +39,7 @@ MORE = {
     "an exact sum": ("em_mixture", ["objective={kind='trace_elbo'}", "train={}"]),
     "a sum over a grid": ("categorical_vae", ["latents.c.codes=2", "latents.c.grid=[3]"]),
     "relaxed codes with an embedding": ("gumbel_softmax_vae", ["latents.c.embedding=5"]),
+    "residual codes": ("vq_vae", ["latents.c.posterior={kind='residual',depth=2,dropout=0.5,passes='rotation'}"]),
     "pseudo-inputs at one level": ("hvae", ["latents.z2.prior={kind='vamp',components=5}"]),
     "momentum": ("vae", ["train.optimizer={kind='sgd',lr=1e-3,momentum=0.9}", "train.schedule=constant"]),
 }

@@ -437,9 +437,10 @@ def test_fields_that_do_not_fit_are_refused(prior, message):
 @every_kind
 def test_shapes_that_cannot_be_read_are_refused(kind):
     prior = Prior.members[kind].model_validate(KINDS[kind])
-    grid = (2, 2, 2)
+    axes = 3 if kind == "transformer" else 2
+    grid = (2,) * (axes + 1)
     with pytest.raises(
-        DeclarationError, match=rf"latents.z.prior {kind}: expected a grid of at most 2 axes; got \[2, 2"
+        DeclarationError, match=rf"latents.z.prior {kind}: expected a grid of at most {axes} axes; got \[2, 2"
     ):
         prior.build(Site("z", Space.codes(3, grid)), {}, Link())
     with pytest.raises(DeclarationError, match=r"expected parents of shape .*; got a of shape \[1, 2, 3, 4\]"):

@@ -80,7 +80,7 @@ def code_use(name: str, use: CodeUse) -> Figure:
         share = np.array(use.share)
         _bars(grid[0], share, np.arange(len(share)) < (use.used or 0), among=("in use", "dead"))
         grid[0].set_title(f"{plain(name)}: share of each code, most used first")
-        grid[0].set(xlabel=f"rank of the code (1 to {use.states})", xlim=(0.3, max(use.states, 6) + 0.7))
+        grid[0].set(xlabel=f"rank of the code (1 to {len(share)})", xlim=(0.3, max(len(share), 6) + 0.7))
     if several:
         axes = grid[-1]
         axes.set_title(f"{plain(name)}: perplexity of each position, of at most {use.states}")

@@ -171,8 +171,10 @@ def codes(exam: Examination) -> Iterator[Part]:
 
 
 def _code_table(exam: Examination, uses: dict[str, CodeUse]) -> PageTable:
-    rows = []
+    rows, every = [], dict(uses)
     for name, use in uses.items():
+        every |= {f"{name}, code {i}": part for i, part in enumerate(use.parts, 1)}
+    for name, use in every.items():
         count = len(use.perplexity)
         information, mean = (sum(values) / count for values in (use.information, use.perplexity))
         measured = information, math.log(use.states), use.silent, mean, use.pooled_perplexity, use.used, use.duplicates
@@ -185,7 +187,7 @@ def _maps(exam: Examination, name: str, use: CodeUse) -> Iterator[Picture]:
 
     Nothing unless data are images, and codes have at least three states and form a 2D grid.
     """
-    if len(use.grid) != 2 or use.states < 3 or not is_image(exam.shape):
+    if len(use.grid) != 2 or use.parts or use.states < 3 or not is_image(exam.shape):
         return
     rows = np.linspace(0, len(exam.x) - 1, min(MAPPED_DATA, len(exam.x))).astype(int)
     if (values := base.array(exam.drawn.latents[name].value)[rows]).shape[1] != use.grid[0] * use.grid[1]:
