@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from pvae.component import Component
 
@@ -190,7 +191,7 @@ class LeanAdam:
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor], lr: float) -> None:
         """Update the parameters by one Adam step along the given gradients, at learning rate `lr`."""
-        torch.optim.adam.adam(
+        adam(
             self.parameters, list(gradients), self.means, self.squares, [], self.steps,
             amsgrad=False, beta1=0.9, beta2=0.999, lr=lr, weight_decay=0.0, eps=1e-8, maximize=False,
         )  # fmt: skip
