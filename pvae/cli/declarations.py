@@ -8,7 +8,7 @@ import typer
 
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
-from pvae.errors import DeclarationError, misdeclared
+from pvae.errors import misdeclared
 from pvae.experiment import zoo
 from pvae.util.files import write_atomic
 from pvae.words import text
@@ -29,8 +29,7 @@ def new(_: Shared, name: str, like: str | None = None) -> None:
     from pvae.runs.find import slug
 
     misdeclared("/" in name or "\\" in name, f"{name}: expected a name, not a path; the file is written here.")
-    if (path := Path(f"{slug(name)}.toml")).exists():
-        raise DeclarationError(f"{path}: expected a new name; a file of this name is there already.")
+    misdeclared((path := Path(f"{slug(name)}.toml")).exists(), "cli.declarations.exists", path=path)
     lines = zoo.find(like or (name if name in zoo.names() else "vae")).read_text().splitlines()
     body = [line for line in lines if not line.startswith("name =")]
     head = ["#:schema pvae.schema.json", f"name = {json.dumps(name, ensure_ascii=False)}"]

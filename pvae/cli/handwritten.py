@@ -15,7 +15,7 @@ import torch
 
 from pvae.data.rows.files import broken_as
 from pvae.data.split import Split
-from pvae.errors import DataError, DeclarationError, misdeclared
+from pvae.errors import DataError, DeclarationError, misdeclared, refuse
 from pvae.pair.pair import Pair
 from pvae.records import Record
 
@@ -83,8 +83,7 @@ def load_arguments(path: Path | None, pair: Pair | None) -> Any:
     if len(tensors) == 1:
         return next(iter(tensors.values()))
     known = {"x": None} if pair is None else inspect.signature(pair.model).parameters
-    if missing := sorted(arrays.keys() - known.keys()):
-        raise DataError(f"{path}: expected arrays named as the model's arguments ({', '.join(known)}); got {missing}.")
+    refuse(odd := sorted(arrays.keys() - known.keys()), "cli.handwritten.arrays", path=path, known=known, odd=odd)
     return tensors
 
 

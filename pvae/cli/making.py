@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pvae
 from pvae.cli.app import Shared, beside, command, tell
-from pvae.errors import DataError, DeclarationError, instead
+from pvae.errors import DataError, DeclarationError, instead, misdeclared
 from pvae.util.files import write_atomic, write_together
 
 if TYPE_CHECKING:
@@ -68,8 +68,7 @@ def rate_distortion(shared: Shared, runs: list[str], samples: int = 1, out: Path
 
 def _row(run: Run, split: str, name: str, row: int) -> Tensor:
     """Return one row of a split as a batch; `name` is the argument that gives its number."""
-    if row >= len(part := run.data.split(split)):
-        raise DeclarationError(f"{name}: expected a row of {split}, 0 .. {len(part) - 1}; got {row}.")
+    misdeclared(row >= len(part := run.data.split(split)), "cli.making.row", name=name, split=split, part=part, row=row)
     return part.rows[row : row + 1]
 
 

@@ -336,8 +336,7 @@ def _passed(
     """
     declared, splits = declared or TensorSource(), zip(SPLITS, (train, validation, test), strict=True)
     given = {name: part for name, part in splits if part is not None}
-    if declared.splits.declared and len(given) > 1:
-        raise DataError("Expected data.splits or validation=... and test=...; got both.")
+    refuse(declared.splits.declared and len(given) > 1, "data.dataset.both")
     arrays = {name: read(part, name) for name, part in given.items()}
     more: dict[str, Any] = {"label_names": label_names, "features": feature_names(given.get("train"))}
     return _assembled(declared, joined(arrays, declared.split_seed, masked=declared.masked, **more))

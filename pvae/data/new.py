@@ -188,9 +188,8 @@ class FittedTransforms(Section):
         """Return the stored values with the features in the order of the fit; raises DataError if they do not fit."""
         x, row = rows.x, tuple(rows.x.shape[1:])
         if self.features and rows.features and rows.features != self.features:
-            if absent := [name for name in self.features if name not in rows.features]:
-                hint = near(absent[0], rows.features)
-                raise DataError.of("data.new.feature", name=rows.name, absent=absent, hint=hint)
+            if lost := [name for name in self.features if name not in rows.features]:
+                raise DataError.of("data.new.feature", name=rows.name, lost=lost, hint=near(lost[0], rows.features))
             places = {name: i for i, name in enumerate(rows.features)}
             order = np.array([places[name] for name in self.features])
             x = x[:, order] if isinstance(x, np.ndarray) else Chosen(x, order)
@@ -305,8 +304,7 @@ def source_of(
         member = Data.members.get(_kind_of(where, declared), Data)
         known = ", ".join(sorted(set(ENDINGS.values())))
         refuse(not issubclass(member, FileData), f"{path}: expected a file of rows ({known}); got another.")
-        if issubclass(member, Tabular) and not isinstance(declared, Tabular):
-            raise DataError(f"{path}: expected arrays, or columns declared for this table; got none. Pass an array.")
+        refuse(issubclass(member, Tabular) and not isinstance(declared, Tabular), "data.new.arrays", path=path)
     elif isinstance(declared, Tabular):
         member = FrameSource
     shared = (declared.model_fields_set & member.model_fields.keys()) - {"source"} if declared else set()

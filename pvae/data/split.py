@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.data.rows.rows import Part, chunks
 from pvae.data.streamed import Streamed, WindowOrder
-from pvae.errors import DataError
+from pvae.errors import DataError, refuse
 from pvae.graph.frame import Entry
 from pvae.records import Record, field, replace
 from pvae.util import group, seeds
@@ -156,9 +156,7 @@ class Split(Record, eq=False):
             known = [part for key, part in self.side.items() if key == name or key.startswith(f"{name}[")]
             found = self.y if entry.source == "label" else torch.stack(known, 1).squeeze(1) if known else None
         if found is None:
-            what = "labels" if entry.source == "label" else f"values of {name!r}"
-            of = "as which a latent is observed" if entry.latent else "on which the model is conditioned"
-            raise DataError(f"{self.name}: expected {what}, {of}; got none.")
+            raise DataError.of("data.split.absent", split=self.name, name=name, entry=entry)
         if (width := found[:1].numel()) not in (0, 1 if entry.tokens is not None else entry.width):
             raise DataError(f"{self.name}: expected {entry.width} values of {name!r} in each row; got {width}.")
         if entry.latent and (entry.codes or entry.source == "label"):
@@ -166,8 +164,7 @@ class Split(Record, eq=False):
         codes = entry.codes if entry.tokens is None else len(entry.tokens)
         wrong = replace(entry, codes=codes).wrong(found)
         if wrong.any() and entry.source == "label":
-            y = found[~found.isnan()]
-            raise DataError.of("data.split.codes", name=self.name, y=y, codes=codes, latent=entry.latent)
+            raise DataError.of("data.split.codes", name=self.name, y=found[~found.isnan()], codes=codes, entry=entry)
         if wrong.any():
             row, *_ = wrong.nonzero()[0].tolist()
             said = {"split": self.name, "row": row, "name": name, "value": found[row].tolist()}
@@ -239,8 +236,7 @@ def chosen_labels(y: Tensor, count: int, seed: int) -> Tensor:
     """
     columns = y.reshape(len(y), -1).nan_to_num(-1)
     none = (columns < 0).all(1)
-    if count > (there := int((~none).sum())):
-        raise DataError(f"data.labelled: expected at most {there}, the number of labelled rows of train; got {count}.")
+    refuse(count > (there := int((~none).sum())), "data.split.labelled", there=there, count=count)
     classes = columns.unique(dim=0, return_inverse=True)[1].masked_fill(none, -1).cpu().numpy()
     rows = len(y)
     order = np.random.RandomState(seed).permutation(rows)

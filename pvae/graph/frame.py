@@ -1,7 +1,5 @@
 """Layout of a row of data: the data point, then covariates and the observed values of latents; vocabularies."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.component import Shape
-from pvae.errors import DataError, DeclarationError, near
+from pvae.errors import DataError, DeclarationError, misdeclared, near
 from pvae.graph.site import one_hot
 from pvae.records import Record, field
 
@@ -51,8 +49,7 @@ class Vocabulary(Record):
         for word in found:
             if word not in self.words:
                 raise DeclarationError.of("graph.frame.word", words=self.words, word=word, hint=near(word, self.words))
-        if len(found) > self.length:
-            raise DeclarationError(f"prompt: expected at most {self.length} words; got {len(found)} in {text[:60]!r}.")
+        misdeclared(len(found) > self.length, "graph.frame.length", most=self.length, found=found, text=text)
         return [self.words.index(word) for word in found] + [0] * (self.length - len(found))
 
 

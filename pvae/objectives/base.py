@@ -144,8 +144,7 @@ class Objective(Component):
         known, each = ["reparameterised", *self.gradients], self.gradient
         more = sorted(({*each.values()} if isinstance(each, dict) else {each}).difference(known))
         if more or (isinstance(each, dict) and "stick_the_landing" not in known):
-            asked = [*more, "a table"][0]
-            raise ValueError(text("objectives.base.gradient", known=known, objective=self, found=asked))
+            raise ValueError(text("objectives.base.gradient", known=known, objective=self, found=[*more, "a table"][0]))
         if self.free_bits and each != "reparameterised":
             raise ValueError("free_bits = 0 with stick_the_landing, which is biased where samples decide what is free")
         return self

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DeclarationError, refuse
 from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.base import ClosedForm
@@ -246,8 +246,7 @@ class EMStepper(Stepper):
         if not len(empty):
             return
         shown = ", ".join(map(str, empty[:8].tolist())) + (" ..." if len(empty) > 8 else "")
-        if self.objective.empty == "stop":
-            raise DataError.of("objectives.em.empty", name=self.mixture.site.name, counts=counts, shown=shown)
+        refuse(self.objective.empty == "stop", "objectives.em.empty", mixture=self.mixture, counts=counts, shown=shown)
         rows, mean = self.gathered["rows"][: len(empty)], sums.sum(0) / counts.sum()
         sums[empty] = self.mixture.likelihood.around(rows, mean, self.origin)
         counts[empty] = 1.0

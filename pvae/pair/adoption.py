@@ -12,7 +12,7 @@ from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pvae.errors import DeclarationError
+from pvae.errors import misdeclared
 from pvae.pair.enumeration import needs_elimination
 from pvae.pair.layout import Layout, Traces, is_point, plates_of, read_layout, samples
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
@@ -223,8 +223,7 @@ class StoreRecord:
         for name, value in news.items():
             if (mine := own["params"][name]) is value:
                 continue
-            if mine.shape != value.shape:
-                raise DeclarationError.of("pair.adoption.shape", name=name, shape=mine.shape, found=value.shape)
+            misdeclared(mine.shape != value.shape, "pair.adoption.shape", name=name, mine=mine, found=value)
             with torch.no_grad():
                 mine.copy_(value)
         self.note(own)

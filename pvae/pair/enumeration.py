@@ -225,8 +225,7 @@ def require_summable(name: str, node: Mapping[str, Any], layout: Layout) -> None
     """
     require_expectable(name, node, layout)
     plates = [f.name for f in node["cond_indep_stack"] if f.vectorized and not f.name.startswith("_")]
-    if extra := [plate for plate in plates if plate not in layout.plates]:
-        raise DeclarationError.of("pair.enumeration.plates", name=name, plates=extra)
+    misdeclared(more := [p for p in plates if p not in layout.plates], "pair.enumeration.plates", name=name, more=more)
 
 
 def require_expectable(name: str, node: Mapping[str, Any], layout: Layout) -> None:
@@ -235,13 +234,11 @@ def require_expectable(name: str, node: Mapping[str, Any], layout: Layout) -> No
     Raises:
         DeclarationError: the site is global, or has a scale.
     """
-    if not layout.holds(node):
-        raise DeclarationError(f"{name}: expected a site to sum over inside the data plate; got a global one. Draw it.")
+    misdeclared(not layout.holds(node), "pair.enumeration.global", name=name)
     _require_plain(name, node)
 
 
 def _require_plain(name: str, node: Mapping[str, Any]) -> None:
     """Check that a site inside the sum has no poutine.scale: p(c)^scale is not a distribution."""
     scale = node["scale"] / plate_scale(node)
-    if not bool(torch.as_tensor(abs(scale - 1) < 1e-6).all()):
-        raise DeclarationError.of("pair.enumeration.scale", name=name, scale=scale)
+    misdeclared(not torch.as_tensor(abs(scale - 1) < 1e-6).all(), "pair.enumeration.scale", name=name, scale=scale)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pvae.component import Shape
 from pvae.distributions import Certain, is_relaxed, twin
 from pvae.distributions import unwrapped as unwrapped
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, misdeclared
 from pvae.records import Record
 
 RECORDS = frozenset({"_deterministic", "_embedded"})
@@ -107,8 +107,7 @@ def read_layout(guide_trace: poutine.Trace, model_trace: poutine.Trace, count: i
         return any(f.vectorized and f.name in plates for f in node["cond_indep_stack"])
 
     enumerated = [name for name, node in model.items() if name not in guide and is_enumerable(node)]
-    if outside := [name for name in enumerated if not inside(model[name])]:
-        raise DeclarationError.of("pair.layout.outside", sites=outside)
+    misdeclared(apart := [name for name in enumerated if not inside(model[name])], "pair.layout.outside", sites=apart)
     return Layout(
         plate=frame.name, plates=plates, dim=frame.dim, nesting=-min(dims),
         latents=tuple(name for name, node in unseen.items() if inside(node)),
@@ -132,8 +131,7 @@ def joined(one: Layout, other: Layout) -> Layout:
     both = {name for role in ("latents", "shared", "observed", "enumerated") for name in merged[role]}
     if sum(len(merged[role]) for role in ("latents", "shared", "observed", "enumerated")) > len(both):
         raise DeclarationError("pair: expected every site in one role on every batch; got one that is observed in some")
-    if (one.dim, one.plate) != (other.dim, other.plate):
-        raise DeclarationError.of("pair.layout.moved", plate=one.plate, dim=one.dim, other=other.plate, at=other.dim)
+    misdeclared((one.dim, one.plate) != (other.dim, other.plate), "pair.layout.moved", one=one, other=other)
     plates, nesting = one.plates | other.plates, max(one.nesting, other.nesting)
     eliminated = one.eliminated or other.eliminated or one.enumerated != merged["enumerated"]
     return replace(one, **merged, plates=plates, nesting=nesting, eliminated=eliminated)

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pvae.errors import DataError, DeclarationError, instead, refuse
+from pvae.errors import DeclarationError, instead, refuse
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
 from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
@@ -134,8 +134,7 @@ class Pair(nn.Module):
             if not self.declared:
                 self._watch.follow(self._store)
         event = () if self._structure is None else self._structure.event
-        if not x.dim() or not len(x) or tuple(x.shape[1:]) != event:
-            raise DataError.of("pair.pair.no_rows", shape=event, found=x.shape)
+        refuse(not x.dim() or not len(x) or tuple(x.shape[1:]) != event, "pair.pair.no_rows", shape=event, x=x)
         refuse(problem := other_rows(self._structure, x), str(problem))
         return x
 

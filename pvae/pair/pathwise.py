@@ -8,7 +8,7 @@ import torch
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor, nn
 
-from pvae.errors import DeclarationError
+from pvae.errors import misdeclared
 from pvae.pair.densities import masks_of, plate_scale
 from pvae.pair.layout import is_point, samples, unwrapped
 from pvae.pair.running import modules_within, run_one
@@ -108,8 +108,7 @@ def _require(pair: "Pair", guide: Trace, names: Collection[str], estimator: Esti
     }
     kind = "doubly_reparameterised" if weighed else "stick_the_landing" if names else "partially"
     for reason, found in against.items():
-        if found:
-            raise DeclarationError.of("pair.pathwise.refused", reason=reason, names=[*found], kind=kind)
+        misdeclared(found, "pair.pathwise.refused", reason=reason, names=[*found], kind=kind)
 
 
 def _moves(fn: Any) -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pvae.component import Shape
 from pvae.distributions import Certain, LogOneHot, Rounded, twin
-from pvae.errors import DataError, instead, refuse
+from pvae.errors import instead, refuse
 from pvae.pair.layout import Layout, SiteShape, Traces, is_point, joined, samples, unwrapped
 from pvae.records import Record, field, replace
 
@@ -265,8 +265,7 @@ class Arguments(Record):
         given = _named(data)
         found = tuple(Argument(tuple(t.shape[1:]), t.dtype, name) for name, t in given)
         refuse(found != self.parts, f"x: expected the arguments {_words(self.parts)}; got {_words(found)}.")
-        if len(rows := {len(t) for _, t in given}) > 1:
-            raise DataError(f"x: expected arguments of the same number of rows; got {sorted(rows)}.")
+        refuse(len(rows := {len(t) for _, t in given}) > 1, "pair.structure.rows", rows=rows)
         return torch.cat([t.contiguous().reshape(len(t), -1).view(torch.uint8) for _, t in given], 1)
 
     def unpack(self, rows: Tensor) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
@@ -288,8 +287,7 @@ def _named(data: Sequence[Any] | Mapping[str, Any]) -> list[tuple[str | None, Te
     said = "x: expected tensors or arrays as arguments; got something else: {problem}."
     with instead((TypeError, ValueError, RuntimeError), said):
         found = [(name, torch.as_tensor(part)) for name, part in items]
-    if not found or any(not t.dim() for _, t in found):
-        raise DataError("x: expected arguments with one row for every datum; got none, or a single number.")
+    refuse(not found or any(not t.dim() for _, t in found), "pair.structure.single")
     return found
 
 

@@ -10,7 +10,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from pvae.distributions import Event, log_density
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, misdeclared
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
 from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
 from pvae.pair.layout import Layout, Traces, is_point, samples
@@ -256,8 +256,7 @@ def _require_expectations(batch: TracedBatch, summed: Sequence[str]) -> None:
         DeclarationError: another site needs samples of these latents, or their states cannot be summed over.
     """
     layout = batch.layout
-    if layout.enumerated:
-        raise DeclarationError.of("pair.terms.draws", names=layout.expected, summed=layout.enumerated)
+    misdeclared(layout.enumerated, "pair.terms.draws", names=layout.expected, summed=layout.enumerated)
     for name in summed:
         require_expectable(name, batch.guide.nodes[name], layout)
     for name in batch.unreparametrised():

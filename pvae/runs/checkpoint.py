@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from pvae.errors import CheckpointError, DataError, DeclarationError, StorageError, instead
+from pvae.errors import CheckpointError, DataError, StorageError, instead, misdeclared, refuse
 from pvae.records import Record, field
 from pvae.runs import find, rundir
 from pvae.util import files
@@ -77,8 +77,7 @@ def write(
     temporary files remain), CheckpointError if tensors or state could not be read back unchanged, and DeclarationError
     for an invalid group name. Returns the checkpoint's folder.
     """
-    if wrong_groups := [group for group in tensors if find.slug(group) != group]:
-        raise DeclarationError(f"Expected a safe file name for a group of tensors; got {wrong_groups[0]!r}.")
+    misdeclared(unsafe := [name for name in tensors if find.slug(name) != name], "runs.checkpoint.group", unsafe=unsafe)
     path = folder / f"step-{step:08d}"
     temporary = files.temporary_for(path)
     if files.follows():
@@ -215,9 +214,7 @@ def latest(folder: Path, *, report: Callable[[str], None] = _LOG.warning, every:
             break
     for name, why in refused.items():
         report(f"checkpoint {name} refused: {why}; falling back to the one before")
-    if refused and found is None:
-        lines = [f"{folder}: expected a checkpoint that reads; got none:", *map(str, refused.values())]
-        raise CheckpointError("\n".join(lines))
+    refuse(refused and found is None, "runs.checkpoint.none", CheckpointError, folder=folder, refused=refused)
     return found
 
 
@@ -299,10 +296,8 @@ def pack_state(state: Mapping[str, Any]) -> bytes:
     said = "Expected a state of finite JSON; got: {problem}"
     with instead((TypeError, ValueError, RecursionError), said, CheckpointError):
         content = json.dumps(state, allow_nan=False).encode()
-    if json.loads(content) != state:
-        raise CheckpointError("Expected lists, and text as keys of the state; got others, which JSON would convert.")
-    if len(content) > LARGEST_STATE:
-        raise CheckpointError.of("runs.checkpoint.state", most=LARGEST_STATE, found=len(content))
+    refuse(json.loads(content) != state, "runs.checkpoint.keys", CheckpointError)
+    refuse(len(content) > LARGEST_STATE, "runs.checkpoint.state", CheckpointError, most=LARGEST_STATE, content=content)
     return content
 
 

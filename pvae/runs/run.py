@@ -236,8 +236,7 @@ class Run(Applied):
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of a datum, as the manifest records it; raises DataError where it does not."""
-        if "shape" not in (data := self.files.manifest.get("data", {})):
-            raise DataError(f"{self.path / 'manifest.json'}: expected the shape of a datum in data.shape; got none.")
+        refuse("shape" not in (data := self.files.manifest.get("data", {})), "runs.run.shape", run=self)
         return tuple(data["shape"])
 
     @cached_property

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from pvae.data.split import Split
-from pvae.errors import CheckpointError, DataError, instead
+from pvae.errors import CheckpointError, DataError, instead, refuse
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 
@@ -37,10 +37,7 @@ def require_same(own: Tensors, tensors: Tensors, origin: str, dtype: torch.dtype
             lines.append(f"{name}: expected shape {list(wanted.shape)}; got {list(found.shape)}")
         elif found.dtype != kind:
             lines.append(f"{name}: expected {kind}; got {found.dtype}")
-    if lines:
-        more = [f"... and {len(lines) - LISTED_DIFFERENCES} more"] if len(lines) > LISTED_DIFFERENCES else []
-        said = f"{origin}: expected a checkpoint of this declaration; got another:"
-        raise CheckpointError("\n  ".join([said, *sorted(lines)[:LISTED_DIFFERENCES], *more]))
+    refuse(lines, "runs.weights.other", CheckpointError, origin=origin, lines=sorted(lines), most=LISTED_DIFFERENCES)
 
 
 def attended(pair: Pair, train: Callable[[], Split]) -> Pair:
@@ -63,8 +60,7 @@ def chosen(saved: checkpoint.Checkpoint) -> dict[str, torch.Tensor]:
     Raises:
         CheckpointError: the checkpoint contains no weights, or not those that its state selects.
     """
-    if "weights" not in saved.tensors:
-        raise CheckpointError(f"{saved.path}: expected weights.safetensors; got {', '.join(saved.tensors) or 'none'}.")
+    refuse("weights" not in saved.tensors, "runs.weights.none", CheckpointError, saved=saved)
     if (select := saved.state.get("select", "weights")) not in [*{"weights", "average", "best"} & saved.tensors.keys()]:
         raise CheckpointError(f"{saved.path / 'state.json'}: expected 'select' to name weights; got {select!r}.")
     return {**saved.tensors["weights"], **saved.tensors[select]}

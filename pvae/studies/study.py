@@ -17,7 +17,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pvae.data.sources.python import PassedData, as_array
-from pvae.errors import DeclarationError, misdeclared, printable
+from pvae.errors import misdeclared, printable
 from pvae.records import Record
 from pvae.runs import RunDirectory, find
 from pvae.runs.run import Run
@@ -222,8 +222,7 @@ def study(
     """
     declared = Declared.load(file)
     passed = [case.label for case in declared.cases if isinstance(case.experiment.data, PassedData)]
-    if passed and data is None:
-        raise DeclarationError.of("studies.study.no_data", file=file, case=passed[0])
+    misdeclared(passed and data is None, "studies.study.no_data", file=file, cases=passed)
     for name, given in (("jobs", jobs), ("threads", threads)):
         misdeclared(given is not None and given < 1, f"{name}: expected at least 1; got {given}.")
     root, data_folder = Path(run_dir), None if data_dir is None else Path(data_dir)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from pvae.component import Names, Section, Table, from_table
-from pvae.errors import DeclarationError, misdeclared
+from pvae.errors import misdeclared
 from pvae.util import toml
 from pvae.words import text
 
@@ -129,8 +129,7 @@ def find(name_or_file: str) -> Path:
 
 def validated(raw: dict[str, Any], origin: str) -> StudyFile:
     """Return the validated keys of a study file; raises DeclarationError with every problem found in them."""
-    if not {"sweep", "search"} & raw.keys():
-        raise DeclarationError(f"{origin}: sweep: expected a table; got none. Fit one experiment with: pvae fit FILE.")
+    misdeclared(not {"sweep", "search"} & raw.keys(), "studies.sweep.none", origin=origin)
     file = from_table(StudyFile, {key: value for key, value in raw.items() if key in StudyFile.model_fields}, origin)
     foreign = sorted(raw.keys() - StudyFile.model_fields.keys()) if file.sweep.specs else []
     problems = [f"{key}: expected in the files of sweep.specs; got it beside them. Move it there." for key in foreign]

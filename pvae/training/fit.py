@@ -12,7 +12,7 @@ import torch
 from pvae.data import Dataset, load
 from pvae.data.sources.python import TensorSource, is_bare
 from pvae.data.sources.tabular import FrameSource, Tabular
-from pvae.errors import DataError, DeclarationError, misdeclared, refuse
+from pvae.errors import DeclarationError, misdeclared, refuse
 from pvae.experiment.experiment import Experiment, reading
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
@@ -125,8 +125,7 @@ def _handwritten(given: Pair, data: Any, batch: int) -> tuple[Dataset, Pair]:
     misdeclared(data is None, "fit: expected data=... for a hand-written pair; got none.")
     rows = given.pack(data)
     dataset = Dataset.of(rows, TensorSource(shape=()) if is_bare(rows) else TensorSource())  # bare numbers are allowed
-    if problems := given.check(data if given.arguments else _first_rows(rows, dataset)):
-        raise DeclarationError([str(problem) for problem in problems])
+    misdeclared(found := given.check(data if given.arguments else _first_rows(rows, dataset)), [*map(str, found)])
     return dataset, look_through(given, dataset, batch, rows)
 
 
@@ -176,8 +175,7 @@ def _declared(
         else:
             plan = plan.model_copy(update={"data": passed_source(plan)})
             dataset = Dataset.of({"x": data, **covariates} if covariates else data, plan.source)  # type: ignore[arg-type]
-    if dataset.masked and not plan.observed().takes_missing:
-        raise DataError.of("training.fit.missing", kind=plan.decoder.likelihood.kind)
+    refuse(dataset.masked and not plan.observed().takes_missing, "training.fit.missing", plan=plan)
     dataset = plan.conditioned(dataset)
     dataset.require_support(plan.observed().support, plan.decoder.likelihood.hint)
     return plan, dataset, plan.build(dataset.shape, min(plan.train.batch_size, len(dataset.train)), device)
@@ -202,8 +200,7 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
             problems.append(text("training.fit.no_parameter"))
         problems += [f"{loc}: expected {text}; got {found}." for loc, text, found in refused(plan)]
         wrong = {str(p.dtype) for p in pair.parameters() if p.is_floating_point() and p.dtype != rows.dtype}
-        if wrong and plan.objective.dtype is None:
-            raise DeclarationError(f"pair: expected parameters of {rows.dtype} to fit; got {wrong}. Use pair.float().")
+        misdeclared(wrong and plan.objective.dtype is None, "training.fit.dtype", rows=rows, wrong=wrong)
         if plan.train.alternate and not all(n.startswith(("model.", "guide.")) for n, _ in pair.named_parameters()):
             problems.append("train.alternate: expected a pair of two Modules; got plain functions' parameters. Use 0.")
     if isinstance(plan.objective, TraceMeanFieldELBO) and foreign:

@@ -14,7 +14,7 @@ import torch
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset
-from pvae.errors import DataError, DeclarationError, DeviceError, misdeclared
+from pvae.errors import DataError, DeclarationError, DeviceError, misdeclared, refuse
 from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
 from pvae.objectives.base import ranked_by
@@ -151,8 +151,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     misdeclared(name != "cpu" and not name.startswith("cuda"), f"device: expected auto, cpu or cuda; got {name!r}.")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise DeviceError(f"device: expected a CUDA GPU for {name!r}; this machine shows none. Use --device cpu.")
+    refuse(name.startswith("cuda") and not torch.cuda.is_available(), "training.launch.no_gpu", DeviceError, name=name)
     return torch.device(name)
 
 

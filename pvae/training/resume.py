@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pvae.data import Dataset
-from pvae.errors import CheckpointError, DataError, DeclarationError, misdeclared
+from pvae.errors import CheckpointError, DataError, DeclarationError, misdeclared, refuse
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.objectives import base, elbo
@@ -75,8 +75,7 @@ def resume(
     asked = require(export)
     if not isinstance(run, Run):
         run = Run.load(run, root=root, data_dir=data_dir, data=data, pair=pair)
-    if "engine" not in run.files.manifest:
-        raise DataError(f"{run.path}: expected a run that began; got one stopped before its first step. Fit it anew.")
+    refuse("engine" not in run.files.manifest, "training.resume.no_step", path=run.path)
     files, plan, where = run.files, run.plan.with_overrides(*overrides), start.pick_device(device)
     recorded = files.manifest.get("threads") if plan.train.shards > 1 else None
     if recorded not in (None, torch.get_num_threads()):
@@ -236,8 +235,7 @@ def stage_of(old: Experiment, changed: Experiment) -> Experiment:
         DeclarationError: no prior changes, or something else does.
     """
     misdeclared(not old.objective.scores, "training.resume.no_encoder", kind=old.objective.kind)
-    if changed.objective != old.objective:
-        raise DeclarationError("refit: expected no other objective; got one. Priors are fitted by the plain ELBO.")
+    misdeclared(changed.objective != old.objective, "training.resume.objective")
     name = f"{old.name}_refit" if changed.name == old.name else changed.name
     train = {**changed.train.model_dump(exclude_none=True, exclude_unset=True), "alternate": 0}
     stage = changed.with_changes({"name": name, "refit": None, "objective": elbo.TraceELBO(), "train": train})

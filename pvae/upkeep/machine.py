@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvae.errors import DataError, PvaeError
+from pvae.errors import DataError, PvaeError, refuse
 from pvae.records import Record
 from pvae.util.checks import Check, Level
 from pvae.util.files import MIB, read_inside, write_atomic, write_new
@@ -145,8 +145,7 @@ def run_dir(given: CheckArguments) -> Iterator[Check]:
         with _trial(folder) as trial:
             for content in (b"one", b"another"):  # written, synced, renamed over the file that was there
                 write_atomic(trial / "file", content)
-            if read_inside(trial, "file") != b"another":
-                raise DataError(f"{trial}: expected to read what was written; got something else.")
+            refuse(read_inside(trial, "file") != b"another", "upkeep.machine.read", trial=trial)
     except (OSError, PvaeError) as problem:
         yield Check("run_dir", "failed", f"{folder}: {problem}", "Choose another: --run-dir or PVAE_RUN_DIR.")
     else:

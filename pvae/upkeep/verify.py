@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pvae.errors import CheckpointError, DataError, instead
+from pvae.errors import CheckpointError, DataError, instead, refuse
 from pvae.experiment.experiment import Experiment
 from pvae.pair.pair import Pair
 from pvae.runs import RunDirectory, checkpoint, find, rundir, seal, state_of
@@ -102,22 +102,19 @@ class _Inspection:
             yield Check("manifest.json", "warning", "the fit was stopped before it said what its data are", "Fit anew.")
             return
         _ = self.run.shape, self.run.transforms if "transforms" in found else None
-        if lines := seal.edits(self.run.files):
-            raise DataError(f"{self.path}: expected {' '.join(lines)} Put back what was edited.")
+        refuse(lines := seal.edits(self.run.files), "upkeep.verify.edits", path=self.path, lines=lines)
         told = "" if "spec" in found else "; not sealed (of an earlier version): edits of the run are not seen"
         yield Check("manifest.json", "ok", f"{found['name']}, started {found['started']}{told}")
 
     def spec(self) -> Iterator[Check]:
         """Yield the check of spec.toml: it parses, round-trips, was not edited, and agrees with the manifest."""
         plan, where = self.run.plan, self.path / "spec.toml"
-        if type(plan).from_toml(plan.to_toml(), "spec.toml") != plan:
-            raise DataError(f"{where}: expected a declaration that round-trips; got another. Report it.")
+        refuse(type(plan).from_toml(plan.to_toml(), "spec.toml") != plan, "upkeep.verify.other_plan", where=where)
         manifest = self.run.files.manifest
         for key, found in (("seed", plan.seed), ("name", plan.name)):
             if key in manifest and manifest[key] != found:
                 raise DataError.of("upkeep.verify.other_key", where=where, key=key, wanted=manifest[key], found=found)
-        if lines := changed_keys(own_plan(self.run), plan).values():
-            raise DataError(f"{where}: expected {' '.join(lines)} Put back what was edited.")
+        refuse(lines := changed_keys(own_plan(self.run), plan).values(), "upkeep.verify.edits", path=where, lines=lines)
         own = self.run.files.spec_is_own()
         found = f"declaration {plan.name}" if own else "not as it was written: edited"
         yield Check("spec.toml", "ok" if own else "warning", found)

@@ -289,9 +289,7 @@ def read_lines(folder: Path, name: str) -> list[dict[str, Any]]:
     lines = [line for line in read_inside(folder, name, 1 << 31).split(b"\n") if line.strip()]
     if (rows := [_json_object(line) for line in lines]) and rows[-1] is None:
         rows.pop()
-    if None in rows:
-        found = f"garbage in line {rows.index(None) + 1}. Delete that line to go on without it."
-        raise DataError(f"{folder / name}: expected one JSON object a line; got {found}")
+    refuse(None in rows, "util.files.garbage", path=folder / name, rows=rows)
     return [row for row in rows if row is not None]
 
 

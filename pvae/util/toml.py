@@ -26,8 +26,7 @@ def read(path: Path) -> dict[str, Any]:
     with raising(DeclarationError, f"{path}: expected a readable TOML file"), path.open("rb") as file:
         raw = file.read(SIZE_CAP + 1)
     misdeclared(len(raw) > SIZE_CAP, f"{path}: expected at most 1 MiB of TOML; got more.")
-    if raw.startswith(b"\xef\xbb\xbf"):
-        raise DeclarationError(f"{path}: expected UTF-8 without a byte order mark; got one. Save it without BOM.")
+    misdeclared(raw.startswith(b"\xef\xbb\xbf"), "util.toml.mark", path=path)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:

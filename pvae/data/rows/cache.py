@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pvae.data.rows.files import FileArray, version_of
-from pvae.errors import BusyError, DataError, OutputError, StorageError, instead
+from pvae.errors import BusyError, DataError, OutputError, StorageError, instead, refuse
 from pvae.records import Record
 from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
 
@@ -112,8 +112,7 @@ class Writer:
         """
         encoded = np.char.encode(words, "utf-8", "backslashreplace")
         width = width or encoded.itemsize
-        if encoded.itemsize > width:
-            raise DataError(f"Expected names of rows of at most {width} bytes; got one of {encoded.itemsize}.")
+        refuse(encoded.itemsize > width, "data.rows.width", width=width, encoded=encoded)
         self.append(name, encoded.astype(f"S{width}"))
 
     def extend(self, name: str, pieces: Iterable[np.ndarray]) -> None:

@@ -116,8 +116,7 @@ class FileArray(Stored):
         return self.dtype.itemsize * prod(self.shape[1:])
 
     def _mapped(self) -> np.ndarray:
-        if version_of(self.path) != self.version:
-            raise DataError(f"{self.path}: expected the file of the start; got another, changed since. Start again.")
+        refuse(version_of(self.path) != self.version, "data.files.changed", path=self.path)
         return np.memmap(self.path, self.dtype, "r", self.offset, self.shape)
 
     def expect(self, start: int, stop: int) -> None:
@@ -210,8 +209,7 @@ def located(path: str, data_dir: Path | None) -> Path:
     Raises:
         DataError: the file does not exist; or it is a folder, a device or a pipe, which are never opened.
     """
-    if not (found := candidate(path, data_dir, Path.is_file)).exists():
-        raise DataError(f"Expected a file of data at {found}; got no such file. Name its folder with --data-dir.")
+    refuse(not (found := candidate(path, data_dir, Path.is_file)).exists(), "data.files.none", found=found)
     refuse(not found.is_file(), "data.files.no_file", found=found)
     return found
 
@@ -283,8 +281,7 @@ class ArrayLayout(Record):
         for start in range(0, self.shape[0], step):
             rows = min(step, self.shape[0] - start)
             content = stream.read(rows * row)
-            if len(content) < rows * row:
-                raise DataError.of("data.rows.cut", where=where, layout=self, found=start * row + len(content))
+            refuse(len(content) < rows * row, "data.rows.cut", where=where, layout=self, end=start * row + len(content))
             yield np.frombuffer(content, self.dtype).reshape(rows, *self.shape[1:])
 
     def in_rows(self, x: AnyArray) -> AnyArray:
@@ -316,8 +313,7 @@ def npy_layout(stream: IO[bytes], size: int, where: str, by_rows: bool, kinds: s
     layout = ArrayLayout(shape[::-1] if fortran else shape, dtype, stream.tell(), fortran)
     if len(shape) > MAX_DIMENSIONS or min(shape, default=0) < 0 or layout.total != size:
         raise DataError(f"{where}: expected {layout.total} bytes for {shape} {dtype}; got {size}.")
-    if fortran and by_rows:
-        raise DataError(f"{where}: expected rows one after another; got columns (Fortran order). Save it in C order.")
+    refuse(fortran and by_rows, "data.files.fortran", where=where)
     return layout
 
 

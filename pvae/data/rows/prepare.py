@@ -83,8 +83,7 @@ class Holed(Stored):
     """
 
     def __init__(self, x: AnyArray, mask: AnyArray, where: str) -> None:
-        if mask.dtype.kind != "b" or mask.shape != x.shape:
-            raise DataError(f"{where}: expected booleans {list(x.shape)}; got {mask.dtype} {list(mask.shape)}.")
+        refuse(mask.dtype.kind != "b" or mask.shape != x.shape, "data.rows.mask", where=where, x=x, mask=mask)
         self.x, self.mask, self.shape, self.dtype = x, mask, x.shape, np.result_type(x.dtype, np.float32)
 
     def read(self, index: Index) -> np.ndarray:
@@ -107,9 +106,8 @@ def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:
         return Scaled(x, divisor=rows.largest)
     low, high = extremes(x, train)
     mean, deviation, flat = _moments(Scaled(x), train)
-    if constant := np.argwhere(np.atleast_1d((low == high) | flat | np.isnan(low))).tolist():
-        where = constant[0][0] if len(constant[0]) == 1 else tuple(constant[0])
-        raise DataError.of("data.rows.constant", where=where, count=len(constant))
+    constant = np.argwhere(np.atleast_1d((low == high) | flat | np.isnan(low))).tolist()
+    refuse(constant, "data.rows.constant", found=constant)
     return Scaled(x, mean, deviation)
 
 

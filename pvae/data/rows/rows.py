@@ -68,20 +68,17 @@ class Rows(Record, eq=False):
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name
         refuse(x.dtype.kind not in "biuf", f"{name}: expected real numbers; got {x.dtype}.")
-        if not x.shape or 0 in x.shape:
-            raise DataError(f"{name}: expected an array (rows, ...) with at least one row; got shape {x.shape}.")
+        refuse(not x.shape or 0 in x.shape, "data.rows.none", name=name, shape=x.shape)
         if x.dtype.kind == "f":
             require_finite(x, name, [column.missing == "mask" for column in self.table.values()] or [self.masked])
         refuse(y is not None and (y.ndim != 1 or len(y) != len(x)), "data.rows.labels", name=name, x=x, y=y)
-        if y is not None and y.dtype.kind not in "biu":
-            raise DataError(f"Labels of {name}: expected integers; got {y.dtype}.")
+        refuse(y is not None and y.dtype.kind not in "biu", "data.rows.integers", name=name, y=y)
         if y is not None and PARTLY_LABELLED.get() and (self.label_names or -1 == y.min() <= y.max() < len(y)):
             words = self.label_names or [*map(str, range(int(y.max()) + 1))]
             kept = [word for word in words if word.strip().lower() not in UNKNOWN]
             places = np.array([kept.index(word) if word in kept else -1 for word in words] + [-1])
             self.__dict__.update(y=places[y], label_names=tuple(kept))
-        if self.ids is not None and self.ids.shape != (len(x),):
-            raise DataError(f"Ids of {name}: expected one for each of {len(x)} rows; got shape {self.ids.shape}.")
+        refuse(self.ids is not None and self.ids.shape != (len(x),), "data.rows.ids", name=name, x=x, ids=self.ids)
 
 
 @contextmanager
@@ -116,8 +113,7 @@ def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
             place = column[0] if len(column) == 1 else tuple(column)
             first = f"{chunk[(row, *column)]} in row {start + row}, column {place}"
         count += int(bad.sum())
-    if first:
-        raise DataError.of("data.rows.finite", name=name, first=first, count=count, missing=first.startswith("nan"))
+    refuse(first, "data.rows.finite", name=name, first=first, count=count, missing=first.startswith("nan"))
 
 
 def reshape(x: AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> AnyArray:
@@ -127,15 +123,12 @@ def reshape(x: AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> AnyA
         DataError: a row has another number of values, or its axes in another order (channels last); or rows are
             scalars and no shape is declared.
     """
-    if shape is None and len(x.shape) == 1:
-        raise DataError(f"{name}: expected rows of features, (n, ...); got shape {x.shape}. Set shape = [1].")
+    refuse(shape is None and len(x.shape) == 1, "data.rows.scalars", name=name, x=x)
     if shape is None:
         return x
     row, wanted = x.shape[1:], prod(shape)
-    if (size := prod(row)) != wanted:
-        raise DataError(f"data.shape: expected {size} values, as a row has; got {list(shape)}, which is {wanted}.")
-    if axes := _moved(row, shape):
-        raise DataError.of("data.rows.scrambled", row=row, shape=shape, axes=axes, moved=[row[i - 1] for i in axes[1:]])
+    refuse((size := prod(row)) != wanted, "data.rows.size", size=size, shape=shape, wanted=wanted)
+    refuse(axes := _moved(row, shape), "data.rows.scrambled", row=row, shape=shape, axes=axes)
     return x.reshape(len(x), *shape)
 
 
@@ -181,11 +174,9 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
     parts: dict[str, Part] = dict(rows.parts)
     for name, (start, stop) in declared.items():
         refuse(start >= stop, f"data.splits.{name}: expected start < stop; got [{start}, {stop}], which is empty.")
-        if start < 0 or stop > len(rows.x):
-            raise DataError(f"data.splits.{name}: expected rows in [0, {len(rows.x)}]; got [{start}, {stop}].")
+        refuse(start < 0 or stop > len(rows.x), "data.rows.range", name=name, rows=rows, start=start, stop=stop)
         parts[name] = range(start, stop)
-    if lacking := [name for name in SPLITS if name not in parts]:
-        raise DataError(f"Expected at least {len(lacking) + 1} rows to split; got {len(rows.x)}. Pass the splits.")
+    refuse(lacking := [name for name in SPLITS if name not in parts], "data.rows.few", lacking=lacking, rows=rows)
     ranges = [(name, part) for name in SPLITS if isinstance(part := parts[name], range)]
     for (one, a), (other, b) in combinations(ranges, 2):
         if max(a.start, b.start) < min(a.stop, b.stop):
@@ -227,8 +218,7 @@ def joined(
     first, labels = given["train"]
     for split, (x, y) in given.items() if len(given) > 1 else ():
         Rows(x, y, {}, name=split, masked=more.get("masked", False))
-        if x.shape[1:] != first.shape[1:]:
-            raise DataError(f"{split}: expected rows of shape {first.shape[1:]}, as in train; got {x.shape[1:]}.")
+        refuse(x.shape[1:] != first.shape[1:], "data.rows.shape", split=split, first=first, x=x)
         refuse((y is None) != (labels is None), "data.rows.labels_of", split=split, train=labels is not None)
     order = [split for split in SPLITS if split in given]
     arrays = [given[split][0] for split in order]
@@ -304,8 +294,7 @@ def plain_labels(
     notes = [f"labels {said}" for said in dict.fromkeys(changed.values())]
     if not (texts := [split for split, y in out.items() if y is not None and y.dtype.kind == "U"]):
         return out, None, tuple(notes)
-    if len(texts) < len(out):
-        raise DataError(f"Labels: expected text in every split or in none; got text in {', '.join(texts)} alone.")
+    refuse(len(texts) < len(out), "data.rows.texts", texts=texts)
     found, codes = np.unique(np.concatenate([out[split] for split in texts]), return_inverse=True)
     numbers, names = in_order(codes, found.tolist())
     ends = np.cumsum([len(out[split]) for split in texts])[:-1]  # type: ignore[arg-type]

@@ -131,8 +131,7 @@ def _idx_layout(file: IO[bytes], wanted: tuple[int, ...] | None, path: Path) -> 
     sizes = file.read(4 * magic[3])
     refuse(len(sizes) < 4 * magic[3], f"{path}: expected a header of {4 + 4 * magic[3]} bytes; got {4 + len(sizes)}.")
     shape = struct.unpack(f">{magic[3]}I", sizes)
-    if wanted and shape != wanted:
-        raise DataError(f"{path}: expected sizes {list(wanted)}; got {list(shape)}.")
+    refuse(wanted and shape != wanted, "data.sources.shape", path=path, wanted=wanted, shape=shape)
     refuse(0 in shape, f"{path}: expected sizes of at least 1; got {list(shape)}.")
     return ArrayLayout(shape, np.dtype(TYPES[magic[2]]), 4 + len(sizes))
 
@@ -290,8 +289,7 @@ def read_array(path: Path, key: str, stream: bool = False, *, text: bool = False
         _refuse_trick(info, where)
         with archive.open(info) as file:
             layout = files.npy_layout(file, info.file_size, where, stream, LABEL_KINDS if text else "biuf")
-        if not layout.shape or 0 in layout.shape:
-            raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {layout.shape}.")
+        refuse(not layout.shape or 0 in layout.shape, "data.rows.none", name=where, shape=layout.shape)
         content = _content(archive, info, layout, path)
         if stream and info.compress_type == zipfile.ZIP_STORED:
             for _ in content:  # for the checksum's sake
@@ -313,8 +311,7 @@ def _content(archive: zipfile.ZipFile, info: zipfile.ZipInfo, layout: ArrayLayou
 def _refuse_trick(info: zipfile.ZipInfo, where: str) -> None:
     """Refuse a zip entry whose name leads out of the archive, which is a link, or whose size is impossible."""
     name = PurePosixPath(info.filename.replace("\\", "/"))
-    if name.is_absolute() or ".." in name.parts:
-        raise DataError(f"{where}: expected a plain name in the archive; got one that leads out of it.")
+    refuse(name.is_absolute() or ".." in name.parts, "data.sources.outside", where=where)
     refuse(stat.S_ISLNK(info.external_attr >> 16), f"{where}: expected an array in the archive; got a link.")
     ratios = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: MAX_DEFLATE_RATIO}
     refuse(info.compress_type not in ratios, "data.sources.packed", where=where, method=info.compress_type)

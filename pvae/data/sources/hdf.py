@@ -24,7 +24,7 @@ from pvae.data.rows.rows import Rows
 from pvae.data.sources import base, python
 from pvae.data.sources.arrays import NamedArrays, unpacked
 from pvae.data.tables.side import side_rows
-from pvae.errors import DataError, near, printable
+from pvae.errors import DataError, near, printable, refuse
 
 MAX_CHUNK_BYTES = 2**30
 """Largest chunk of a data set of an HDF5 file; a chunk is decompressed whole."""
@@ -191,12 +191,10 @@ def node_of(file: h5py.File, name: str, where: str) -> Any:
         if not isinstance(node, h5py.Group) or part not in node:
             there = sorted(node) if isinstance(node, h5py.Group) else []
             raise DataError(f"{where}: expected {name!r}; got {', '.join(map(printable, there)) or 'none'}.")
-        if not isinstance(node.get(part, getlink=True), h5py.HardLink):
-            raise DataError(f"{where}, {name!r}: expected data in this file; got a link.")
+        refuse(not isinstance(node.get(part, getlink=True), h5py.HardLink), "data.hdf.link", where=where, name=name)
         node = node[part]
     if isinstance(node, h5py.Dataset):
-        if node.external or node.is_virtual:
-            raise DataError(f"{where}, {name!r}: expected data in this file; got data stored in other files.")
+        refuse(node.external or node.is_virtual, "data.hdf.outside", where=where, name=name)
         if (chunk := node.dtype.itemsize * prod(node.chunks or ())) > MAX_CHUNK_BYTES:
             raise DataError(f"{where}, {name!r}: expected chunks of at most 1 GiB; got {chunk} bytes.")
     return node
@@ -209,10 +207,8 @@ def _read(source: ArrayFile, path: Path, name: str, text: bool, reverse: bool) -
         if text and h5py.check_string_dtype(node.dtype) is not None:
             files.require_room(node.shape, np.dtype("f8"), where)
             return np.asarray(node.asstr()[...], np.str_)
-        if node.dtype.kind not in "biuf":
-            raise DataError(f"{where}: expected an array of real numbers; got {node.dtype}. Set data.x to one.")
-        if not node.shape or 0 in node.shape:
-            raise DataError(f"{where}: expected an array (rows, ...) with at least one row; got shape {node.shape}.")
+        refuse(node.dtype.kind not in "biuf", "data.hdf.real", where=where, node=node)
+        refuse(not node.shape or 0 in node.shape, "data.rows.none", name=where, shape=node.shape)
         return source.in_rows(node.shape, reverse, lambda at: node[at], path, name, source.stream and not text)
 
 
@@ -258,8 +254,7 @@ class H5ad(base.FileData):
             pieces = (node[start : start + step] for start in range(0, len(node), step))
             return unpacked(pieces, ArrayLayout(node.shape, node.dtype, 0), self.stream, where, key)
         kind = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "")))
-        if not kind.startswith(("csr", "csc")):
-            raise DataError(f"{where}: expected a matrix, dense, CSR or CSC; got {printable(kind) or 'a group'}.")
+        refuse(not kind.startswith(("csr", "csc")), "data.hdf.kind", where=where, kind=printable(kind))
         parts = {part: node_of(file, f"{name}/{part}", str(path)) for part in ("data", "indices", "indptr")}
         shape = tuple(int(n) for n in node.attrs.get("shape", node.attrs.get("h5sparse_shape", ())))
         if len(shape) != 2 or min(shape) < 1 or parts["data"].dtype.kind not in "biuf":

@@ -60,10 +60,8 @@ class Images(FileData):
             DataError: the folder does not exist, contains no readable image, or images differ in size and no `size` is
                 declared.
         """
-        if (root := candidate(self.path, data_dir, Path.is_dir)).is_file():
-            raise DataError(f"{root}: expected a folder of images; got a file. Unpack an archive first.")
-        if not root.is_dir():
-            raise DataError(f"Expected a folder of images at {root}; got no such folder. Say where with --data-dir.")
+        refuse((root := candidate(self.path, data_dir, Path.is_dir)).is_file(), "data.sources.packed_images", root=root)
+        refuse(not root.is_dir(), "data.sources.no_images", root=root)
         files, skipped = found(root)
         refuse(not files, f"{root}: expected images ({', '.join(FORMATS)}); got none.{_listed(skipped)}")
         listing = digest(pretty({"files": files}).encode())

@@ -61,8 +61,7 @@ class TensorSource(PassedData):
         refuse(self.layer or self.labels, "data.sources.not_anndata", found=type(data).__name__)
         raw: Mapping[Any, Any] = data if isinstance(data, Mapping) else {}
         if isinstance(data, Mapping):
-            if "x" not in data:
-                raise DataError(f'{name}: expected "x", perhaps "y", and covariates; got {", ".join(map(str, data))}.')
+            refuse("x" not in data, "data.sources.named", name=name, data=data)
             data = (data["x"], data["y"]) if "y" in data else data["x"]
         read = partial(collected, stream=False) if isinstance(data, TorchDataset) else tensors
         x, y = read(data, name)
@@ -196,8 +195,7 @@ def _blocks(dataset: Any, name: str) -> Iterator[tuple[np.ndarray, list[Any]]]:
 
 
 def _items(dataset: Any, name: str) -> Iterator[Any]:
-    if isinstance(dataset, DataLoader):
-        raise DataError(f"{name}: expected a dataset; got a DataLoader, which batches it. Pass its .dataset.")
+    refuse(isinstance(dataset, DataLoader), "data.sources.loader", name=name)
     if isinstance(dataset, IterableDataset):
         return iter(dataset)
     if not isinstance(dataset, TorchDataset) or not isinstance(dataset, Sized):
@@ -207,12 +205,10 @@ def _items(dataset: Any, name: str) -> Iterator[Any]:
 
 def _parted(item: Any, where: str) -> tuple[np.ndarray, Any]:
     if isinstance(item, Mapping):
-        if "x" not in item:
-            raise DataError(f'{where}: expected "x" and perhaps "y"; got {", ".join(map(str, item))}.')
+        refuse("x" not in item, "data.sources.mapping", where=where, item=item)
         x, y = item["x"], item.get("y")
     elif isinstance(item, tuple | list):
-        if len(item) not in (1, 2):
-            raise DataError(f"{where}: expected x, (x, y) or a mapping; got {len(item)} values. Wrap the dataset.")
+        refuse(len(item) not in (1, 2), "data.sources.values", where=where, item=item)
         x, y = (*item, None)[:2]
     else:
         x, y = item, None
@@ -267,8 +263,7 @@ def anndata_rows(adata: Any, source: Any) -> Rows:
     x, y, words, ids = _matrix(adata, layer, name), None, None, getattr(adata, "obs_names", None)
     if labels is not None:
         if labels not in adata.obs:
-            names = [str(name) for name in adata.obs]
-            raise DataError(f"Expected a column of obs, {', '.join(names)}; got {labels!r}{near(labels, names)}.")
+            raise DataError.of("data.sources.obs", labels=labels, obs=adata.obs, hint=near(labels, map(str, adata.obs)))
         y, words = column_labels(adata.obs[labels], labels)
     more: dict[str, Any] = {"ids": None if ids is None else texts(ids), "read": {"layer": layer, "labels": labels}}
     more |= {"side": side_rows(adata.obs, source.side, x.shape[0], "obs"), "masked": source.masked}
@@ -278,8 +273,7 @@ def anndata_rows(adata: Any, source: Any) -> Rows:
 def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
     if layer is not None and layer not in adata.layers:
         raise DataError.of("data.sources.layer", layer=layer, held=adata.layers, hint=near(layer, adata.layers))
-    if (matrix := adata.X if layer is None else adata.layers[layer]) is None:
-        raise DataError(f"{name}: expected a matrix; got none. Name a layer.")
+    refuse((matrix := adata.X if layer is None else adata.layers[layer]) is None, "data.sources.no_matrix", name=name)
     if isinstance(matrix, np.ndarray | Stored | torch.Tensor) or issparse(matrix):
         return as_array(matrix, name)
     return Sliced(matrix)
@@ -300,8 +294,7 @@ def column_labels(found: Any, column: str) -> tuple[np.ndarray, tuple[str, ...] 
         raise DataError(f"obs[{column!r}]: expected a label for every row; got none for {missing}. Drop those rows.")
     if pd.api.types.is_integer_dtype(values.dtype):
         return values.fillna(-1).to_numpy(np.int64), None
-    if pd.api.types.is_float_dtype(values.dtype):
-        raise DataError(f"obs[{column!r}]: expected categories, names or integers; got {values.dtype}. Make it one.")
+    refuse(pd.api.types.is_float_dtype(values.dtype), "data.sources.floats", column=column, values=values)
     categories = values.astype("category").cat
     codes, words = categories.codes.to_numpy(np.int64), tuple(map(str, categories.categories))
     chosen = categories.ordered or list(words) != sorted(words)  # an order of the user's own, not pandas' default

@@ -324,8 +324,7 @@ class CellDecoder:
         words = [*(word or "" for word in words), ""]  # of code -1 as well
         for code in dict.fromkeys(codes.tolist()):
             self.labels.setdefault(str(words[code]), len(self.labels))
-        if len(self.labels) > MAX_LABELS:
-            raise DataError.of("data.cells.labels", origin=self.origin, most=MAX_LABELS, label=shown(name))
+        refuse(len(self.labels) > MAX_LABELS, "data.cells.labels", of=self.origin, most=MAX_LABELS, label=shown(name))
         return np.array([self.labels.get(str(word), -1) for word in words], np.int64)[codes]
 
     def _is_missing(self, value: Any) -> bool:

@@ -33,8 +33,7 @@ def side_rows(raw: Mapping[Any, Any], columns: Mapping[str, Column], rows: int, 
     table: dict[str, Column] = {}
     for name, column in columns.items():
         if (of := column.of or name) not in raw:
-            found = [str(key) for key in raw]
-            raise DataError.of("data.side.absent", origin=origin, name=of, found=found, hint=near(of, found))
+            raise DataError.of("data.side.absent", origin=origin, name=of, raw=raw, hint=near(of, map(str, raw)))
         values = raw[of].detach().cpu().numpy() if isinstance(raw[of], Tensor) else raw[of]
         parts = {name: values} if np.ndim(values) < 2 else {f"{name}[{i}]": v for i, v in enumerate(values.T)}
         if np.shape(values)[:1] != (rows,):

@@ -8,7 +8,7 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-from pvae.errors import DeclarationError, PvaeError, StorageError, near, printable, refuse, require_extra
+from pvae.errors import PvaeError, StorageError, misdeclared, near, printable, refuse, require_extra
 from pvae.runs.export import base, trackers
 from pvae.runs.rundir import RunDirectory
 from pvae.util.files import follows
@@ -31,9 +31,7 @@ def require(kinds: Sequence[str]) -> tuple[str, ...]:
     """
     asked = tuple(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
     for kind in asked:
-        if kind not in KINDS:
-            hint = near(str(kind), KINDS)
-            raise DeclarationError.of("runs.export.kind", kinds=KINDS, found=str(kind)[:60], hint=hint)
+        misdeclared(kind not in KINDS, "runs.export.kind", kinds=KINDS, kind=kind, hint=near(str(kind), KINDS))
         require_extra(package := KINDS[kind].package, kind, f"export: expected {package}, which exports to {kind}")
     return asked
 
