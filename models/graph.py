@@ -1,7 +1,5 @@
 """The Pyro model of a declared graph: walk the latents in generative order, then decode and observe x."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -11,14 +9,13 @@ from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
 from pvae.component import Names, Section, Shape
+from pvae.distributions import missing
 from pvae.distributions.base import Determined
-from pvae.distributions.missing import partly_missing
 from pvae.errors import DataError, misdeclared
 from pvae.graph.frame import Frame
 from pvae.graph.site import EMBEDDED, OBSERVED, Law, Site, embedded
 from pvae.graph.statements import data_plate, sample
-from pvae.models.likelihoods.base import IndicatorReader, Likelihood, ReaderModule
-from pvae.models.likelihoods.standard import Bernoulli
+from pvae.models.likelihoods import base, standard
 from pvae.models.priors.autoregressive import TransformerModule
 from pvae.nn.network import MLP, Network
 
@@ -28,7 +25,7 @@ class Decoder(Section):
 
     network: Network = MLP()
     """Network from the latents' features to the parameters of the likelihood."""
-    likelihood: Likelihood = Bernoulli()
+    likelihood: base.Likelihood = standard.Bernoulli()
     given: Names | None = None
     """Names of the latents that the decoder reads; default: those that no other latent depends on."""
     missingness: Literal["random", "z"] = "random"
@@ -42,7 +39,7 @@ class Decoder(Section):
     """
     _takes_missing: bool = PrivateAttr(default=False)
 
-    def over(self, laws: Sequence[Law], masked: bool = False) -> Decoder:
+    def over(self, laws: Sequence[Law], masked: bool = False) -> "Decoder":
         """Return this decoder for the declared data.
 
         Arguments:
@@ -58,10 +55,10 @@ class Decoder(Section):
         """True if elements of x may be missing, NaN."""
         return self._takes_missing
 
-    def reader(self, x: Shape) -> ReaderModule | None:
+    def reader(self, x: Shape) -> base.ReaderModule | None:
         """Return the module that prepares data of event shape `x` for the guide; None if it reads them as they are."""
         own = self.likelihood.reader(x)
-        return IndicatorReader(x, own) if self._takes_missing and not self.likelihood.of_tables else own
+        return base.IndicatorReader(x, own) if self._takes_missing and not self.likelihood.of_tables else own
 
     @property
     def support(self) -> dist.constraints.Constraint:
@@ -69,7 +66,7 @@ class Decoder(Section):
         own = self.likelihood.support
         return own if own.is_discrete or not self.likelihood.is_point else self.network.support or own
 
-    def build(self, known: Mapping[str, Shape], given: Sequence[str], x: Shape) -> DecoderModule:
+    def build(self, known: Mapping[str, Shape], given: Sequence[str], x: Shape) -> "DecoderModule":
         """Return the module from the features `given`, of the shapes `known`, to a distribution of event shape `x`."""
         return DecoderModule(self, known, given, x)
 
@@ -101,7 +98,7 @@ class DecoderModule(nn.Module):
             h, absence = h.split(self.parts, -len(self.likelihood.x))
         beside = ({name: seen[name] for name in self.conditions},) if self.conditions else ()
         fn = self.likelihood(h, *beside)
-        return partly_missing(fn, absence) if self.takes_missing else fn
+        return missing.partly_missing(fn, absence) if self.takes_missing else fn
 
 
 ENUMERATED: InferDict = {"enumerate": "parallel"}

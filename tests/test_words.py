@@ -16,12 +16,8 @@ from tests.pages.test_words import Anything
 
 ROOT = Path(__file__).parents[1]
 CATALOGUES = {"figures": estimate.WORDS, "rooms": words.MESSAGES}
-IMPORTS = {
-    "figures": re.compile(
-        r"figures.estimate import .*\b(texts?|refuse|misdeclared)\b|^text, texts = WORDS", re.MULTILINE
-    ),
-    "rooms": re.compile(r"pvae.(words import .*\btexts?\b|errors import (\(\n)?.*\b(refuse|misdeclared|instead)\b)"),
-}
+HOMES = {"pvae.analysis.figures.estimate": "figures", "pvae.words": "rooms", "pvae.errors": "rooms"}
+"""Catalogues by the module of which the functions that say their entries are imported."""
 NAMES = {"figures": estimate.TEXT_NAME, "rooms": ENTRY}
 REFUSING = ("refuse", "misdeclared", "instead")
 """Functions whose second argument is a message or the name of an entry."""
@@ -38,28 +34,26 @@ def calls() -> Iterator[tuple[str, str, set[str]]]:
     for path in sorted(
         path for room in ("pvae", "models", "guides", "analysis") for path in (ROOT / room).rglob("*.py")
     ):
-        tree = ast.parse(source := path.read_text())
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module in HOMES]
+        homes = {alias.name: HOMES[str(node.module)] for node in imports for alias in node.names}
+        homes |= dict.fromkeys(("text", "texts"), "figures") if path == Path(str(estimate.__file__)) else {}
         own = [part for c in tree.body if isinstance(c, ast.ClassDef) for part in c.body if "analysis" in path.parts]
         for node in (node for part in own if isinstance(part, ast.Assign | ast.AnnAssign) for node in ast.walk(part)):
             if isinstance(node, ast.Constant) and ("figures", str(node.value)) in ENTRIES:
                 yield "figures", str(node.value), {"found"}
         for call in ast.walk(tree):
             function = ast.unparse(call.func) if isinstance(call, ast.Call) else ""
-            of = ["rooms"] if re.fullmatch(r"(\w*Error|Stopped)\.of", function) else []
-            of += [
-                name
-                for name, line in IMPORTS.items()
-                if function in ("text", "texts", *REFUSING) and line.search(source)
-            ]
-            if of and isinstance(call, ast.Call):
+            of = "rooms" if re.fullmatch(r"(\w*Error|Stopped)\.of", function) else homes.get(function, "")
+            if of and function.rpartition(".")[2] in ("text", "texts", "of", *REFUSING) and isinstance(call, ast.Call):
                 fields = {str(keyword.arg) for keyword in call.keywords if keyword.arg}
                 fields |= {"problem"} if function == "instead" else set()
                 if len(fields) < len(call.keywords):
                     fields |= {str(k.value) for k in ast.walk(tree) if isinstance(k, ast.Constant)}
                 for node in ast.walk(call.args[function in REFUSING]):
-                    is_name = function not in REFUSING or NAMES[of[0]].fullmatch(ast.unparse(node).strip("'"))
+                    is_name = function not in REFUSING or NAMES[of].fullmatch(ast.unparse(node).strip("'"))
                     if isinstance(node, ast.Constant) and is_name:
-                        yield of[0], str(node.value), fields
+                        yield of, str(node.value), fields
 
 
 def entries(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, list[str]]]:

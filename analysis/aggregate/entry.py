@@ -9,10 +9,9 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import refuse, text
-from pvae.distributions.missing import Absence
-from pvae.distributions.relaxed import Discretised
-from pvae.errors import DataError, DeclarationError
+from pvae.analysis.figures.estimate import misdeclared, refuse, text
+from pvae.distributions import missing, relaxed
+from pvae.errors import DataError
 from pvae.pair import Pair, Unweighed, require_bound, samples
 from pvae.pair.running import quiet as quiet_pair
 from pvae.util import seeds
@@ -37,16 +36,15 @@ def accept(
         DataError: the pair has no likelihood, or rows do not fit it; or some hold the value of a latent and others do
             not, or the analysis is of none that do.
     """
-    if not isinstance(pair, Pair):
-        hint = " Pass its .pair." if isinstance(getattr(pair, "pair", None), Pair) else ""
-        raise DeclarationError(f"pair: expected a pvae.Pair; got {type(pair).__name__}.{hint}")
+    has_pair = isinstance(getattr(pair, "pair", None), Pair)
+    misdeclared(not isinstance(pair, Pair), "refused.no_pair", found=pair, has_pair=has_pair)
     refuse(pair.implicit, "refused.no_likelihood")
     rows = pair.accept(x)
     if guide:
         require_bound(pair.structure.guide_only)
     pair.frame.require(rows, mixed=mixed)
-    if not (guide and known) and (names := pair.frame.known(rows, every=False)):
-        raise DataError(text("refused.known", names=sorted(names)))
+    names = [] if guide and known else sorted(pair.frame.known(rows, every=False))
+    refuse(names, "refused.known", names=names)
     takes = holes or getattr(getattr(pair.model, "decoder", None), "takes_missing", True)  # or a hand-written pair
     if not takes and bool((x := pair.frame.split(rows)[0]).isnan().any()):
         raise DataError(text("refused.holes", row=int(x.flatten(1).isnan().any(1).nonzero()[0])))
@@ -60,7 +58,7 @@ def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
     Weights that poutine.scale puts on the terms of a loss are not part of the ELBO that is analysed. Relaxed latents
     are replaced by the discrete codes they stand for.
     """
-    with quiet_pair(pair, x), Unweighed(), Discretised(pair.relaxed):
+    with quiet_pair(pair, x), Unweighed(), relaxed.Discretised(pair.relaxed):
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
         yield
 
@@ -118,7 +116,7 @@ def simulated(pair: Pair, like: Tensor, caller: str) -> tuple[Tensor, dict[str, 
     trace, given = samples(pair.simulate(like)), pair.frame.covariates
     values = {name: node["value"] for name, node in trace.items() if name not in pair.layout.observed}
     found = {name: trace[name]["value"] for name in pair.layout.observed if name in trace and name not in given}
-    hides = {name: fn.hidden(found[name]) for name in found if isinstance(fn := trace[name]["fn"], Absence)}
+    hides = {name: fn.hidden(found[name]) for name in found if isinstance(fn := trace[name]["fn"], missing.Absence)}
     x = _placed(pair, like, found := found | hides)
     if x is not None and not pair.frame.entries:
         seen = samples(pair.model_trace(x, values))

@@ -17,7 +17,6 @@ from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, misdec
 from pvae.analysis.samples.features import affordable
 from pvae.component import Shape
 from pvae.data.sources.python import as_array
-from pvae.errors import DataError
 from pvae.pair import SILENT, Pair, in_use, quiet
 from pvae.util import seeds
 
@@ -223,8 +222,8 @@ def _of_codes(program: Foreign, encoded: Encoded, codes: int | Tensor | None, ou
 
 def _of_reconstruction(program: Foreign, encoded: Encoded, x: Tensor, pictures: dict[str, Tensor]) -> Iterator[Row]:
     """Yield the errors of reconstructions of points or means, and log p(x | z) of points."""
-    if not bool(program.law(x).support.check(x).all()):  # type: ignore[union-attr]
-        raise DataError(f"likelihood: expected data in {program.law(x).support} for {program.likelihood}.")
+    support: Any = program.law(x).support
+    refuse(not bool(support.check(x).all()), f"likelihood: expected data in {support} for {program.likelihood}.")
     half, mean = len(x) // 2, program.decoded(encoded.loc, x)
     if program.scale is None and program.likelihood != "bernoulli":
         rmse = (program.decoded(encoded.sample()[:half], x[:half]) - x[:half]).square().mean().sqrt().clamp(min=1e-6)

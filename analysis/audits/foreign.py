@@ -1,7 +1,5 @@
 """Encoder and decoder of somebody else as a Pyro pair: the forms that encodings take, and the programs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +12,6 @@ from torch import Tensor
 from pvae.analysis.figures.estimate import refuse
 from pvae.component import Shape
 from pvae.distributions import Certain, base, code_grid
-from pvae.errors import DataError
 from pvae.pair import running, unwrapped
 from pvae.records import Record
 
@@ -35,7 +32,7 @@ class Encoded(Record):
     """Codes, `(n, *grid)`, int64; None for others."""
 
     @classmethod
-    def read(cls, batches: Sequence[Any], noise: float | None) -> Encoded:
+    def read(cls, batches: Sequence[Any], noise: float | None) -> "Encoded":
         """Return what an encoder gave for batches of rows; points get the standard deviation `noise`, if it is given.
 
         Raises:
@@ -91,9 +88,8 @@ class Foreign:
     def decoded(self, z: Tensor, x: Tensor) -> Tensor:
         """Return the means of p(x | z) of latents, of the shape of the data `x`."""
         found = self.chunks(self.decode, z, x)
-        if not isinstance(found[0], Tensor) or torch.cat(found).shape != x.shape:
-            got = list(getattr(found[0], "shape", [])) or type(found[0]).__name__
-            raise DataError(f"decode: expected a tensor of shape {list(x[: len(found[0])].shape)}; got {got}.")
+        is_wrong = not isinstance(found[0], Tensor) or torch.cat(found).shape != x.shape
+        refuse(is_wrong, "refused.decoded", x=x, found=found[0])
         return torch.cat(found).detach().cpu().to(x)
 
     def law(self, mean: Tensor) -> dist.TorchDistribution:

@@ -16,7 +16,7 @@ from pvae.analysis.bounds.ranks import FINE, LEVEL, RankTest, rank_tests
 from pvae.analysis.bounds.weights import log_weights
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, refuse, text, texts
 from pvae.distributions.relaxed import LogOneHot
-from pvae.errors import DataError
+from pvae.errors import instead
 from pvae.pair import Pair, PairData, ProgramError, is_code, is_masked, sum_over, terms_of
 from pvae.pair.layout import samples, site_shape, unwrapped
 from pvae.util import Progress, seeds, silent
@@ -188,11 +188,8 @@ def _template(pair: Pair, rows: int, x: PairData | None, seed: int) -> Tensor:
     like = accept(pair, pair.frame.blank(rows))
     made = []
     for number in (0, 1) if not pair.declared else ():
-        try:
-            with quiet(pair, like, seed):
-                nodes = samples(pair.simulate(like[:2] + number))
-        except ProgramError as error:
-            raise DataError(f"{wanted} them: {error} Pass x=...") from error
+        with instead(ProgramError, f"{wanted} them: {{problem}} Pass x=..."), quiet(pair, like, seed):
+            nodes = samples(pair.simulate(like[:2] + number))
         made.append([node["value"] for node in nodes.values()])
     refuse(made and not all(map(torch.equal, *made)), f"{wanted} them; got none. Pass x=..., some rows of data.")
     return like

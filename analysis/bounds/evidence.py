@@ -10,8 +10,7 @@ from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, sam
 from pvae.analysis.bounds.accumulate import accumulate_weights
 from pvae.analysis.bounds.weights import Evidence, PriorEvidence, log_weights, one_by_one, side_by_side
 from pvae.analysis.decompose.codes import log_evidence
-from pvae.analysis.figures.estimate import exact_mean, refuse, scaled, text
-from pvae.errors import DataError
+from pvae.analysis.figures.estimate import exact_mean, refuse, scaled
 from pvae.pair import PARTICLES, Pair, PairData, Terms, full_size, is_point, log_prob, sum_over
 from pvae.pair.layout import samples as sample_sites
 from pvae.util.progress import Progress, silent
@@ -180,8 +179,8 @@ def _require_fixed_points(pair: Pair, x: Tensor) -> None:
     """
     one, other = (sample_sites(pair.guide_trace(pair.structure.few(x))) for _ in range(2))
     points = [name for name in pair.layout.shared if name in pair.structure.points]
-    if moving := [name for name in points if not torch.equal(one[name]["value"], other[name]["value"])]:
-        raise DataError(text("refused.moving_points", names=moving))
+    moving = [name for name in points if not torch.equal(one[name]["value"], other[name]["value"])]
+    refuse(moving, "refused.moving_points", names=moving)
 
 
 def require_posterior(pair: Pair) -> bool:
@@ -213,6 +212,6 @@ def _points(pair: Pair, x: Tensor, caller: str) -> dict[str, Tensor]:
     if not pair.layout.shared:
         return {}
     nodes = sample_sites(pair.guide_trace(pair.structure.few(x)))
-    if spread := [name for name in pair.layout.shared if not is_point(nodes[name]["fn"])]:
-        raise DataError(text("refused.global_densities", caller=caller, names=spread))
+    spread = [name for name in pair.layout.shared if not is_point(nodes[name]["fn"])]
+    refuse(spread, "refused.global_densities", caller=caller, names=spread)
     return {name: nodes[name]["value"] for name in pair.layout.shared}

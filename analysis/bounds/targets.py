@@ -238,8 +238,8 @@ def _check_guide(plan: AnnealingPlan, model: dict[str, Any], guide: dict[str, An
     refuse({*guide} != {*model}, "refused.other_latents", caller=plan.caller, model=sorted(model), guide=sorted(guide))
     for name, node in guide.items():
         pairs = (node["fn"], model[name]["value"]), (model[name]["fn"], node["value"])
-        if not all(bool(fn.support.check(value).all()) for fn, value in pairs):
-            raise DataError(text("refused.other_support", caller=plan.caller, name=name, model=model[name], guide=node))
+        fits = all(bool(fn.support.check(value).all()) for fn, value in pairs)
+        refuse(not fits, "refused.other_support", caller=plan.caller, name=name, model=model[name], guide=node)
 
 
 # ---------------------------------------------------------------------- transitions along the temperatures

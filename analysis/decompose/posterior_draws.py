@@ -11,9 +11,8 @@ from torch.distributions import Bernoulli, Categorical, Normal, kl_divergence
 
 from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.codes import codes_kl
-from pvae.analysis.figures.estimate import text
+from pvae.analysis.figures.estimate import refuse
 from pvae.distributions import ROW_COST, CertainCodes, Codes, FullRankNormals, Members, Normals, log_density
-from pvae.errors import DataError
 from pvae.pair import ROWS_OF_A_BATCH, JointStates, Layout, Pair, eliminated, read_joint_states, samples, unwrapped
 from pvae.pair import densities as traces
 from pvae.pair.code_usage import Tally, described, shared_prior, tally
@@ -208,8 +207,7 @@ def _eliminated(guide: Sites, trace: Trace, layout: Layout, n: int, size: int) -
         DataError: the prior of a latent depends on an enumerated site, so that it is no factor of its own.
     """
     total, names = eliminated(trace, layout, 0)
-    if read := [name for name in layout.latents if name in names]:
-        raise DataError(text("refused.enumerated_prior", names=read, enumerated=layout.enumerated))
+    refuse(read := [name for name in layout.latents if name in names], "refused.read_prior", names=read, layout=layout)
     model = samples(trace)
     outside = _observed(model, layout, size, names)
     latents = {name: _latent(guide[name], model.get(name), layout, n) for name in layout.latents if name in guide}

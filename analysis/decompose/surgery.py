@@ -18,7 +18,7 @@ from pvae.analysis.decompose.surgery_figures import Asked, close, labels_of, on_
 from pvae.analysis.figures.estimate import Estimate, over_draws, refuse, text
 from pvae.analysis.population.interval import Population
 from pvae.data import Dataset
-from pvae.errors import DataError
+from pvae.errors import instead
 from pvae.experiment.plan import Plan
 from pvae.pair import Pair, PairData
 from pvae.records import Record, replace
@@ -145,10 +145,8 @@ def _labels(labels: Any, x: Tensor) -> Tensor | None:
     """Return class labels `(n,)` on the device of `x`, NaN where there is none; refuse any other shape or type."""
     if labels is None:
         return None
-    try:
+    with instead((TypeError, ValueError, RuntimeError), "analysis.surgery.labels", x=x, labels=labels):
         y = torch.as_tensor(labels, device=x.device)
-    except (TypeError, ValueError, RuntimeError):
-        raise DataError(f"labels: expected {len(x)} integers; got something else: {type(labels).__name__}.") from None
     odd = y.shape != (len(x),) or bool((y != y.round())[~y.isnan()].any())
     refuse(odd or (y.is_floating_point() and not y.isnan().any()), "refused.labels", n=len(x), y=y)
     refuse((k := len(labels_of(y))) > CLASSES_AT_MOST, f"labels: expected at most {CLASSES_AT_MOST} classes; got {k}.")

@@ -113,12 +113,11 @@ class PosteriorDraws(Record, eq=False, repr=False):
         """
         path = Path(path)
         _verify(path)
-        try:
+        wrong = (OSError, ValueError, KeyError, RuntimeError, TypeError)
+        with instead(wrong, f"{path}: expected NetCDF with groups; got {{problem}}. Export it again.", CheckpointError):
             _require_plain(path)
             with xarray.open_datatree(path, engine="h5netcdf") as tree:
                 found = {name: node.to_dataset().load().drop_encoding() for name, node in tree.children.items()}
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as problem:
-            raise CheckpointError(f"{path}: expected NetCDF with groups; got {problem}. Export it again.") from problem
         order = (*GROUP_NAMES, *sorted(found.keys() - set(GROUP_NAMES)))
         return cls({name: found[name] for name in order if name in found})
 
@@ -174,8 +173,7 @@ def _require_plain(path: Path) -> None:
         strange = [name for name in file if not is_plain(file, name, h5py.Group)]
         for name in (name for name in file if name not in strange):
             strange += [f"{name}/{item}" for item in file[name] if not is_plain(file[name], item, h5py.Dataset)]
-    if strange:
-        raise CheckpointError(f"{path}: expected groups of plain arrays; got {strange[0]!r} of another kind.")
+    refuse(strange, "analysis.datasets.strange", CheckpointError, path=path, names=strange)
 
 
 def _verify(path: Path) -> None:
@@ -184,7 +182,6 @@ def _verify(path: Path) -> None:
     with instead((OSError, DataError), "analysis.datasets.checksum", CheckpointError, path=path):
         found = _DIGEST_LINE.match(read_inside(checksum.parent, checksum.name, 1 << 16))
         digest = _sha256(path)
-    if found is None:
-        raise CheckpointError(f"{checksum}: expected a line of sha256sum; got none. Export the file again.")
-    if (wanted := found[1].decode()) != digest:
-        raise CheckpointError.of("analysis.datasets.digest", path=path, wanted=wanted, digest=digest)
+    wanted = found[1].decode() if found else ""
+    refuse(not wanted, f"{checksum}: expected a line of sha256sum; got none. Export the file again.", CheckpointError)
+    refuse(wanted != digest, "analysis.datasets.digest", CheckpointError, path=path, wanted=wanted, digest=digest)

@@ -17,7 +17,7 @@ import torch
 from pvae.analysis.export.sites import numpy_of
 from pvae.data.new import FittedTransforms
 from pvae.data.split import Split
-from pvae.errors import DeclarationError, require_extra
+from pvae.errors import misdeclared, require_extra
 from pvae.records import Record, field
 from pvae.util import follows
 from pvae.util.files import replaced
@@ -59,9 +59,7 @@ class Origin(Record, eq=False):
 
         start = 0
         for part in parts:
-            if len({t.shape[:1] for t in part.values()}) != 1:
-                got = ", ".join(f"{key} {list(t.shape)}" for key, t in part.items())
-                raise DeclarationError(f"Expected a result with one entry a row; got {got or 'none'}. Save it as .npz.")
+            misdeclared(len({t.shape[:1] for t in part.values()}) != 1, "analysis.rows.lengths", part=part)
             stop, shown = start + len(next(iter(part.values()))), self.shown(part)
             own = {key: values[start:stop] for key, values in self.columns.items()}
             rest = (
@@ -126,8 +124,7 @@ def write(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None =
         DeclarationError: no format has that ending; MissingExtraError: its package is not installed.
         OutputError: no file can be created there; StorageError: the disk is full. What stood there is unchanged.
     """
-    if path.suffix not in WRITERS:
-        raise DeclarationError(f"{path}: expected a file that ends in {', '.join(WRITERS)}; got {path.suffix!r}.")
+    misdeclared(path.suffix not in WRITERS, "analysis.rows.ending", path=path, endings=WRITERS)
     if path.suffix == ".parquet":
         require_extra("pyarrow", "parquet", f"{path}: expected the package pyarrow")
     if follows():

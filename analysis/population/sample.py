@@ -3,8 +3,6 @@
 Also priors of several latents made of priors of some of them, priors by covariate value, and mixtures of priors.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -37,7 +35,7 @@ class NewRows(Record):
     information: Tensor | None = None
     """Pointwise information log q(z_i | x_i) - log q_agg(z_i) of the rows that could be scored, `(m,)`, with all rows
     as components (or a random subset, so that it is a lower bound), if `q` is None; else None."""
-    parts: tuple[NewRows, ...] = ()
+    parts: tuple["NewRows", ...] = ()
     """The latents without parents in the model alone, in groups of one kind (real, discrete); for priors that leave the
     others as they are. Their posteriors `q` are those at each row's own sample of the latents that they read."""
     group: Tensor | None = None
@@ -46,14 +44,14 @@ class NewRows(Record):
     def __len__(self) -> int:
         return len(self.value)
 
-    def rows(self, index: Tensor) -> NewRows:
+    def rows(self, index: Tensor) -> "NewRows":
         """Return the chosen rows."""
         cut = {name: getattr(self, name)[index] for name in ("value", "own", "log_p", "kl")}
         parts, q = tuple(part.rows(index) for part in self.parts), None if self.q is None else self.q.rows(index)
         group = None if self.group is None else self.group[index]
         return replace(self, **cut, q=q, information=None, parts=parts, group=group)
 
-    def joined(self, others: NewRows) -> NewRows:
+    def joined(self, others: "NewRows") -> "NewRows":
         """Return these rows, followed by others; without parts and groups."""
         q = None if self.q is None or others.q is None else self.q.joined([others.q])
         names = ("value", "own", "log_p", "kl")

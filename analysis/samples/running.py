@@ -18,7 +18,7 @@ from torch import Tensor, distributions
 from pvae.analysis.aggregate.entry import accept, quiet, same_globals
 from pvae.analysis.export.rows import Origin, Part, write
 from pvae.analysis.export.sites import numpy_of, rows_of, safe_names
-from pvae.analysis.figures.estimate import misdeclared, refuse
+from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.data.split import Split
 from pvae.distributions.relaxed import twin
 from pvae.errors import DeclarationError, near
@@ -194,8 +194,7 @@ def decoded_mean(nodes: Mapping[str, Any], layout: Layout, count: int) -> Tensor
     node = datum(layout, nodes)
     with suppress(NotImplementedError):
         return row_values(distribution_mean(node["fn"]), node, layout, count)
-    kind = type(unwrapped(node["fn"])).__name__
-    raise DeclarationError(f"mean: expected p(x | z) with a known mean; got {kind}. Ask for draws.")
+    raise DeclarationError(text("refused.no_mean", fn=unwrapped(node["fn"])))
 
 
 def by_chunks(make: Callable[[int, int], T], n: int, numbers: int, on_progress: Progress = silent) -> T:

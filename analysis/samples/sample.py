@@ -11,7 +11,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import require_room
 from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.analysis.samples import running
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError, DeclarationError, instead
 from pvae.experiment.experiment import Experiment
 from pvae.graph.frame import Entry
 from pvae.nn.schedules import Constant
@@ -87,8 +87,7 @@ def _require_density(source: Run | Pair) -> None:
         return
     latents = source.plan.latents.items()
     free = [name for name, latent in latents if latent.dim is not None and not latent.prior.reads_guide]
-    if free and source.plan.objective.beta == Constant(value=0.0):
-        raise DeclarationError(text("refused.unfitted_prior", run=source, latent=free[0]))
+    misdeclared(free and source.plan.objective.beta == Constant(value=0.0), "refused.unfitted", run=source, names=free)
 
 
 def model_samples(pair: Pair, rows: Tensor, mean: bool) -> Samples:
@@ -177,22 +176,18 @@ def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> d
         entry = known[running.known_name(name, known, "given")]
         if (vocabulary := entry.vocabulary) is None or entry.tokens is None:
             if isinstance(source, Run) and (entry.source == "side" or isinstance(value, str)):
-                try:
+                with instead(DataError, f"given.{name}: {{problem}}", DeclarationError):
                     value = source.transforms.given(name, value)
-                except DataError as error:
-                    raise DeclarationError(f"given.{name}: {error}") from None
             found[name] = _values(name, entry, n, value)
         elif isinstance(value, str):
             found[name] = torch.tensor(vocabulary.encode(value)).expand(n, -1).clone()
         else:
-            words = ", ".join(vocabulary.words[1:])
-            raise DeclarationError(f"given.{name}: expected a text of {words}; got {str(value)[:60]}.")
+            raise DeclarationError(text("refused.no_text", name=name, words=vocabulary.words[1:], value=value))
     return found
 
 
 def _values(name: str, entry: Entry, n: int, value: Any) -> Tensor:
     """Return the values of a label or of numbers, `(n, *entry.shape)`, after checking that the entry can have them."""
-    values = f"0 .. {entry.codes - 1}" if entry.codes else "numbers that are not negative" if entry.size else "numbers"
     try:
         found = torch.as_tensor(value).cpu()
     except (TypeError, ValueError, RuntimeError):
@@ -201,8 +196,7 @@ def _values(name: str, entry: Entry, n: int, value: Any) -> Tensor:
         found = found.unsqueeze(-1)
     kind = "an integer" if entry.codes else f"{entry.width} numbers"
     is_wrong = found.dtype is torch.bool or (entry.codes > 0 and found.is_floating_point())
-    if is_wrong or found.shape not in (entry.shape, (n, *entry.shape)):
-        raise DeclarationError(f"given.{name}: expected {kind}, or {n} of them; got {str(value)[:60]}.")
-    if (wrong := entry.wrong(found)).any():
-        raise DeclarationError(f"given.{name}: expected {values}; got {found[wrong][0]:g}.")
+    is_wrong = is_wrong or found.shape not in (entry.shape, (n, *entry.shape))
+    misdeclared(is_wrong, f"given.{name}: expected {kind}, or {n} of them; got {str(value)[:60]}.")
+    misdeclared((wrong := entry.wrong(found)).any(), "refused.out_of_range", name=name, entry=entry, found=found[wrong])
     return (found.long() if entry.codes else found.float()).expand(n, *entry.shape).clone()

@@ -9,8 +9,7 @@ from scipy.special import logsumexp, rel_entr
 from scipy.stats import norm
 from torch import Tensor
 
-from pvae.analysis.truths import truth
-from pvae.analysis.truths.linear import LinearGaussian
+from pvae.analysis.truths import linear, truth
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Programs, Truth, normal_nodes
 
 WITH_EVIDENCE: tuple[EstimatorName, ...] = ("surgery", "evidence", "prior_evidence")
@@ -113,7 +112,7 @@ class TwoLevelPrograms(Programs):
     The parameter is the slope of the mean of z1 given z2.
     """
 
-    def __init__(self, law: LinearGaussian) -> None:
+    def __init__(self, law: linear.LinearGaussian) -> None:
         link = law.s[1, 0] / law.s[0, 0]
         g, c = ([part[0], part[1] - link * part[0]] for part in (law.g, law.c))
         spread = math.sqrt(law.v[1, 1] - law.v[1, 0] ** 2)
@@ -147,7 +146,7 @@ def hierarchy(w: FloatArray, slope: float, spread: float, noise: float, stretch:
     wide = np.stack([np.zeros_like(w), w], 1)
     covariance = np.linalg.inv(np.linalg.inv(v) + wide.T @ wide / noise**2)
     g = covariance @ wide.T / noise**2
-    law = LinearGaussian(wide, np.zeros(len(w)), noise, g, np.array([0.2, -0.1]), stretch * covariance, v)
+    law = linear.LinearGaussian(wide, np.zeros(len(w)), noise, g, np.array([0.2, -0.1]), stretch * covariance, v)
     random = np.random.default_rng(seed)
     x = random.multivariate_normal(np.zeros(2), v, n) @ wide.T + noise * random.standard_normal((n, len(w)))
     top, _ = truth.coordinates(law.means(x), law.s)

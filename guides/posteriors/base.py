@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Names, Shape
 from pvae.distributions.base import Determined, Event, PlainNormal
-from pvae.errors import DeclarationError
+from pvae.errors import misdeclared
 from pvae.graph.site import OBSERVED, Link, Site, Space, Values
 from pvae.nn.codebook import Codebook, Table
 from pvae.nn.conv import Pointwise
@@ -183,10 +183,8 @@ def require_normal(site: Site, link: Link) -> None:
         DeclarationError: the prior is no diagonal normal, or is made of this very posterior.
     """
     prior = link.model.priors[site.name]
-    if isinstance(prior, NormalHead):
-        return
-    if site.given or hasattr(prior, "link") or normal_of(prior({})) is None:
-        raise DeclarationError.of("guides.posteriors.prior", name=site.name, found=prior)
+    is_normal = isinstance(prior, NormalHead) or not (site.given or hasattr(prior, "link")) and normal_of(prior({}))
+    misdeclared(not is_normal, "guides.posteriors.prior", name=site.name, found=prior)
 
 
 def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Shape]:
@@ -195,10 +193,10 @@ def without(inputs: Mapping[str, Shape], site: Site, link: Link) -> dict[str, Sh
     Raises:
         DeclarationError: no input is left, or a parent is summed out by the model, so that the guide has no sample.
     """
-    if summed := [above.name for above in link.model.sites if above.summed and above.name in site.given]:
-        raise DeclarationError.of("guides.posteriors.summed", name=site.name, summed=summed)
-    if not (read := {name: shape for name, shape in inputs.items() if name not in site.given}):
-        raise DeclarationError.of("guides.posteriors.given", name=site.name, inputs=inputs)
+    summed = [above.name for above in link.model.sites if above.summed and above.name in site.given]
+    misdeclared(summed, "guides.posteriors.summed", name=site.name, summed=summed)
+    read = {name: shape for name, shape in inputs.items() if name not in site.given}
+    misdeclared(not read, "guides.posteriors.given", name=site.name, inputs=inputs)
     return read
 
 
@@ -271,8 +269,7 @@ class BidirectionalPosterior(Posterior):
         require_normal(site, link)
         prior = link.model.priors[site.name]
         if isinstance(prior, NormalHead):
-            if not prior.network.width:
-                raise DeclarationError.of("guides.posteriors.network", name=site.name, found=prior.network)
+            misdeclared(not prior.network.width, "guides.posteriors.network", name=site.name, found=prior.network)
             read[TOP_DOWN] = (prior.network.width,)
         return BidirectionalModule(site, link, self, head(self.network, read, (2 * site.event[0],)))
 

@@ -10,12 +10,7 @@ from torch import Tensor, nn
 
 from pvae.graph.site import Space
 from pvae.guides.posteriors.base import channels_last
-from pvae.guides.posteriors.nearest import (
-    QuantisedCodes,
-    QuantisedModule,
-    QuantisedPosterior,
-    attached,
-)
+from pvae.guides.posteriors.nearest import QuantisedCodes, QuantisedModule, QuantisedPosterior, attached
 from pvae.nn.quantisers import LevelCodebook, MappedCodebook, SignCodebook
 
 

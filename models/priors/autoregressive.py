@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pvae.component import Names, Shape
 from pvae.distributions.base import Size
 from pvae.distributions.codes import Conditional, Enumerated, codes_below
-from pvae.errors import DeclarationError
+from pvae.errors import misdeclared
 from pvae.graph.site import Link, Site, Space, Values
 from pvae.models.priors.base import Prior
 from pvae.nn.network import AttentionBlock, KeyValueCache
@@ -67,11 +67,9 @@ class TokenModule(nn.Module):
     def __init__(self, site: Site, parents: Mapping[str, Shape], kind: str, width: int) -> None:
         super().__init__()
         self.grid, self.codes, self.width = site.space.grid, site.space.states, width
-        if len(self.grid) > self.axes:
-            raise DeclarationError.of("models.priors.grid", name=site.name, kind=kind, grid=self.grid, axes=self.axes)
+        misdeclared(len(self.grid) > self.axes, "models.priors.grid", site=site, kind=kind, axes=self.axes)
         for name, shape in parents.items():
-            if len(shape) not in (1, 2, 3):
-                raise DeclarationError.of("models.priors.parents", latent=site.name, kind=kind, name=name, shape=shape)
+            misdeclared(not 1 <= len(shape) <= 3, "models.priors.parents", at=site, kind=kind, name=name, shape=shape)
         self.positions = prod(self.grid)
         self.parents = {name: tuple(shape) for name, shape in parents.items()}
         self.start = nn.Parameter(0.1 * torch.randn(width))

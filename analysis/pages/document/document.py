@@ -18,7 +18,7 @@ from rich.text import Text
 
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
 from pvae.analysis.pages.document.words import csv_of, html_cell, legible, rich_of, text
-from pvae.errors import DataError, OutputError
+from pvae.errors import OutputError, refuse
 from pvae.records import Record
 from pvae.runs.find import Claim, is_abandoned, leftovers
 from pvae.util.files import digest, make_folder, plain, pretty, raising, read_object, remove, write_together
@@ -143,8 +143,7 @@ def earlier(folder: Path) -> set[str]:
     if not any((folder / name).exists() for name in (PAGE, NUMBERS)):
         return set()
     found = read_object(folder, NUMBERS, NUMBERS_BYTES) if (folder / NUMBERS).exists() else {}
-    if "verdict" not in found:
-        raise DataError(text("page.other_pages", folder=folder))
+    refuse("verdict" not in found, text("page.other_pages", folder=folder))
     for path in filter(is_abandoned, leftovers(folder)):
         remove(path, ignore_errors=True)
     listed = found.get(FILES)

@@ -14,11 +14,9 @@ from scipy.stats import binom
 from pvae.analysis.bounds.calibration import Calibration
 from pvae.analysis.bounds.ranks import LEVEL, RankTest
 from pvae.analysis.bounds.weights import Evidence
-from pvae.analysis.decompose.collapse import CodeUse, LatentCollapse
-from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.pages.plots import base
+from pvae.analysis.decompose import collapse, result
+from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.pages.plots.base import BLUE, GREY, RED, nats, panels, plain, style, whole_numbers
-from pvae.analysis.pages.plots.pictures import tiles
 from pvae.pair.code_usage import SILENT
 from pvae.records import Record
 
@@ -41,7 +39,7 @@ def _bars(axes: Axes, heights: np.ndarray, active: np.ndarray, bottom: float = 0
 
 
 @style()
-def units(name: str, latent: LatentCollapse) -> Figure:
+def units(name: str, latent: collapse.LatentCollapse) -> Figure:
     """Plot the KL of each coordinate, largest first, and the variance of its posterior mean with its limit."""
     kl = None if latent.kl_per_dimension is None else np.array(latent.kl_per_dimension)
     variance = None if latent.activity is None else np.array(latent.activity)
@@ -70,7 +68,7 @@ def units(name: str, latent: LatentCollapse) -> Figure:
 
 
 @style()
-def code_use(name: str, use: CodeUse) -> Figure:
+def code_use(name: str, use: collapse.CodeUse) -> Figure:
     """Draw the proportion of each code, most used first, above the perplexity of each position of a discrete latent."""
     perplexity, mapped = np.array(use.perplexity), len(use.grid) == 2
     several = len(perplexity) > 1 or use.share is None
@@ -105,7 +103,7 @@ def code_maps(name: str, data: np.ndarray, maps: np.ndarray, states: int, low: f
     made, (axes,) = panels(2 * 0.92 * base.FIGURE_WIDTH / len(data) + 0.75)
     h, w = data.shape[-2:]
     gap = max(1, round(w / 10))
-    axes.imshow(tiles(data, len(data), low, high), aspect="equal")
+    axes.imshow(pictures.tiles(data, len(data), low, high), aspect="equal")
     for i, codes in enumerate(rank[maps]):
         left, top = i * (w + gap) - 0.5, h + gap - 0.5
         place = (left, left + w, top + h, top)
@@ -185,7 +183,7 @@ class WaterfallStep(Record):
         return f"+{nats(self.value)}" + (" or more" if math.isnan(self.until) else f" to +{nats(self.until)}")
 
 
-def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[WaterfallStep]:
+def inference_steps(surgery: result.Surgery, evidence: Evidence | None) -> list[WaterfallStep]:
     """Return the steps from the bound on log p(x) down to the ELBO; empty without a gain from importance sampling."""
     if evidence is None or not math.isfinite(evidence.gap) or evidence.gap < 1e-6:
         return []
@@ -195,7 +193,7 @@ def inference_steps(surgery: Surgery, evidence: Evidence | None) -> list[Waterfa
     return [top, cost, WaterfallStep(surgery.total_name, elbo, True)]
 
 
-def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> list[list[WaterfallStep]]:
+def waterfall_steps(surgery: result.Surgery, above: Sequence[WaterfallStep] = ()) -> list[list[WaterfallStep]]:
     """Return the panels of a waterfall from reconstruction to ELBO: by term, and by latent if there are several.
 
     The steps `above`, if any, form the first panel.
@@ -215,7 +213,7 @@ def waterfall_steps(surgery: Surgery, above: Sequence[WaterfallStep] = ()) -> li
     return [list(above), *charts] if above else charts
 
 
-def _by_term(surgery: Surgery) -> list[WaterfallStep]:
+def _by_term(surgery: result.Surgery) -> list[WaterfallStep]:
     """Return the costs I_q[x, z] and marginal KL, the latter split if possible; empty if they are not known.
 
     The parts of the marginal KL are total correlation and the KL of single coordinates.

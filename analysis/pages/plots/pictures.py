@@ -10,13 +10,9 @@ from matplotlib.ticker import MaxNLocator
 
 from pvae.analysis.export.sites import numpy_of
 from pvae.analysis.figures.estimate import texts
-from pvae.analysis.pages.plots import base
+from pvae.analysis.pages.plots import base, clouds
 from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, Names, array, nats, panels, plain, style
-from pvae.analysis.pages.plots.clouds import Cloud, plane
-from pvae.analysis.samples.encode import Encoding, Reconstructions
-from pvae.analysis.samples.features import is_image
-from pvae.analysis.samples.sample import Samples
-from pvae.analysis.samples.traversal import Interpolation, Traversal
+from pvae.analysis.samples import encode, features, sample, traversal
 from pvae.records import Record
 
 Planes = dict[str, Figure]
@@ -86,7 +82,7 @@ def reconstructions(parts: Sequence[Rebuilt], low: float, high: float, below: st
     The numbers are log p(x | z), nats.
     """
     columns = max(len(part.data) for part in parts)
-    if not is_image(parts[0].data.shape[1:]):
+    if not features.is_image(parts[0].data.shape[1:]):
         return _rebuilt_lines(parts, min(4, columns))
     h, w = parts[0].data.shape[-2:]
     made, grid = panels(len(parts) * (2.15 * 0.89 * FIGURE_WIDTH / columns * h / w + 0.55), [1] * len(parts))
@@ -119,7 +115,7 @@ def _rebuilt_lines(parts: Sequence[Rebuilt], columns: int) -> Figure:
 def samples(means: np.ndarray, data: np.ndarray, low: float, high: float) -> Figure:
     """Draw means of p(x | z) at samples z of the prior: as images, or as lines or points beside data."""
     shape = means.shape[1:]
-    if is_image(shape):
+    if features.is_image(shape):
         columns = min(10, len(means))
         rows = math.ceil(len(means) / columns)
         made, (axes,) = panels(rows * FIGURE_WIDTH / columns * shape[-2] / shape[-1] + 0.1)
@@ -164,10 +160,10 @@ def gallery(images: np.ndarray, low: float, high: float, row_names: Names = (), 
 
 def is_shown(shape: Sequence[int]) -> bool:
     """Return True for data that can be plotted: images `(1|3, H, W)` or `(H, H)`, and points in the plane `(2,)`."""
-    return tuple(shape) == (2,) or (is_image(shape) and (len(shape) == 3 or shape[0] == shape[1]))
+    return tuple(shape) == (2,) or (features.is_image(shape) and (len(shape) == 3 or shape[0] == shape[1]))
 
 
-def sampled(found: Samples, data: np.ndarray) -> Figure | None:
+def sampled(found: sample.Samples, data: np.ndarray) -> Figure | None:
     """Draw samples of a model as images, or as points over the data `(m, 2)`; None for data of other shapes."""
     x, what = array(found.x), "means of p(x | z)" if found.is_mean else "draws of p(x | z)"
     shown, told = x[:SHEET], {plain(name): _range(numpy_of(values)) for name, values in found.covariates.items()}
@@ -182,7 +178,7 @@ def _range(values: np.ndarray) -> str:
 
 
 @style()
-def reconstructed(found: Reconstructions, x: np.ndarray, data: np.ndarray) -> Figure | None:
+def reconstructed(found: encode.Reconstructions, x: np.ndarray, data: np.ndarray) -> Figure | None:
     """Draw best, median and worst reconstructions below their data `x`, `(n, *shape)`; None for data of other shapes.
 
     Points in the plane are joined to their reconstructions by lines. `data` gives the range of grey values.
@@ -202,7 +198,7 @@ def reconstructed(found: Reconstructions, x: np.ndarray, data: np.ndarray) -> Fi
     return sheet
 
 
-def moved(found: Traversal) -> tuple[list[str], list[str], str]:
+def moved(found: traversal.Traversal) -> tuple[list[str], list[str], str]:
     """Return names of the moved coordinates, values of the first as text, and the sentence that explains the values."""
     values, name = numpy_of(found.values), plain(found.latent)[:12]
     names = [f"{name}[{d}]" for d in found.dims] if len(values) > 1 or found.dims[0] else [name]
@@ -210,7 +206,7 @@ def moved(found: Traversal) -> tuple[list[str], list[str], str]:
     return names, [f"{v:.3g}".replace("-", "−") for v in values[0]], f"Below: its value{said}."
 
 
-def traversed(found: Traversal, data: np.ndarray) -> Figure | None:
+def traversed(found: traversal.Traversal, data: np.ndarray) -> Figure | None:
     """Draw a latent traversal: a row of images per coordinate, or paths over 2D data; None for data of other shapes."""
     x, (names, columns, below) = array(found.x), moved(found)
     images, paths = x.reshape(-1, *x.shape[2:]), list(zip(x, names, strict=True))
@@ -219,7 +215,7 @@ def traversed(found: Traversal, data: np.ndarray) -> Figure | None:
     return _drawn(words, images, x.shape[1], data, paths, names, columns, lines="path")
 
 
-def interpolated(found: Interpolation, data: np.ndarray) -> Figure | None:
+def interpolated(found: traversal.Interpolation, data: np.ndarray) -> Figure | None:
     """Draw an interpolation of two data: a row of images, or a path over 2D data; None for data of other shapes."""
     x, known = array(found.x), [] if found.log_prior is None else found.log_prior.tolist()
     below = [f"{value:.1f}".replace("-", "−") for value in known]
@@ -248,14 +244,16 @@ def _drawn(
     return made
 
 
-def encoded(found: Encoding, prior: Samples, labels: np.ndarray | None = None, names: Names | None = None) -> Planes:
+def encoded(
+    found: encode.Encoding, prior: sample.Samples, labels: np.ndarray | None = None, names: Names | None = None
+) -> Planes:
     """Return plots of q_agg against the prior, from samples of both, by real latent with at least two rows."""
     planes = {}
     for name, code in found.latents.items():
         if code.probs is None and name in prior.latents and len(code.value) > 1:
             three = (code.value if code.loc is None else code.loc, code.value, prior.latents[name])
             means, values, of_prior = (array(t).reshape(len(t), -1) for t in three)
-            planes[name] = plane(Cloud(name, means, values, of_prior), labels, names)
+            planes[name] = clouds.plane(clouds.Cloud(name, means, values, of_prior), labels, names)
     return planes
 
 

@@ -19,7 +19,7 @@ from pvae.analysis.samples import quality, running
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
 from pvae.analysis.samples.sample import Samples, sample
 from pvae.data.streamed import Streamed
-from pvae.errors import DataError, DeclarationError
+from pvae.errors import DataError, DeclarationError, refuse
 from pvae.pair.layout import samples as sample_sites
 from pvae.records import Record, field
 from pvae.runs.run import Run
@@ -172,8 +172,7 @@ class Examination:
 
     def require_whole_rows(self) -> None:
         """Raise DataError unless the model observes whole rows of data."""
-        if not self.whole_rows:
-            raise DataError(words.text("page.parts_of_rows", shape=list(self.shape)))
+        refuse(not self.whole_rows, words.text("page.parts_of_rows", shape=list(self.shape)))
 
     # ------------------------------------------------------------------ figures
 
