@@ -37,7 +37,7 @@ def calls() -> Iterator[tuple[str, str, set[str]]]:
         tree = ast.parse(path.read_text())
         imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module in HOMES]
         homes = {alias.name: HOMES[str(node.module)] for node in imports for alias in node.names}
-        homes |= dict.fromkeys(("text", "texts"), "figures") if path == Path(str(estimate.__file__)) else {}
+        homes |= dict.fromkeys(("text", "texts"), "figures") if path.samefile(str(estimate.__file__)) else {}
         own = [part for c in tree.body if isinstance(c, ast.ClassDef) for part in c.body if "analysis" in path.parts]
         for node in (node for part in own if isinstance(part, ast.Assign | ast.AnnAssign) for node in ast.walk(part)):
             if isinstance(node, ast.Constant) and ("figures", str(node.value)) in ENTRIES:

@@ -200,5 +200,5 @@ class PlainEncoder(PlainModule):
         return found
 
     def centre(self, fn: Any) -> Tensor:
-        misdeclared((found := running.centre(twin(fn))) is None, "refused.no_mean", kind=type(unwrapped(fn)).__name__)
+        misdeclared((found := running.centre(twin(fn))) is None, "refused.meanless", kind=type(unwrapped(fn)).__name__)
         return cast(Tensor, found)
