@@ -292,7 +292,7 @@ def _as_read(latents: Raw) -> Raw:
 
 
 def suits(posterior: Posterior, space: Space) -> bool:
-    """Whether a space of codes has the sizes that a posterior asks for."""
+    """Return True if a space of codes has the sizes that a posterior asks for."""
     try:
         posterior.sampled(space)
     except ValueError:

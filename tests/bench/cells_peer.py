@@ -20,7 +20,6 @@ from typing import Any
 import anndata
 import numpy as np
 import scipy.stats
-import scvi  # type: ignore[import-not-found]
 import torch
 from torch import Tensor
 from torch.distributions import Normal
@@ -62,6 +61,8 @@ def by_hand(module: Any, x: Tensor) -> tuple[float, float]:
 
 
 def main() -> None:
+    import scvi  # type: ignore[import-not-found]  # here, because the interpreter of the tests has none
+
     path, kind, seed, epochs, *changed = sys.argv[1:]
     torch.set_num_threads(1)
     scvi.settings.seed, scvi.settings.verbosity = int(seed), 40

@@ -168,6 +168,7 @@ PRINTS_JSON: dict[str, list[str]] = {
     "surgery": ["vae"],
     "evidence": ["vae", "--rows", "4", "--samples", "5"],
     "gap": ["vae", "--rows", "4", "--steps", "2"],
+    "gradients": ["vae", "--rows", "4", "--draws", "5"],
     "calibration": ["vae", "--rows", "20"],
     "posterior": ["vae", "--rows", "4", "--draws", "5", "--out", "OUT/draws.nc"],
     "report": ["vae", "--evidence-samples", "10", "--gap-steps", "5"],

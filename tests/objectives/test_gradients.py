@@ -64,7 +64,7 @@ def found(objective: Objective, pair: Pair, x: Tensor, beta: float = 1.0, seed: 
 
 
 def guides(pair: Pair) -> Tensor:
-    """Whether each parameter is of the guide alone."""
+    """True for each parameter that the guide alone has."""
     own = {id(p) for p in pair.guide.parameters()}
     return torch.cat([torch.full((p.numel(),), id(p) in own) for p in pair.parameters()])
 

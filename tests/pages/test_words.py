@@ -88,9 +88,10 @@ def calls() -> Iterator[tuple[str, tuple[str, ...], set[str]]]:
     for path in sorted(path for path in PAGES.rglob("*.py") if path.parent.name != "plots"):  # they say results
         for scope in ast.parse(path.read_text()).body:
             for call in ast.walk(scope):
-                if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in TEXTS:
-                    names = named(call.args[-1 if call.func.id == "section" else 0], scope)
-                    yield call.func.id, tuple(names), {str(keyword.arg) for keyword in call.keywords} - SETTINGS
+                function = ast.unparse(call.func).removeprefix("words.") if isinstance(call, ast.Call) else ""
+                if isinstance(call, ast.Call) and function in TEXTS:
+                    names = named(call.args[-1 if function == "section" else 0], scope)
+                    yield function, tuple(names), {str(keyword.arg) for keyword in call.keywords} - SETTINGS
 
 
 CALLS = [call for call in calls() if call[1]]
