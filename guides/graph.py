@@ -175,15 +175,9 @@ class GraphGuide(nn.Module):
     """
 
     def __init__(
-        self,
-        sites: tuple[Site, ...],
-        encoder: EncoderModule | None,
-        posteriors: Mapping[str, nn.Module],
-        frame: Frame,
-        link: Link,
-        reader: nn.Module | None = None,
-        classification: float = 0.0,
-    ) -> None:
+        self, sites: tuple[Site, ...], encoder: EncoderModule | None, posteriors: Mapping[str, nn.Module], frame: Frame,
+        link: Link, reader: nn.Module | None = None, classification: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.sites, self.frame, self.link, self.classification = sites, frame, link, classification
         self.encoder = encoder

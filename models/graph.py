@@ -119,14 +119,9 @@ class GraphModel(nn.Module):
     """
 
     def __init__(
-        self,
-        sites: tuple[Site, ...],
-        priors: Mapping[str, nn.Module],
-        decoder: DecoderModule,
-        frame: Frame,
-        codebooks: Mapping[str, nn.Module] | None = None,
-        temperatures: Mapping[str, nn.Module] | None = None,
-    ) -> None:
+        self, sites: tuple[Site, ...], priors: Mapping[str, nn.Module], decoder: DecoderModule, frame: Frame,
+        codebooks: Mapping[str, nn.Module] | None = None, temperatures: Mapping[str, nn.Module] | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.sites, self.frame = sites, frame
         self.codebooks = nn.ModuleDict(codebooks or {})

@@ -76,16 +76,9 @@ class Bracket(_Annealing):
 
 
 def ais(
-    pair: Pair,
-    x: PairData,
-    *,
-    temperatures: int = 200,
-    chains: int = 16,
-    leapfrog: int = 10,
-    start: Start = "guide",
-    seed: int = 0,
-    on_progress: Progress = silent,
-) -> Annealed:
+    pair: Pair, x: PairData, *, temperatures: int = 200, chains: int = 16, leapfrog: int = 10, start: Start = "guide",
+    seed: int = 0, on_progress: Progress = silent,
+) -> Annealed:  # fmt: skip
     r"""Bound the mean log p(x) from below by annealed importance sampling with Hamiltonian Monte Carlo transitions.
 
     With log f_b(z) = (1 - b) log p0(z) + b log p(x, z), temperatures 0 = b_0 < ... < b_T = 1, z_0 ~ p0, and z_t

@@ -96,15 +96,9 @@ def _wrong(tests: Sequence[RankTest]) -> Iterator[tuple[str, list[str], float, f
 
 
 def calibration(
-    pair: Pair,
-    rows: int = 1000,
-    draws: int = 19,
-    *,
-    importance: int = 0,
-    x: PairData | None = None,
-    seed: int = 0,
+    pair: Pair, rows: int = 1000, draws: int = 19, *, importance: int = 0, x: PairData | None = None, seed: int = 0,
     on_progress: Progress = silent,
-) -> Calibration:
+) -> Calibration:  # fmt: skip
     r"""Compare q(z | x) with the posterior of the model on data that the model makes (simulation-based calibration).
 
     For z* ~ p(z), x ~ p(x | z*), the latent z* is an exact sample of the posterior of x. If q(z | x) is that posterior,

@@ -66,16 +66,9 @@ class Gap(Figures):
 
 
 def gap(
-    pair: Pair,
-    x: PairData,
-    *,
-    steps: int = 300,
-    samples: int = 100,
-    evidence_samples: int = 5000,
-    particles: int = 8,
-    seed: int = 0,
-    on_progress: Progress = silent,
-) -> Gap:
+    pair: Pair, x: PairData, *, steps: int = 300, samples: int = 100, evidence_samples: int = 5000, particles: int = 8,
+    seed: int = 0, on_progress: Progress = silent,
+) -> Gap:  # fmt: skip
     r"""Split log p(x) - ELBO into approximation gap and amortisation gap.
 
     With L(q) = E_q[log p(x, z) - log q(z)],

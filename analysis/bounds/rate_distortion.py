@@ -65,14 +65,9 @@ class RateDistortion(Record):
 
 
 def rate_distortion(
-    runs: Sequence[Run],
-    split: str = "test",
-    rows: int | None = None,
-    samples: int = 1,
-    seed: int = 0,
-    *,
+    runs: Sequence[Run], split: str = "test", rows: int | None = None, samples: int = 1, seed: int = 0, *,
     on_progress: Progress = silent,
-) -> RateDistortion:
+) -> RateDistortion:  # fmt: skip
     """Compute rate and distortion of several runs on the same rows.
 
     With R = E_q[log q(z | x) - log p(z)], surgery's `kl` (plus the part of global latents where there are any), and

@@ -132,15 +132,9 @@ def _keeps(present: Tensor, mine: Tensor, alone: LatentDraw | None) -> bool:
 
 
 def _pooled(
-    groups: Tensor,
-    x: Tensor,
-    labels: Tensor | None,
-    train: tuple[Tensor | None, Tensor | None],
-    take_apart: Callable[..., Surgery],
-    seed: int,
-    note: str,
-    titles: Sequence[str] = (),
-) -> Surgery:
+    groups: Tensor, x: Tensor, labels: Tensor | None, train: tuple[Tensor | None, Tensor | None],
+    take_apart: Callable[..., Surgery], seed: int, note: str, titles: Sequence[str] = (),
+) -> Surgery:  # fmt: skip
     """Return the means over groups of all terms, weighted by group size, with the errors of independent groups.
 
     If only some groups have a lower and an upper bound, the estimates of the other groups serve as both; `train` are

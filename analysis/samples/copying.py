@@ -64,16 +64,9 @@ class Copying(Figures, eq=False):
 
 
 def copying(
-    run: Run,
-    split: str = "test",
-    rows: int | None = None,
-    seed: int = 0,
-    *,
-    mean: bool = False,
-    samples: Samples | None = None,
-    space: features.Features | None = None,
-    on_progress: Progress = silent,
-) -> Copying:
+    run: Run, split: str = "test", rows: int | None = None, seed: int = 0, *, mean: bool = False,
+    samples: Samples | None = None, space: features.Features | None = None, on_progress: Progress = silent,
+) -> Copying:  # fmt: skip
     """Test whether the samples of a run are copies of training rows; see `data_copying` for the statistics.
 
     `z` and `share` are valid for samples of p(x | z) only, which like data include the noise of the likelihood. This
@@ -121,14 +114,9 @@ def copying(
 
 
 def data_copying(
-    train: Tensor,
-    held: Tensor,
-    fake: Tensor,
-    seed: int = 0,
-    *,
-    space: features.Features | None = None,
+    train: Tensor, held: Tensor, fake: Tensor, seed: int = 0, *, space: features.Features | None = None,
     on_progress: Progress = silent,
-) -> Copying:
+) -> Copying:  # fmt: skip
     r"""Test whether samples are nearer to training rows than held-out data are.
 
     - z: with d(v) the distance of v to its nearest training row, U counts the pairs of a sample and a held-out row in

@@ -153,14 +153,9 @@ def summed_codes(table: JointStates, nodes: Mapping[str, Any], mean: bool) -> It
 
 
 def reconstruct(
-    run_or_pair: Run | Pair,
-    x: Any,
-    *,
-    mean: bool = True,
-    given: sample.Covariates | None = None,
-    seed: int = 0,
+    run_or_pair: Run | Pair, x: Any, *, mean: bool = True, given: sample.Covariates | None = None, seed: int = 0,
     on_progress: Progress = silent,
-) -> Reconstructions:
+) -> Reconstructions:  # fmt: skip
     """Encode rows of data with a sample z ~ q(z | x), and decode them again.
 
     With `given` they are decoded under other covariates than those they are encoded with: p(x | z, y = given), the

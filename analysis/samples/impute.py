@@ -59,17 +59,9 @@ class Imputations(running.Generated):
 
 
 def impute(
-    run_or_pair: Run | Pair,
-    x: Any,
-    *,
-    mask: Any = None,
-    draws: int = 10,
-    samples: int = 200,
-    sweeps: int | None = None,
-    interval: float = 0.9,
-    seed: int = 0,
-    on_progress: Progress = silent,
-) -> Imputations:
+    run_or_pair: Run | Pair, x: Any, *, mask: Any = None, draws: int = 10, samples: int = 200,
+    sweeps: int | None = None, interval: float = 0.9, seed: int = 0, on_progress: Progress = silent,
+) -> Imputations:  # fmt: skip
     """Impute the missing elements of rows of data by importance resampling, or by Metropolis-within-Gibbs sweeps.
 
     Latents z_k ~ q(z | x_observed) have the weights p(x_observed, z_k) / q(z_k | x_observed), and x_missing ~

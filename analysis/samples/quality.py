@@ -150,17 +150,10 @@ class SampleQuality(Figures):
 
 
 def sample_quality(
-    run: Run,
-    split: str = "test",
-    rows: int | None = None,
-    seed: int = 0,
-    *,
-    mean: bool = False,
-    k: int = FIDELITY_NEIGHBOURS,
-    space: Features | None = None,
-    fake: Samples | None = None,
+    run: Run, split: str = "test", rows: int | None = None, seed: int = 0, *, mean: bool = False,
+    k: int = FIDELITY_NEIGHBOURS, space: Features | None = None, fake: Samples | None = None,
     on_progress: StageProgress = silent,
-) -> SampleQuality:
+) -> SampleQuality:  # fmt: skip
     """Compare samples of a run with the data of a split, for any model that can be sampled.
 
     This runs the classifier two-sample test (`two_sample`), precision and coverage by neighbours (`fidelity`) and

@@ -36,14 +36,9 @@ class Samples(running.Generated):
 
 
 def sample(
-    run_or_pair: Run | Pair,
-    n: int = 64,
-    *,
-    mean: bool = False,
-    given: Covariates | None = None,
-    seed: int = 0,
+    run_or_pair: Run | Pair, n: int = 64, *, mean: bool = False, given: Covariates | None = None, seed: int = 0,
     on_progress: Progress = silent,
-) -> Samples:
+) -> Samples:  # fmt: skip
     """Sample from the model: z ~ p(z), then x ~ p(x | z).
 
     Global latents are sampled once, from the guide: their posterior is what the fit has learned.

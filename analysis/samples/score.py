@@ -65,14 +65,9 @@ class Scores(running.Generated):
 
 
 def score(
-    run_or_pair: Run | Pair,
-    x: Any,
-    *,
-    samples: int = 100,
-    reference: Any = None,
-    seed: int = 0,
+    run_or_pair: Run | Pair, x: Any, *, samples: int = 100, reference: Any = None, seed: int = 0,
     on_progress: Progress = silent,
-) -> Scores:
+) -> Scores:  # fmt: skip
     """Score rows of data: log p(x) of each by importance sampling from the guide, by element, and as a p-value.
 
     log p(x) and its diagnostics are those of `evidence`. Missing values (NaN, where declared) are integrated out

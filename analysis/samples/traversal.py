@@ -53,18 +53,10 @@ class Traversal(running.Generated):
 
 
 def traverse(
-    run_or_pair: Run | Pair,
-    x: Any = None,
-    latent: str | None = None,
-    dims: Sequence[int] | None = None,
-    steps: int = 9,
-    span: float = 3.0,
-    *,
-    given: Covariates | None = None,
-    rows: Any = None,
-    seed: int = 0,
+    run_or_pair: Run | Pair, x: Any = None, latent: str | None = None, dims: Sequence[int] | None = None,
+    steps: int = 9, span: float = 3.0, *, given: Covariates | None = None, rows: Any = None, seed: int = 0,
     on_progress: Progress = silent,
-) -> Traversal:
+) -> Traversal:  # fmt: skip
     """Move one coordinate of a latent at a time and decode the means E[x | z].
 
     A coordinate takes `steps` values, evenly spaced within `span` standard deviations around its prior mean; mean and

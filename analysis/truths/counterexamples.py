@@ -154,13 +154,9 @@ class CounterExamples(Figures):
 
 
 def counterexamples(
-    data: Dataset,
-    seed: int = 0,
-    *,
-    scales: Sequence[float] = (0.01, 0.03, 0.1, 0.2),
-    components: int = 10,
+    data: Dataset, seed: int = 0, *, scales: Sequence[float] = (0.01, 0.03, 0.1, 0.2), components: int = 10,
     on_progress: StageProgress = silent,
-) -> CounterExamples:
+) -> CounterExamples:  # fmt: skip
     r"""Show good samples with a poor likelihood, and a good likelihood with poor samples, on real-valued data.
 
     - `memory`: 1/n sum_i N(x_i, eps^2 I) over the training data. Its samples are data, up to eps; with eps -> 0 its

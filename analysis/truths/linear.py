@@ -138,13 +138,9 @@ class LinearPrograms(Programs):
 
 
 def linear(
-    name: str,
-    law: LinearGaussian,
-    x: FloatArray,
-    labels: np.ndarray | None = None,
-    known: Mapping[str, float] | None = None,
-    **rest: Any,
-) -> Truth:
+    name: str, law: LinearGaussian, x: FloatArray, labels: np.ndarray | None = None,
+    known: Mapping[str, float] | None = None, **rest: Any,
+) -> Truth:  # fmt: skip
     """Return the test model of a linear Gaussian model with V = I.
 
     Its mutual information and marginal KL are among the exact values if z has at most two coordinates.

@@ -149,16 +149,9 @@ def picture(name: str, made: Figure, /, *, of: str | None = None, **fields: Any)
 
 
 def table(
-    name: str,
-    rows: Sequence[tuple[Any, ...]],
-    /,
-    *titles: str,
-    of: str | None = None,
-    digits: int | Sequence[int] = 3,
-    strong: tuple[int, ...] = (),
-    folded: bool = False,
-    **fields: Any,
-) -> PageTable:
+    name: str, rows: Sequence[tuple[Any, ...]], /, *titles: str, of: str | None = None, digits: int | Sequence[int] = 3,
+    strong: tuple[int, ...] = (), folded: bool = False, **fields: Any,
+) -> PageTable:  # fmt: skip
     """Return a table of a page; the entry has its caption `table`, and titles of `columns` and of columns of `words`.
 
     Columns titled `titles` stand between the two. Its id is that of `picture`.
