@@ -37,14 +37,4 @@ from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolat
 from pvae.analysis.truths.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 
-__all__ = [
-    "AggregatedPosterior", "Annealed", "Audit", "Bracket", "Calibration", "Code", "Collapse", "Copying",
-    "CounterExamples", "CriticKL", "Distances", "Encoding", "Estimate", "Evidence", "Features", "Fidelity", "Gain",
-    "Gap", "Gradients", "Imputations", "Interpolation", "LatentSurgery", "Paired", "Posterior", "PriorEvidence",
-    "Probe", "RateDistortion", "Reconstructions", "SampleQuality", "Samples", "Scores", "SelfCheck", "Surgery",
-    "Traversal", "TwoSample", "ais", "audit", "bracket", "calibration", "collapse", "compare", "copying",
-    "counterexamples", "critic", "data_copying", "distances", "encode", "elbos", "evidence", "features", "fidelity",
-    "frechet", "gain", "gap", "gradients", "impute", "interpolate", "kernel_distance", "paired", "posterior",
-    "prior_evidence", "probe", "rate_distortion", "reconstruct", "report", "sample", "sample_quality", "score",
-    "selfcheck", "sharpness", "surgery", "traverse", "two_sample",
-]  # fmt: skip
+__all__ = sorted(name for name, value in globals().items() if callable(value))
