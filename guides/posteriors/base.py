@@ -92,16 +92,22 @@ class Linked(PosteriorModule):
         self.network: Any = network
 
 
-def head(network: Network | None, inputs: Mapping[str, Shape], output: Shape) -> NetworkModule:
-    """Return the network from a posterior's inputs to its parameters `(..., *output)`.
+class Amortised(Posterior):
+    """Base of posteriors whose parameters a network predicts."""
 
-    The default is one linear map; if features lie on the same grid as the output, one shared by all positions.
-    """
-    if network is not None:
-        return network.build(inputs, output)
-    if len(output) == 3 and any(len(shape) == 3 and shape[1:] == output[1:] for shape in inputs.values()):
-        return Pointwise(inputs, output)
-    return MLP(hidden=()).build(inputs, output)
+    network: Network | None = None
+    """Network from the encoder's features to the parameters of the posterior; default: one linear map."""
+
+    def head(self, inputs: Mapping[str, Shape], output: Shape) -> NetworkModule:
+        """Return the network from the posterior's inputs to its parameters `(..., *output)`.
+
+        The default is one linear map; if features lie on the same grid as the output, one shared by all positions.
+        """
+        if self.network is not None:
+            return self.network.build(inputs, output)
+        if len(output) == 3 and any(len(shape) == 3 and shape[1:] == output[1:] for shape in inputs.values()):
+            return Pointwise(inputs, output)
+        return MLP(hidden=()).build(inputs, output)
 
 
 def channels_last(h: Tensor, grid: int) -> Tensor:
@@ -109,7 +115,7 @@ def channels_last(h: Tensor, grid: int) -> Tensor:
     return h.movedim(-1 - grid, -1) if grid else h
 
 
-class NormalPosterior(Posterior):
+class NormalPosterior(Amortised):
     """Amortised mean-field normal posterior N(mu(x), diag sigma^2(x)).
 
     References:
@@ -118,11 +124,9 @@ class NormalPosterior(Posterior):
 
     kind: Literal["normal"] = "normal"
     log_variance: LogVarianceBounds = (-12.0, 6.0)
-    network: Network | None = None
-    """Network from the encoder's features to the parameters of the normal; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return NormalHead(head(self.network, inputs, (2 * site.event[0],)), self.log_variance)
+        return NormalHead(self.head(inputs, (2 * site.event[0],)), self.log_variance)
 
 
 def full_rank_normal(parameters: Tensor, dim: int, bounds: tuple[float, float]) -> dist.TorchDistribution:
@@ -132,7 +136,7 @@ def full_rank_normal(parameters: Tensor, dim: int, bounds: tuple[float, float]) 
     return dist.MultivariateNormal(loc, scale_tril=lower_factor(scale, below), validate_args=False)
 
 
-class FullRankNormalPosterior(Posterior):
+class FullRankNormalPosterior(Amortised):
     r"""Normal posterior N(mu(x), L(x) L(x)^T) of full covariance, with L = diag(s) (I + strictly lower triangle).
 
     References:
@@ -142,27 +146,23 @@ class FullRankNormalPosterior(Posterior):
     kind: Literal["full_rank_normal"] = "full_rank_normal"
     log_variance: LogVarianceBounds = (-12.0, 6.0)
     """Bounds of the log-variance of a coordinate given those before it."""
-    network: Network | None = None
-    """Network from the encoder's features to the parameters of the normal; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         d = site.event[0]
-        network = head(self.network, inputs, (2 * d + d * (d - 1) // 2,))
+        network = self.head(inputs, (2 * d + d * (d - 1) // 2,))
         return Head(network, partial(full_rank_normal, dim=d, bounds=self.log_variance))
 
 
-class DeltaPosterior(Posterior):
+class DeltaPosterior(Amortised):
     """Deterministic posterior z = mu(x) of an autoencoder; it has no density, and its "ELBO" log p(x, z) is no bound.
 
     With `objective.beta = 0` the loss does not depend on the prior; `refit` then fits a prior to the latents.
     """
 
     kind: Literal["delta"] = "delta"
-    network: Network | None = None
-    """Network from the encoder's features to z; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return Head(head(self.network, inputs, site.event), Determined)
+        return Head(self.head(inputs, site.event), Determined)
 
 
 TOP_DOWN = "top_down"
@@ -218,7 +218,7 @@ class LadderModule(nn.Module):
         return Event(PlainNormal((q.loc * precision + prior.loc * prior_precision) / total, total.rsqrt()), 1)
 
 
-class LadderPosterior(Posterior):
+class LadderPosterior(Amortised):
     r"""Ladder posterior q(z_l | z_above, x) = N(m, s^2), proportional to N(mu(x), sigma^2(x)) p(z_l | z_above).
 
     With p(z_l | z_above) = N(mu_p, sigma_p^2) precisions add, s^-2 = sigma^-2 + sigma_p^-2, and m is the mean of mu and
@@ -231,8 +231,6 @@ class LadderPosterior(Posterior):
     kind: Literal["ladder"] = "ladder"
     reads_prior: ClassVar[bool] = True
     log_variance: LogVarianceBounds = (-12.0, 6.0)
-    network: Network | None = None
-    """Network from the features of x to mu and log sigma^2; default: one linear map."""
 
     def follows_prior(self, given: tuple[str, ...]) -> bool:
         """Return True if the latent has parents: at the top level the posterior does not depend on the prior."""
@@ -242,10 +240,10 @@ class LadderPosterior(Posterior):
         read = without(inputs, site, link)
         if site.given:
             require_normal(site, link)
-        return LadderModule(NormalHead(head(self.network, read, (2 * site.event[0],)), self.log_variance), site, link)
+        return LadderModule(NormalHead(self.head(read, (2 * site.event[0],)), self.log_variance), site, link)
 
 
-class BidirectionalPosterior(Posterior):
+class BidirectionalPosterior(Amortised):
     r"""Residual posterior q(z_l | z_above, x) = N(mu_p + sigma_p d, sigma_p^2 e^2), for a prior N(mu_p, sigma_p^2).
 
     The prior is p(z_l | z_above). d and log e are computed from the features of x and those of the prior's network:
@@ -261,8 +259,6 @@ class BidirectionalPosterior(Posterior):
     reads_prior: ClassVar[bool] = True
     bound: float = Field(default=6.0, gt=0)
     """Largest absolute value of log e (a clamp)."""
-    network: Network | None = None
-    """Network from the features to d and log e; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         read = without(inputs, site, link)
@@ -271,7 +267,7 @@ class BidirectionalPosterior(Posterior):
         if isinstance(prior, NormalHead):
             misdeclared(not prior.network.width, "guides.posteriors.network", name=site.name, found=prior.network)
             read[TOP_DOWN] = (prior.network.width,)
-        return BidirectionalModule(site, link, self, head(self.network, read, (2 * site.event[0],)))
+        return BidirectionalModule(site, link, self, self.head(read, (2 * site.event[0],)))
 
 
 class BidirectionalModule(Linked):

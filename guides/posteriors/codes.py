@@ -15,8 +15,8 @@ from pvae.component import Shape
 from pvae.distributions import KL, RelaxedCodes, bits, code_grid
 from pvae.graph.lifecycle import Moving
 from pvae.graph.site import Link, Site, Space, Values
-from pvae.guides.posteriors.base import Linked, Posterior, PosteriorModule, channels_last, head
-from pvae.nn.network import MLP, Head, Network, NetworkModule
+from pvae.guides.posteriors.base import Amortised, Linked, PosteriorModule, channels_last
+from pvae.nn.network import MLP, Head, NetworkModule
 
 MAX_SUMMED_STATES = 32
 """Largest number of joint states that `estimator = "auto"` sums over; each costs a pass of the decoder."""
@@ -86,7 +86,7 @@ def codes(logits: Tensor, grid: int) -> dist.TorchDistribution:
     return code_grid(channels_last(logits, grid), grid)
 
 
-class EstimatedPosterior(Posterior):
+class EstimatedPosterior(Amortised):
     """Base of discrete posteriors that sample codes or bits themselves, without a relaxation.
 
     `sum` computes the ELBO's expectation under q exactly, over every joint state (Pyro's `TraceEnum_ELBO`). `score`
@@ -107,8 +107,6 @@ class EstimatedPosterior(Posterior):
     baseline: Literal["average", "network", "none"] = "average"
     """Baseline subtracted from the gain of a score function: its moving average, a network's prediction of it from the
     encoder's features, or none. Under `iwae` none is needed: `average` is not used, `network` is refused."""
-    network: Network | None = None
-    """Network from the encoder's features to the logits; default: one linear map."""
 
     def sums(self, log_states: float) -> bool:
         """Return True if the gradient is computed by an exact sum, for a latent of exp(`log_states`) joint states."""
@@ -123,7 +121,7 @@ class EstimatedPosterior(Posterior):
         output, distribution = self.of(site.space)
         estimator = "sum" if self.sums(site.space.log_states) else "score"
         subtracted = self.baseline if estimator == "score" else "none"
-        return Estimated(head(self.network, inputs, output), distribution, estimator, subtracted)
+        return Estimated(self.head(inputs, output), distribution, estimator, subtracted)
 
 
 BASELINE_DECAY = 0.9
@@ -149,22 +147,20 @@ class BernoulliPosterior(EstimatedPosterior):
         return space.shape, bits
 
 
-class RelaxedPosterior(Posterior):
+class RelaxedPosterior(Amortised):
     """Base of relaxed (Gumbel-softmax) posteriors; the temperature belongs to the latent, and its prior shares it."""
 
     values: ClassVar[Values] = "index"
     kl: KL = "relaxed"
     """KL in the training loss: `relaxed`, between the densities of the relaxed one-hots, or `categorical`, between the
     categoricals of the same logits in closed form."""
-    network: Network | None = None
-    """Network from the encoder's features to the logits; default: one linear map."""
 
     @abstractmethod
     def sampled(self, space: Space) -> Space:
         """Return the relaxation of the space of codes."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return RelaxedModule(site, link, self, head(self.network, inputs, (site.space.states, *site.space.grid)))
+        return RelaxedModule(site, link, self, self.head(inputs, (site.space.states, *site.space.grid)))
 
 
 class RelaxedModule(Linked):

@@ -15,7 +15,7 @@ from pvae.component import Ints, Shape
 from pvae.distributions.base import Batched, Determined, Size
 from pvae.errors import DeclarationError
 from pvae.graph.site import OBSERVED, Link, Site
-from pvae.guides.posteriors.base import Linked, Posterior, head
+from pvae.guides.posteriors.base import Amortised, Linked, Posterior
 from pvae.nn.network import MLP, LogVarianceBounds, Network, NetworkModule, NormalHead, diagonal_normal
 
 GATE_OFFSET = 2.0
@@ -118,7 +118,7 @@ class PushedNormal(Pushed):
         return (score + self.base.log_prob(value)).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
 
-class FlowPosterior(Posterior):
+class FlowPosterior(Amortised):
     """Inverse autoregressive flow posterior over N(mu(x), diag sigma^2(x)): coordinates may be dependent given x.
 
     A sample and its density take one pass; the density of another value, which the aggregated posterior q_agg needs,
@@ -137,13 +137,11 @@ class FlowPosterior(Posterior):
     context: int = Field(default=64, gt=0)
     """Width of the context, a function of the encoder's features that every step reads."""
     log_variance: LogVarianceBounds = (-12.0, 6.0)
-    network: Network | None = None
-    """Network from the encoder's features to mean, log-variance and context; default: one linear map."""
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
         if (dim := site.event[0]) < 2 or min(self.hidden, default=0) < dim:
             raise DeclarationError.of("guides.posteriors.flow", name=site.name, dim=dim, hidden=self.hidden)
-        return FlowHead(head(self.network, inputs, (2 * dim + self.context,)), dim, self)
+        return FlowHead(self.head(inputs, (2 * dim + self.context,)), dim, self)
 
 
 class FlowHead(nn.Module):

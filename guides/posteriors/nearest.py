@@ -14,9 +14,8 @@ from pvae.component import Shape
 from pvae.distributions import Certain
 from pvae.graph.lifecycle import Begun, FirstRows
 from pvae.graph.site import Link, Site, Space, Values, embedded
-from pvae.guides.posteriors.base import Linked, Posterior, channels_last, head
+from pvae.guides.posteriors.base import Amortised, Linked, channels_last
 from pvae.nn.codebook import START_VECTORS, NearestCodebook, Table
-from pvae.nn.network import Network
 
 
 class QuantisedCodes(Certain):
@@ -25,7 +24,7 @@ class QuantisedCodes(Certain):
     point: Tensor
 
 
-class QuantisedPosterior(Posterior):
+class QuantisedPosterior(Amortised):
     """Base of posteriors that replace a network's vectors z by rows e of a table: point masses, with KL -log p(code).
 
     The decoder reads e; the gradient at e is passed on to z.
@@ -33,8 +32,6 @@ class QuantisedPosterior(Posterior):
 
     values: ClassVar[Values] = "index"
     carries: ClassVar[bool] = True
-    network: Network | None = None
-    """Network from the encoder's features to the vectors z; default: one linear map."""
 
     def sampled(self, space: Space) -> Space:
         """Return the space of the codes: by default `space`, whose embedding is the width of the codebook.
@@ -65,7 +62,7 @@ class QuantisedPosterior(Posterior):
         """
 
     def build(self, site: Site, inputs: Mapping[str, Shape], link: Link) -> nn.Module:
-        return QuantisedModule(site, link, self, head(self.network, inputs, site.features))
+        return QuantisedModule(site, link, self, self.head(inputs, site.features))
 
 
 class QuantisedModule(Linked, Begun):

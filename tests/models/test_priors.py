@@ -74,7 +74,7 @@ every_posterior = pytest.mark.parametrize("posterior", POSTERIORS)
 def test_the_tables_are_complete():
     shipped = {kind for kind, member in Prior.members.items() if member.__module__.startswith("pvae.")}
     assert {*PRIORS, *OF_CODES, "conditional_normal", "vae"} == shipped  # `vae` scores a bound: test_vae_prior.py
-    discrete = {f"pvae.guides.posteriors.{name}" for name in ("codes", "nearest", "quantisers", "stacked")}
+    discrete = {f"pvae.guides.posteriors.{name}" for name in ("codes", "nearest", "quantisers")}
     shipped = {kind for kind, m in Posterior.members.items() if m.__module__.startswith("pvae.")}
     assert {*POSTERIORS, *ELSEWHERE} == {k for k in shipped if Posterior.members[k].__module__ not in discrete}
 
