@@ -172,6 +172,7 @@ def principal(x: Tensor) -> tuple[Tensor, Tensor]:
 
     The covariance is summed over chunks of rows, so that memory is of order D^2 for any n.
     """
+    refuse(bool(x.isnan().any()), "features: expected finite numbers; got NaN. Rows with missing values have none.")
     rows = [part.flatten(1).double().cpu() for part in x.split(FEATURE_CHUNK)]
     loc = torch.stack([part.sum(0) for part in rows]).sum(0) / len(x)
     covariance = torch.stack([(part - loc).T @ (part - loc) for part in rows]).sum(0) / len(x)

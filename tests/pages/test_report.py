@@ -13,6 +13,7 @@ from unittest.mock import Mock
 
 import matplotlib
 import numpy as np
+import pandas
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -26,9 +27,9 @@ from pvae.analysis.decompose.result import Surgery
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import exact
 from pvae.analysis.pages.document.blocks import Picture
-from pvae.analysis.pages.document.document import Document, Stages
+from pvae.analysis.pages.document.document import Document, Stages, explained
 from pvae.analysis.pages.document.words import WORDS
-from pvae.analysis.pages.plots import bars, base, clouds, curves, pictures
+from pvae.analysis.pages.plots import bars, base, clouds, columns, curves, pictures
 from pvae.analysis.pages.plots.bars import calibrated
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.examination import Examination, some
@@ -204,7 +205,7 @@ def test_ranks_can_be_shown(samples):
 
 def test_verdict_comes_first_one_claim_a_sentence():
     page, run = Page(tiny_report("vae")), tiny_run("vae")
-    assert headings(run)[:5] == ["verdict", "training", "fit", "surgery", "latents"]
+    assert headings(run)[:5] == ["glance", "training", "fit", "surgery", "latents"]
     said = numbers_of(run)["verdict"]
     assert all(sentence["text"] in page.text for sentence in said)
     assert [s["alert"] for s in said] == sorted((s["alert"] for s in said), reverse=True)
@@ -216,6 +217,70 @@ def test_verdict_comes_first_one_claim_a_sentence():
     ):  # fmt: skip
         assert words in text
     assert not re.search(r"(?<![\d.,])[−-]?0\.00(?![\d])", text)
+
+
+def test_the_first_screen_answers_three_questions():
+    page, numbers = tiny_report("vae").read_text(), numbers_of(tiny_run("vae"))
+    first = page[: page.index("<nav")]
+    questions = re.findall("<h3>(.*?)</h3>", first)
+    assert questions == ["What was fitted, and how well?", "What do the latents look like?", "What to do next?"]
+    assert first.count("<img") == 2  # the map, and samples beside data
+    total = numbers["surgery"]["test"]["figures"]["elbo"]["value"]
+    assert f"{total:.2f}".replace("-", "−") in first
+    alerts = [s["text"] for s in numbers["verdict"] if s["alert"]]
+    assert first.split("<details>")[0].count('class="alert"') == min(3, len(alerts))
+
+
+def test_terms_are_explained_at_first_use():
+    page = tiny_report("vae").read_text()
+    used = re.findall('<a class="term" href="#(term-[0-9]+)"', page)
+    assert len(used) == len(set(used)) > 8
+    assert set(used) <= set(re.findall('<div id="(term-[0-9]+)">', page))
+    assert explained("<p>ELBO, the ELBO</p><h2>KL</h2>", {"ELBO": 'a "bound"', "KL": "b"}) == (
+        '<p><a class="term" href="#term-1" title="a &quot;bound&quot;">ELBO</a>, the ELBO</p><h2>KL</h2>'
+    )
+    assert explained("<p>MARGINAL-ELBOW KL(q)</p>", {"ELBO": "a"}) == "<p>MARGINAL-ELBOW KL(q)</p>"
+
+
+def test_a_table_is_shown_column_by_column_in_its_units(tmp_path):
+    """A column whose likelihood is wrong comes first; the least probable cell is the one that was put there."""
+    r = np.random.default_rng(0)
+    size = 150 + 10 * r.standard_normal(300)
+    kind = np.where(size > 150, "large", "small")
+    odd = np.sign(size - 150) * 5 + 20 + 0.01 * r.standard_normal(300)
+    size[0] = 400.0
+    frame = pandas.DataFrame({"size": size, "<b>twice</b>": 2 * size, "kind": kind, "odd": odd})
+    frame.to_csv(path := tmp_path / "table.csv", index=False)
+    columns_of = dict.fromkeys(("size", "<b>twice</b>", "odd"), {"type": "continuous"})
+    columns_of |= {"kind": {"type": "categorical", "levels": ["large", "small"]}}
+    splits = {"train": [0, 240], "validation": [240, 270], "test": [270, 300]}
+    declared = {"source": "csv", "path": str(path), "columns": columns_of, "splits": splits}
+    plan = Experiment.from_dict(
+        {"latents": {"z": {"dim": 2}}, "decoder": {"likelihood": {"kind": "columns"}}, "data": declared}
+    ).with_overrides("train.epochs=2")
+    run = fit(plan, run_dir=tmp_path, progress=False)
+    exam = Examination(run, "train")
+    values = exam.in_units(exam.observed)
+    assert values["kind"].isin(["large", "small"]).all()
+    assert 100 < values["size"].median() < 200
+    page = assert_harmless(brief(run, split="train"))
+    found, cells = page.text, numbers_of(run)["cells"]
+    assert "all 4 columns" in found
+    assert "<b>twice</b>" in found
+    assert cells[0]["column"] == "size"
+    assert float(cells[0]["value"]) == pytest.approx(400, abs=1)
+    tiles = columns.beside(values, values.assign(odd=20.0))
+    assert tiles.axes[0].get_title() == "odd"
+
+
+def test_counts_are_shown_by_mean_variance_and_zeros(tmp_path):
+    x = torch.poisson(torch.rand(80, 6) * 4)
+    run = fitted(Dataset.from_tensors(x), tmp_path, decoder={"likelihood": {"kind": "poisson"}})
+    page = assert_harmless(brief(run))
+    assert any("proportion of zeros" in str(image["alt"]) for image in page.all("img"))
+    made = columns.counts(base.array(x), base.array(x))
+    data = made.axes[0].collections[0].get_offsets()
+    assert np.allclose(np.asarray(data), np.stack([x.mean(0), x.var(0, correction=0)], 1), atol=1e-5)
 
 
 def test_two_reports_are_byte_identical_and_move_nothing(monkeypatch):
@@ -277,7 +342,7 @@ def test_sections_appear_where_they_mean_something(name):
         assert "interpolated" in numbers["missing"]["interpolations"]
         assert any("grid of codes of c" in str(image["alt"]) for image in page.all("img"))
     if name == "gan":
-        assert found[:4] == ["verdict", "training", "samples", "quality"]
+        assert found[:4] == ["glance", "training", "samples", "quality"]
         assert "ELBO" not in "".join(s["text"] for s in numbers["verdict"])
         assert {"two_sample", "fidelity", "distances"} < set(numbers["sample_quality"]["draws"])
         assert "surgery" not in numbers

@@ -127,7 +127,7 @@ def test_every_text_is_given_its_fields(function: str, names: tuple[str, ...], g
 
 def test_every_text_is_used():
     used = {f"{name}.{key}".strip(".") for function, names, _ in CALLS for name in names for key in TEXTS[function]}
-    assert set(dict(texts())) - used == set()
+    assert {name for name in set(dict(texts())) - used if not name.startswith("glossary.")} == set()
     assert len(CALLS) > 100
 
 

@@ -7,6 +7,7 @@ that pvae did not write is refused.
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
+from html import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,8 +17,8 @@ from rich.console import Group
 from rich.padding import Padding
 from rich.text import Text
 
-from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Sentence, Tile
-from pvae.analysis.pages.document.words import csv_of, html_cell, legible, rich_of, text
+from pvae.analysis.pages.document.blocks import Answer, PageSection, PageTable, Picture, Sentence, Tile
+from pvae.analysis.pages.document.words import WORDS, csv_of, html_cell, legible, rich_of, text
 from pvae.errors import OutputError, refuse
 from pvae.records import Record
 from pvae.runs.find import Claim, is_abandoned, leftovers
@@ -29,6 +30,8 @@ FILE_NAME_CHARACTERS = 80
 """Longest file name, without its extension, that is not shortened."""
 NUMBERS_BYTES = 1 << 28
 """Largest `report.json` of an earlier page that is read, in bytes."""
+RUNNING_TEXT = re.compile("(<(?:p|li|figcaption)(?: [^>]*)?>|</b>)([^<]+)")
+"""The text of a paragraph, an item or a caption of a page, after its tag."""
 OWN = re.compile(rf"{TABLES}/[\w.-]+\.csv|{PICTURES}/[\w.-]+\.png", re.ASCII)
 """Relative paths that the CSV and PNG files of a page can have."""
 
@@ -53,6 +56,21 @@ class Document(Record):
         return sorted(self._of(Sentence), key=lambda sentence: not sentence.is_alert)
 
     @property
+    def alerts(self) -> list[Sentence]:
+        """Sentences of the verdict that report a problem; the first screen shows the first three."""
+        return [sentence for sentence in self.verdict if sentence.is_alert]
+
+    @property
+    def glance(self) -> PageSection | None:
+        """Section with the answers of the first screen; None for a page without one, which starts with the verdict."""
+        return next((section for section in self.sections if any(section.of(Answer))), None)
+
+    @property
+    def body(self) -> list[PageSection]:
+        """Sections below the first screen."""
+        return [section for section in self.sections if section.is_shown and section is not self.glance]
+
+    @property
     def tiles(self) -> list[Tile]:
         """Headline numbers at the top of the page, collected from all sections."""
         return self._of(Tile)
@@ -69,7 +87,9 @@ class Document(Record):
 
     def to_html(self) -> str:
         """Return the page as a self-contained HTML file, without scripts or external resources."""
-        return engine().get_template("document.html.j2").render(document=self)
+        glossary = WORDS.entry("glossary")
+        page = engine().get_template("document.html.j2").render(document=self, glossary=glossary)
+        return explained(page, glossary["terms"]) if self.glance else page
 
     def write(self, folder: Path, *, figures: bool = False) -> Path:
         """Write `index.html`, `report.json` and a CSV file per table into a folder; return the path of the HTML file.
@@ -101,6 +121,21 @@ class Document(Record):
         shown = chain.from_iterable(section.of(PageTable) for section in self.sections if not section.is_appendix)
         tables = [Padding(rich_of(table), (1, 0, 0, 0)) for table in shown if not table.folded]
         return Group(Text(self.title, style="bold"), *said, *tables)
+
+
+def explained(page: str, terms: Mapping[str, str]) -> str:
+    """Return an HTML page in which the first place of each term in running text points to the glossary."""
+    number = {term: i for i, term in enumerate(terms, 1)}
+    known = re.compile(
+        rf"(?<![\w(])(?:{'|'.join(re.escape(term) for term in sorted(terms, key=len, reverse=True))})(?!\w)"
+    )
+
+    def pointed(found: re.Match[str]) -> str:
+        if (at := number.pop(term := found[0], None)) is None:
+            return term
+        return f'<a class="term" href="#term-{at}" title="{escape(terms[term])}">{term}</a>'
+
+    return RUNNING_TEXT.sub(lambda text: f"{text[1]}{known.sub(pointed, text[2])}", page)
 
 
 @cache

@@ -6,6 +6,7 @@ from functools import cached_property
 from math import prod
 from typing import Any, TypeVar
 
+import pandas
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
@@ -169,6 +170,24 @@ class Examination:
         with quiet(self.pair, few, self.seed):
             site = running.datum(self.pair.layout, sample_sites(self.pair.model_trace(few)))
         return int(site["value"].numel()) == len(few) * prod(self.shape)
+
+    @property
+    def observed(self) -> Tensor:
+        """Data of the rows `x`, `(n, *shape)`, without covariates."""
+        return self.part.observed(self.x)
+
+    @property
+    def is_table(self) -> bool:
+        """True for rows of at least three values, `(D,)`, whose samples are compared column by column."""
+        return len(self.shape) == 1 and self.shape[0] > 2
+
+    def in_units(self, x: Any) -> pandas.DataFrame:
+        """Return rows of data or samples `(n, D)` as a data frame with named columns, in the units of the data."""
+        known = self.run.transforms
+        if known.columns:
+            return known.to_frame(x)
+        names = known.features or [f"x[{i}]" for i in range(x.shape[1])]
+        return pandas.DataFrame(known.values(x), columns=list(names))
 
     def require_whole_rows(self) -> None:
         """Raise DataError unless the model observes whole rows of data."""

@@ -76,14 +76,7 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
     """Yield plots of q_agg against the prior of a latent: marginal distributions, and the two leading directions."""
     if name not in exam.prior:
         return
-    latent, normal = exam.drawn.latents[name], None
-    p, means = latent.normal_prior, latent.value if latent.normal is None else latent.normal.loc
-    if p is not None and bool((p.loc == p.loc[:1]).all()) and bool((p.scale == p.scale[:1]).all()):
-        normal = (base.array(p.loc[0]), base.array(p.scale[0]))
-    seen = clouds.Cloud(name, base.array(means), base.array(latent.value), base.array(exam.prior[name]), normal)
-    labels = None if exam.labels is None else exam.labels.numpy()
-    if not clouds.groups(labels):
-        labels = None
+    seen, labels = cloud(exam, name), colours(exam)
     if seen.values.shape[1] > 1:
         d = exam.held.latents[name].dimensions
         costs = None if d is None else d.marginal_kl
@@ -92,6 +85,21 @@ def _against_prior(exam: Examination, name: str) -> Iterator[Picture]:
         yield picture("latents.marginals", made, of=name, known=bool(costs))
     made = clouds.plane(seen, labels, exam.data.label_names)
     yield picture("latents.plane", made, of=name, coloured=labels is not None)
+
+
+def cloud(exam: Examination, name: str) -> clouds.Cloud:
+    """Return the points of a latent of which the prior has samples: posterior means and samples, and prior samples."""
+    latent, normal = exam.drawn.latents[name], None
+    p, means = latent.normal_prior, latent.value if latent.normal is None else latent.normal.loc
+    if p is not None and bool((p.loc == p.loc[:1]).all()) and bool((p.scale == p.scale[:1]).all()):
+        normal = (base.array(p.loc[0]), base.array(p.scale[0]))
+    return clouds.Cloud(name, base.array(means), base.array(latent.value), base.array(exam.prior[name]), normal)
+
+
+def colours(exam: Examination) -> np.ndarray | None:
+    """Return the labels of the rows `(n,)`, if there are few enough to be colours; None otherwise."""
+    labels = None if exam.labels is None else exam.labels.numpy()
+    return labels if clouds.groups(labels) else None
 
 
 def _curves(exam: Examination, names: list[str]) -> Iterator[PageTable]:

@@ -11,18 +11,21 @@ from pvae.analysis.export.sites import as_value
 from pvae.analysis.figures.estimate import merged
 from pvae.analysis.pages.document.blocks import Note, PageTable, Part, Sentence
 from pvae.analysis.pages.document.words import alert, picture, section, table, text, texts, tile
-from pvae.analysis.pages.plots import base, pictures
+from pvae.analysis.pages.plots import base, columns, pictures
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples import encode, features, running, sample
 from pvae.analysis.samples.copying import Copying, copying
 from pvae.analysis.samples.fidelity import Fidelity
 from pvae.analysis.samples.quality import SampleQuality
 from pvae.analysis.samples.quality import sample_quality as quality_of
+from pvae.analysis.samples.score import score
 from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolate, traverse
 from pvae.util import seeds
 
 ON_SHEET, BESIDE_NEIGHBOURS = 40, 10
 """Numbers of samples: shown in total, and shown with their nearest training data."""
+SCORED_ROWS, SCORED, WORST_CELLS = 500, 50, 10
+"""Numbers of rows whose cells are scored, of importance samples of each, and of cells that the report shows."""
 MEMORISED = 0.6
 """Proportion of samples nearer to training than to held-out rows above which the report warns of memorisation."""
 
@@ -34,7 +37,10 @@ def samples(exam: Examination) -> Iterator[Part]:
         return
     data = base.array(exam.data.train.observed(exam.rows["train"].x[:1000]))
     x = base.array(drawn.x[:ON_SHEET]).reshape(-1, *exam.shape)
-    yield picture("samples", pictures.samples(x, data, *exam.scale_of_grey), count=len(x), means=drawn.is_mean)
+    if exam.is_table and exam.draws is not None:
+        yield from _columns(exam, base.array(exam.draws.x))
+    else:
+        yield picture("samples", pictures.samples(x, data, *exam.scale_of_grey), count=len(x), means=drawn.is_mean)
     known = {}
     for kind, some in (("means", drawn), ("draws", exam.draws)):
         if some is not None and some.is_mean == (kind == "means"):
@@ -55,6 +61,40 @@ def samples(exam: Examination) -> Iterator[Part]:
     yield from map(Note, next(reversed(known.values())).remarks)
     yield on_copies(known)
     yield tile("samples.nearer", first=first)
+
+
+def _columns(exam: Examination, made: np.ndarray) -> Iterator[Part]:
+    """Yield plots of columns of data beside samples `(m, D)`: each column, their correlations, and those of counts."""
+    data = base.array(exam.observed)
+    tables = exam.in_units(data), exam.in_units(made)
+    shown, total = min(columns.CHARTS, data.shape[1]), data.shape[1]
+    yield picture("samples.columns", columns.beside(*tables), count=shown, total=total)
+    if len(tables[0].select_dtypes("number").columns) > 1:
+        yield picture("samples.correlations", columns.correlations(*tables))
+    if not exam.run.transforms.columns and bool((data == np.floor(data)).all()) and data.max() > 1 and data.min() >= 0:
+        yield picture("samples.counts", columns.counts(data, made))
+
+
+@section("cells", scored=True, where=lambda exam: exam.is_table)
+def least_probable(exam: Examination) -> Iterator[Part]:
+    """Yield the least probable cells of a table, each with its column and value; nothing without densities of cells."""
+    rows = exam.some(exam.split, SCORED_ROWS)
+    found = exam.attempt("cells", score, exam.pair, rows.x, samples=SCORED, seed=exam.seed, part="cells")
+    if found is None or found.elements is None:
+        return
+    values, density = exam.in_units(base.array(exam.part.observed(rows.x))), base.array(found.elements)
+    order = np.argsort(np.where(np.isfinite(density), density, np.inf), axis=None, kind="stable")[:WORST_CELLS]
+    places = np.transpose(np.unravel_index(order, density.shape))
+    found_cells = ((rows.chosen[i].item(), density[i, j], values.columns[j], values.iloc[i, j]) for i, j in places)
+    worst = [(str(row), float(log_p), name, plain_value(value)) for row, log_p, name, value in found_cells]
+    yield table("cells", worst, digits=2, split=exam.split, rows=rows)
+    keys = ("row", "log_p", "column", "value")
+    yield {"cells": [dict(zip(keys, cell, strict=True)) for cell in worst]}
+
+
+def plain_value(value: Any) -> str:
+    """Return the value of a cell as text, a number with at most five digits."""
+    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _table(known: Mapping[str, Copying]) -> PageTable:
