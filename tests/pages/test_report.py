@@ -248,8 +248,9 @@ def test_a_table_is_shown_column_by_column_in_its_units(tmp_path):
     size = 150 + 10 * r.standard_normal(300)
     kind = np.where(size > 150, "large", "small")
     odd = np.sign(size - 150) * 5 + 20 + 0.01 * r.standard_normal(300)
+    twice = 2 * size
     size[0] = 400.0
-    frame = pandas.DataFrame({"size": size, "<b>twice</b>": 2 * size, "kind": kind, "odd": odd})
+    frame = pandas.DataFrame({"size": size, "<b>twice</b>": twice, "kind": kind, "odd": odd})
     frame.to_csv(path := tmp_path / "table.csv", index=False)
     columns_of = dict.fromkeys(("size", "<b>twice</b>", "odd"), {"type": "continuous"})
     columns_of |= {"kind": {"type": "categorical", "levels": ["large", "small"]}}
