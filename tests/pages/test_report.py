@@ -252,7 +252,7 @@ def test_a_table_is_shown_column_by_column_in_its_units(tmp_path):
     size[0] = 400.0
     frame = pandas.DataFrame({"size": size, "<b>twice</b>": twice, "kind": kind, "odd": odd})
     frame.to_csv(path := tmp_path / "table.csv", index=False)
-    columns_of = dict.fromkeys(("size", "<b>twice</b>", "odd"), {"type": "continuous"})
+    columns_of: dict[str, Any] = dict.fromkeys(("size", "<b>twice</b>", "odd"), {"type": "continuous"})
     columns_of |= {"kind": {"type": "categorical", "levels": ["large", "small"]}}
     splits = {"train": [0, 240], "validation": [240, 270], "test": [270, 300]}
     declared = {"source": "csv", "path": str(path), "columns": columns_of, "splits": splits}
@@ -271,7 +271,7 @@ def test_a_table_is_shown_column_by_column_in_its_units(tmp_path):
     assert cells[0]["column"] == "size"
     assert float(cells[0]["value"]) == pytest.approx(400, abs=1)
     tiles = columns.beside(values, values.assign(odd=20.0))
-    assert tiles.axes[0].get_title() == "odd"
+    assert tiles.axes[0].get_title(loc="left") == "odd"
 
 
 def test_counts_are_shown_by_mean_variance_and_zeros(tmp_path):
