@@ -5,25 +5,22 @@ Imports only the standard library; each check imports the packages it needs, so 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import requires
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pvae.errors import DataError, near
+from pvae.errors import near
 from pvae.upkeep import machine
 from pvae.upkeep.machine import CheckArguments, pip
-from pvae.util.checks import Check, Checks, Level, attempt
+from pvae.util.checks import Check, Checks, attempt
 from pvae.util.provenance import installed_version
 from pvae.words import text
 
@@ -39,18 +36,6 @@ KNOWN_VARIABLES = ("PVAE_RUN_DIR", "PVAE_DATA_DIR", "PVAE_OFFLINE")
 ARVIZ_REQUIREMENT = "arviz>=0.23.4,!=1.0.*,!=1.1.*,<2"
 ELBO_ROUNDING_NATS = 1e-9
 """Largest accepted error (nats, float64) of the ELBO of the check."""
-
-IMPORT_TRIAL = """
-import json
-found = {}
-for name in ("matplotlib.pyplot", "arviz"):
-    try:
-        found[name] = getattr(__import__(name), "__version__", "unknown")
-    except BaseException as error:
-        found[name] = [type(error).__name__, str(error)]
-print(json.dumps(found))
-"""
-"""Python code that tries imports in a child process, because a failed import may leave a half-imported package."""
 
 
 def python(_: CheckArguments) -> Iterator[Check]:
@@ -163,52 +148,35 @@ def _gradients() -> Tensor:
     return torch.cat([loss.detach()[None], *(g.flatten() for g in gradients if g is not None)])
 
 
-def import_in_child() -> dict[str, Any]:
-    """Return the version of matplotlib and of ArviZ, or class and text of the import error, from a child process."""
-    command = [sys.executable, "-P", *(f"-W{option}" for option in sys.warnoptions), "-c", IMPORT_TRIAL]
-    done = machine.child(command, env={**os.environ, "MPLBACKEND": "Agg"}, stdin=subprocess.DEVNULL)
-    try:
-        return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-    except (ValueError, IndexError):
-        last = (done.stderr.strip().splitlines() or ["no words"])[-1]
-        raise DataError(f"Expected versions of a child process; got exit code {done.returncode} and: {last}") from None
+def plots(_: CheckArguments) -> Iterator[Check]:
+    """Yield a check with matplotlib's version, without which no report can be drawn; an import error is raised."""
+    import matplotlib.pyplot
+
+    yield Check("plots", "ok", matplotlib.__version__, facts={"version": matplotlib.__version__})
 
 
-def plots(given: CheckArguments) -> Iterator[Check]:
-    """Yield a check that fails if matplotlib cannot be imported."""
-    found = given.imports.result()["matplotlib.pyplot"]
-    yield _imported("plots", "failed", "matplotlib", found, "no report can be drawn")
-
-
-def arviz(given: CheckArguments) -> Iterator[Check]:
+def arviz(_: CheckArguments) -> Iterator[Check]:
     """Yield a check that warns if ArviZ cannot be imported or has an unsupported version."""
-    found = given.imports.result()["arviz"]
-    check = _imported("arviz", "warning", "arviz", found, "Posterior.to_arviz will not work; nothing else needs it")
-    if check.level != "ok":
-        yield check
+    try:
+        import arviz
+    except Exception as problem:  # of any class: versions that do not fit each other clash
+        found = f"import arviz: {type(problem).__name__}: {problem}; Posterior.to_arviz will not work"
+        advice = text("upkeep.doctor.import_failed", kind=type(problem).__name__, install=pip(ARVIZ_REQUIREMENT))
+        yield Check("arviz", "warning", found, advice)
         return
+    found = str(arviz.__version__)
     generation = "xarray.DataTree" if int(found.partition(".")[0]) >= 1 else "arviz.InferenceData"
     old = found.startswith(("1.0", "1.1"))
-    text = f"{found}, which pvae does not work with" if old else f"{found} ({generation})"
+    told = f"{found}, which pvae does not work with" if old else f"{found} ({generation})"
     facts = {"version": found, "generation": generation}
-    yield Check.judged("arviz", "warning", text, pip(ARVIZ_REQUIREMENT) if old else "", facts)
-
-
-def _imported(name: str, level: Level, package: str, found: Any, without: str) -> Check:
-    """Return the check of a package, from its version or from the class and text of its import error."""
-    if isinstance(found, str):
-        return Check(name, "ok", found, facts={"version": found})
-    kind, said = found
-    install = pip(ARVIZ_REQUIREMENT, "matplotlib>=3.9")
-    advice = text("upkeep.doctor.import_failed", kind=kind, package=package, install=install)
-    return Check(name, level, f"import {package}: {kind}: {said}; {without}", advice)
+    yield Check.judged("arviz", "warning", told, pip(ARVIZ_REQUIREMENT) if old else "", facts)
 
 
 CHECKS: dict[str, Callable[[CheckArguments], Iterable[Check]]] = {
     ask.__name__: ask
     for ask in (
         python, packages, torch, machine.devices, machine.threads, machine.precision, pyro, machine.compiler,
-        machine.run_dir, machine.space, machine.cache, machine.home, machine.temporary, machine.data, extras, variables,
+        machine.run_dir, machine.space, machine.cache, machine.temporary, machine.data, extras, variables,
         elbo, determinism, plots, arviz,
     )
 }  # fmt: skip
@@ -227,8 +195,6 @@ def doctor(run_dir: str | Path = "runs", data_dir: str | Path | None = None) -> 
     Returns:
         Results of the checks, with the names in `CHECKS`.
     """
-    with ThreadPoolExecutor(1) as pool:
-        imports = pool.submit(import_in_child)  # takes longest, so it starts first and is read last
-        given = CheckArguments(Path(run_dir), Path(data_dir) if data_dir else None, imports)
-        found = [check for name, ask in CHECKS.items() for check in attempt(name, partial(ask, given))]
+    given = CheckArguments(Path(run_dir), Path(data_dir) if data_dir else None)
+    found = [check for name, ask in CHECKS.items() for check in attempt(name, partial(ask, given))]
     return Checks("doctor", tuple(found), {"python": platform.python_version(), "platform": platform.platform()})

@@ -9,16 +9,15 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvae.errors import DataError, PvaeError, refuse
+from pvae.errors import DataError, PvaeError
 from pvae.records import Record
 from pvae.util.checks import Check, Level
-from pvae.util.files import MIB, read_inside, write_atomic, write_new
+from pvae.util.files import MIB, write_atomic
 from pvae.words import text
 
 if TYPE_CHECKING:
@@ -29,26 +28,20 @@ CHILD_SECONDS = 60.0
 """Time limit (s) of a child process."""
 WARN_BELOW_BYTES, FAIL_BELOW_BYTES = 1024 * MIB, 64 * MIB
 """Free disk space (bytes) below which the check of the disk warns, and fails."""
-CGROUP_V2, CGROUP_V1 = Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/cpu")
+CGROUP = Path("/sys/fs/cgroup/cpu.max")
 COMPILED = '#include <omp.h>\nextern "C" int pvae_threads() { return omp_get_max_threads(); }\n'
 
 
 class CheckArguments(Record):
-    """Arguments of all checks: folder of runs, folder of data, and the pending result of the trial imports."""
+    """Arguments of all checks: folder of runs and folder of data."""
 
     runs: Path
     data: Path | None
-    imports: Future[dict[str, Any]]
 
 
 def pip(*requirements: str) -> str:
     """Return the pip command that installs the requirements."""
     return f"pip install -U {shlex.join(requirements)}"
-
-
-def child(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-    """Return the finished child process of a command, whatever its exit code, with its output as text."""
-    return subprocess.run(command, capture_output=True, check=False, text=True, timeout=CHILD_SECONDS, **options)
 
 
 def devices(_: CheckArguments) -> Iterator[Check]:
@@ -99,11 +92,8 @@ def precision(_: CheckArguments) -> Iterator[Check]:
 def cgroup_cores() -> float | None:
     """Return the number of cores that the cgroup allows this process; None if there is no limit."""
     with suppress(OSError, ValueError):
-        quota, period = (CGROUP_V2 / "cpu.max").read_text().split()
+        quota, period = CGROUP.read_text().split()
         return None if quota == "max" else int(quota) / int(period)
-    with suppress(OSError, ValueError):
-        used, each = (int((CGROUP_V1 / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
-        return used / each if used > 0 else None
     return None
 
 
@@ -116,7 +106,8 @@ def compiler(_: CheckArguments) -> Iterator[Check]:
     else:
         with tempfile.TemporaryDirectory(prefix="pvae-") as folder:
             options = ["-x", "c++", "-fopenmp", "-shared", "-fPIC", "-o", f"{folder}/trial.so", "-"]
-            done = child([*named, *options], input=COMPILED)
+            asked: Any = {"input": COMPILED, "capture_output": True, "text": True, "timeout": CHILD_SECONDS}
+            done = subprocess.run([*named, *options], check=False, **asked)
         if failed := bool(done.returncode):
             last = (done.stderr.strip().splitlines() or ["no words"])[0]
             text = f"{named[0]} with OpenMP: exit code {done.returncode}: {last}"
@@ -139,17 +130,8 @@ def _trial(folder: Path) -> Iterator[Path]:
 
 
 def run_dir(given: CheckArguments) -> Iterator[Check]:
-    """Yield a check that fails if files cannot be created and replaced in the folder of runs."""
-    folder = given.runs
-    try:
-        with _trial(folder) as trial:
-            for content in (b"one", b"another"):  # written, synced, renamed over the file that was there
-                write_atomic(trial / "file", content)
-            refuse(read_inside(trial, "file") != b"another", "upkeep.machine.read", trial=trial)
-    except (OSError, PvaeError) as problem:
-        yield Check("run_dir", "failed", f"{folder}: {problem}", "Choose another: --run-dir or PVAE_RUN_DIR.")
-    else:
-        yield Check("run_dir", "ok", f"{folder.absolute()}: made, written, synced, renamed")
+    """Yield the check that files can be created and replaced in the folder of runs; it fails if not."""
+    return _writable("run_dir", given.runs.absolute, "failed", "Choose another: --run-dir or PVAE_RUN_DIR.")
 
 
 def space(given: CheckArguments) -> Iterator[Check]:
@@ -170,14 +152,15 @@ def user_cache() -> Path:
 
 
 def _writable(name: str, folder: Callable[[], str | Path], bad: Level, advice: str) -> Iterator[Check]:
-    """Yield the check that a file of 1 MiB can be written in a folder; its level is `bad` if not."""
+    """Yield the check that a file of 1 MiB can be written in a folder, and replaced; its level is `bad` if not."""
     where: str | Path = "no folder"
     try:
         where = folder()
         with _trial(Path(where)) as trial:
-            write_new(trial / "file", bytes(MIB), durable=False)
-    except OSError as problem:
-        yield Check(name, bad, f"{where}: {problem.strerror or problem}", advice)
+            for _ in range(2):
+                write_atomic(trial / "file", bytes(MIB))
+    except (OSError, PvaeError) as problem:
+        yield Check(name, bad, f"{where}: {problem}", advice)
     else:
         yield Check(name, "ok", str(where))
 
@@ -185,11 +168,6 @@ def _writable(name: str, folder: Callable[[], str | Path], bad: Level, advice: s
 def cache(_: CheckArguments) -> Iterator[Check]:
     """Yield the check that the folder of cached data can be written to."""
     return _writable("cache", user_cache, "warning", "Set XDG_CACHE_HOME to a folder that can be written.")
-
-
-def home(_: CheckArguments) -> Iterator[Check]:
-    """Yield the check that the home folder can be written to."""
-    return _writable("home", Path.home, "warning", "Set HOME, or MPLCONFIGDIR and XDG_CACHE_HOME, to folders of yours.")
 
 
 def temporary(_: CheckArguments) -> Iterator[Check]:
