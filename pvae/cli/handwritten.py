@@ -1,14 +1,12 @@
 """Hand-written pairs on the command line: `FILE.py:NAME` that the user names, with data from --data."""
 
-from __future__ import annotations
-
 import importlib.util
 import inspect
 import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ from pvae.data.rows.files import broken_as
 from pvae.data.split import Split
 from pvae.errors import DataError, DeclarationError, misdeclared, refuse
 from pvae.pair.pair import Pair
-from pvae.records import Record
+from pvae.records import Record, replace
 
 PAIR_FILE = re.compile(r"(?P<file>.+\.py):(?P<names>[A-Za-z_]\w*(,[A-Za-z_]\w*)*)", re.ASCII)
 """A pair on the command line: a Python file and the name of a `Pair` in it, or the names of several objects."""
@@ -96,7 +94,7 @@ class PairOnData(Record):
     rows: torch.Tensor
 
     @property
-    def data(self) -> PairOnData:
+    def data(self) -> Self:
         """The data, which has one split."""
         return self
 
@@ -109,9 +107,9 @@ class PairOnData(Record):
         """Return all rows, whatever split is asked for."""
         return Split(name, self.rows)
 
-    def to(self, device: torch.device) -> PairOnData:
+    def to(self, device: torch.device) -> Self:
         """Return the pair and its data on a device."""
-        return PairOnData(self.path, self.pair.to(device), self.rows.to(device))
+        return replace(self, pair=self.pair.to(device), rows=self.rows.to(device))
 
 
 def on_data(text: str, data: Path | None) -> PairOnData:

@@ -1,15 +1,15 @@
 """Data sets: train, validation and test splits as tensors, from a declared source or from objects in Python."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import numpy as np
+import pandas
 import torch
+from numpy.typing import ArrayLike
 
 from pvae.component import from_table
 from pvae.data.new import FittedTransforms, rows_of, source_of
@@ -25,10 +25,6 @@ from pvae.data.tables.side import notes_of
 from pvae.errors import DataError, misdeclared, near, refuse
 from pvae.graph.frame import Entry
 from pvae.records import Record, replace
-
-if TYPE_CHECKING:
-    import pandas
-    from numpy.typing import ArrayLike
 
 
 class Dataset(Record, eq=False):
@@ -95,14 +91,14 @@ class Dataset(Record, eq=False):
         """
         return together(self.splits)
 
-    def to(self, device: str | torch.device) -> Dataset:
+    def to(self, device: str | torch.device) -> Self:
         """Return the data set with all its tensors on a device."""
         return self._each(lambda split: split.to(device))
 
-    def _each(self, change: Callable[[Split], Split]) -> Dataset:
+    def _each(self, change: Callable[[Split], Split]) -> Self:
         return replace(self, **{split.name: change(split) for split in self.splits})  # type: ignore[arg-type]
 
-    def conditioned(self, entries: Mapping[str, Entry]) -> Dataset:
+    def conditioned(self, entries: Mapping[str, Entry]) -> Self:
         """Return the data set as a conditional model needs it: each row flattened and followed by its entries.
 
         Without entries, return the data set with plain rows.
@@ -124,15 +120,9 @@ class Dataset(Record, eq=False):
 
     @classmethod
     def from_tensors(
-        cls,
-        x: torch.Tensor | ArrayLike,
-        y: torch.Tensor | ArrayLike | None = None,
-        *,
-        validation: Any = None,
-        test: Any = None,
-        declared: TensorSource | None = None,
-        label_names: Sequence[str] | None = None,
-    ) -> Dataset:
+        cls, x: torch.Tensor | ArrayLike, y: torch.Tensor | ArrayLike | None = None, *, validation: Any = None,
+        test: Any = None, declared: TensorSource | None = None, label_names: Sequence[str] | None = None,
+    ) -> "Dataset":  # fmt: skip
         """Make a data set of tensors or arrays, whose values are copied as float32.
 
         Arguments:
@@ -153,7 +143,7 @@ class Dataset(Record, eq=False):
         return _passed(tensors, (x, y), validation, test, declared, label_names)
 
     @classmethod
-    def from_torch(cls, dataset: torch.utils.data.Dataset[Any], *, stream: bool = False, **more: Any) -> Dataset:
+    def from_torch(cls, dataset: torch.utils.data.Dataset[Any], *, stream: bool = False, **more: Any) -> "Dataset":
         """Make a data set of a torch `Dataset`, map-style or iterable, whose items are read once.
 
         Arguments:
@@ -170,7 +160,7 @@ class Dataset(Record, eq=False):
     @classmethod
     def from_anndata(
         cls, adata: Any, *, layer: str | None = None, labels: str | None = None, declared: TensorSource | None = None
-    ) -> Dataset:
+    ) -> "Dataset":
         """Make a data set of an AnnData object, or of any object with the same fields `X`, `obs` and `layers`.
 
         A sparse matrix stays sparse and a backed one stays on the disk; their rows are made dense batch by batch.
@@ -189,13 +179,9 @@ class Dataset(Record, eq=False):
 
     @classmethod
     def from_frame(
-        cls,
-        frame: pandas.DataFrame,
-        columns: Mapping[str, Any] | None = None,
-        *,
-        declared: FrameSource | None = None,
+        cls, frame: pandas.DataFrame, columns: Mapping[str, Any] | None = None, *, declared: FrameSource | None = None,
         **more: Any,
-    ) -> Dataset:
+    ) -> "Dataset":  # fmt: skip
         """Make a data set of a pandas DataFrame.
 
         Arguments:
@@ -218,7 +204,9 @@ class Dataset(Record, eq=False):
         return _assembled(source, source.rows_of(frame))
 
     @classmethod
-    def of(cls, data: Any, declared: PassedData | None = None, covariates: Mapping[str, Any] | None = None) -> Dataset:
+    def of(
+        cls, data: Any, declared: PassedData | None = None, covariates: Mapping[str, Any] | None = None
+    ) -> "Dataset":
         """Make a data set of any supported object.
 
         Supported are a `Dataset`, which is returned unchanged; a torch `Dataset`; AnnData; a tensor, an array or a

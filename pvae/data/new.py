@@ -1,16 +1,15 @@
 """New rows for a fitted model: the transforms that a fit keeps, and other data read and prepared by them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
+import pandas
 import torch
 from pydantic import Field
 
@@ -28,9 +27,6 @@ from pvae.data.split import Split
 from pvae.data.streamed import streams
 from pvae.data.tables.side import notes_of, side_rows, tokenised, vocabularies
 from pvae.errors import DataError, near, refuse
-
-if TYPE_CHECKING:
-    import pandas
 
 Positive = Annotated[float, Field(gt=0)]
 
@@ -59,7 +55,7 @@ class FittedTransforms(Section):
     """Names of the features, in the order of x, where the source names them."""
     read: dict[str, str | None] = {}
     """Matrix and column of labels that were read of an AnnData object or file."""
-    side: FittedTransforms | None = None
+    side: Self | None = None
     """Those of the values beside x, a table of its own; None if there are none."""
     words: dict[str, tuple[str, ...]] = {}
     """Word of each token of the texts among values beside x, by name."""
@@ -150,8 +146,6 @@ class FittedTransforms(Section):
 
     def to_frame(self, x: Any) -> pandas.DataFrame:
         """Return rows of x `(n, D)` as a data frame in the table's units, with codes rounded to the nearest level."""
-        import pandas
-
         columns = zip(self.values(x).T, self.columns.items(), strict=True)
         return pandas.DataFrame({name: worded(found, column) for found, (name, column) in columns})
 

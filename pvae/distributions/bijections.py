@@ -1,7 +1,5 @@
 """Pyro's flow transforms without caches, with stable log determinants, and inverses in any precision."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,7 +22,7 @@ class Bijection(nn.Module):
         super().__init__()
         self.transform = transform
 
-    def given(self, context: Tensor) -> Bijection:
+    def given(self, context: Tensor) -> "Bijection":
         """Return the bijection that a transform of Pyro's conditional ones is for a context `(..., C)`."""
         return Bijection(self.transform.condition(context))  # type: ignore[operator]
 

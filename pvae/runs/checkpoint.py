@@ -61,15 +61,9 @@ MIGRATIONS: dict[int, Callable[[Checkpoint], Checkpoint]] = {}
 
 
 def write(
-    folder: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    state: Mapping[str, Any],
-    *,
-    run: Mapping[str, Any] | None = None,
-    keep: int = KEPT_CHECKPOINTS,
-    spared: int = -1,
-) -> Path:
+    folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *,
+    run: Mapping[str, Any] | None = None, keep: int = KEPT_CHECKPOINTS, spared: int = -1,
+) -> Path:  # fmt: skip
     """Write the checkpoint of ``step`` into ``folder`` atomically, then remove all but the ``keep`` newest checkpoints.
 
     The checkpoint of the step ``spared`` stays too. A checkpoint of the same step is replaced. ``run`` is the seal of

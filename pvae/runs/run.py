@@ -57,28 +57,18 @@ class Run(Applied):
     """
 
     def __init__(
-        self,
-        files: RunDirectory,
-        *,
-        data: Dataset | str | Path | None = None,
-        pair: Pair | None = None,
-        data_dir: Path | None = None,
-        is_own: bool = False,
-    ) -> None:
+        self, files: RunDirectory, *, data: Dataset | str | Path | None = None, pair: Pair | None = None,
+        data_dir: Path | None = None, is_own: bool = False,
+    ) -> None:  # fmt: skip
         self.files, self._is_own, self._data_dir = files, is_own, data_dir
         self._given_data, self._given_pair = data, pair
         self._device: str | torch.device = "cpu"
 
     @classmethod
     def load(
-        cls,
-        path: str | Path,
-        *,
-        data: Any = None,
-        pair: Pair | None = None,
-        root: str | Path = "runs",
+        cls, path: str | Path, *, data: Any = None, pair: Pair | None = None, root: str | Path = "runs",
         data_dir: str | Path | None = None,
-    ) -> Run:
+    ) -> Run:  # fmt: skip
         """Return a run by its folder, by name (for the newest run), by `name/id`, or by `latest`.
 
         A run of a hand-written pair, or of data passed in Python, needs the same `pair`, or the same `data` (any object

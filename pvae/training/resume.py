@@ -171,15 +171,9 @@ def _stage_run(run: Run, stage: Experiment) -> tuple[str, object] | None:
 
 
 def refit(
-    run: Run | str | Path,
-    *overrides: str,
-    root: str | Path = "runs",
-    run_dir: str | Path | None = None,
-    data_dir: str | Path | None = None,
-    device: str = "auto",
-    export: Sequence[str] = (),
-    progress: bool = True,
-) -> Run:
+    run: Run | str | Path, *overrides: str, root: str | Path = "runs", run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None, device: str = "auto", export: Sequence[str] = (), progress: bool = True,
+) -> Run:  # fmt: skip
     """Freeze a fitted pair of model and guide and fit new priors to its aggregated posterior by maximum likelihood.
 
     The surgery of the run on held-out rows gives an interval for what a better prior wins on new data while the guide

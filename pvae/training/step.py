@@ -123,15 +123,9 @@ class Step(Stepper):
     """
 
     def __init__(
-        self,
-        loss: Loss,
-        optimizer: torch.optim.Optimizer,
-        engine: str,
-        example: Tensor,
-        *,
-        clip_norm: float | None = None,
-        average: tuple[Sequence[Tensor], float] | None = None,
-    ) -> None:
+        self, loss: Loss, optimizer: torch.optim.Optimizer, engine: str, example: Tensor, *,
+        clip_norm: float | None = None, average: tuple[Sequence[Tensor], float] | None = None,
+    ) -> None:  # fmt: skip
         self.loss, self.optimizer = loss, optimizer
         self.clip_norm, self.average = clip_norm, average
         norms = (CLIPPED, "grad_norm") if clip_norm and clip_norm < math.inf else ("grad_norm",) if clip_norm else ()

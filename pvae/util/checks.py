@@ -1,15 +1,13 @@
-"""Results of the checks that `pvae verify` and `pvae doctor` make, with advice. Standard library only."""
-
-from __future__ import annotations
+"""Results of the checks that `pvae verify` and `pvae doctor` make, with advice."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Self
+
+from rich.table import Column, Table
+from rich.text import Text
 
 from pvae.errors import PvaeError, printable
 from pvae.records import Record, field
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Level = Literal["ok", "warning", "failed"]
 
@@ -48,7 +46,7 @@ class Check(Record):
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def judged(cls, name: str, bad: Level, found: str, advice: str, facts: Mapping[str, Any] | None = None) -> Check:
+    def judged(cls, name: str, bad: Level, found: str, advice: str, facts: Mapping[str, Any] | None = None) -> Self:
         """Return a check that is ok if there is no advice, and else of the level `bad`."""
         return cls(name, bad if advice else "ok", found, advice, facts or {})
 
@@ -91,9 +89,6 @@ class Checks(Record, repr=False):
         return {**self.facts, "ok": self.ok, **counts, "checks": [check.to_dict() for check in self.checks]}
 
     def __rich__(self) -> Table:
-        from rich.table import Column, Table
-        from rich.text import Text
-
         title, caption = Text(one_line(self.title)), Text(one_line(self.summary()))
         columns = ("check", Column("verdict", no_wrap=True), Column("found", overflow="fold"))
         table = Table(*columns, title=title, caption=caption, caption_justify="left")

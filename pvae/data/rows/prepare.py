@@ -1,13 +1,12 @@
 """Scaling and binarisation of stored rows, chunk by chunk (no large float64 array), and the inverse for tables."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
+import pandas
 import torch
 from scipy.special import expit, logit
 
@@ -161,8 +160,6 @@ def warps_of(columns: Mapping[str, Column]) -> dict[str, list[int]]:
 
 def worded(values: Floats, column: Column) -> Any:
     """Return a column of numbers as levels (categorical), as integers (counts), or unchanged (continuous)."""
-    import pandas
-
     if said := column.said:
         codes = np.where(np.isnan(values), -1, np.clip(np.rint(values), 0, len(said) - 1)).astype(np.int64)
         return pandas.Categorical.from_codes(codes, dtype=pandas.CategoricalDtype(list(said)))
@@ -171,7 +168,7 @@ def worded(values: Floats, column: Column) -> Any:
     return values
 
 
-def extremes(x: AnyArray, part: Part, digest: hashlib._Hash | None = None) -> tuple[np.ndarray, np.ndarray]:
+def extremes(x: AnyArray, part: Part, digest: "hashlib._Hash | None" = None) -> tuple[np.ndarray, np.ndarray]:
     """Return minimum and maximum of every feature, each `(*row)`, over the rows in `part`, ignoring NaN (missing).
 
     The stored values are added to `digest`, if given, in the same pass.

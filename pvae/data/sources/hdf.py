@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import h5py
 import numpy as np
+import pandas
 from scipy import sparse
 
 from pvae.data.rows import files
@@ -309,8 +310,6 @@ class CsrRows(Stored):
 
 def _column(file: h5py.File, name: str, path: Path, table: str = "obs") -> Any:
     """Return a column of `obs` or `var`, from any version of the format; raises DataError if there is none."""
-    import pandas
-
     obs = node_of(file, table, str(path))
     if name not in obs:
         names = [key for key in obs if not key.startswith("__")]
@@ -338,6 +337,4 @@ def _values(node: h5py.Dataset) -> np.ndarray:
 
 
 def _categories(codes: np.ndarray, words: h5py.Dataset, ordered: bool = False) -> Any:
-    import pandas
-
     return pandas.Categorical.from_codes(codes.astype(np.int64), list(_values(words)), ordered=ordered)  # type: ignore[call-overload]

@@ -3,8 +3,6 @@
 The reader of a table and the guess of its declaration share one rule.
 """
 
-from __future__ import annotations
-
 import datetime
 import re
 from collections import Counter
@@ -12,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import pandas
+from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from pvae.data.rows import cache, rows
 from pvae.data.rows.columns import Column, ContinuousColumn
@@ -24,11 +24,7 @@ from pvae.graph.frame import split, word_numbers
 from pvae.records import Record, field
 from pvae.words import text
 
-if TYPE_CHECKING:
-    import pandas
-
-    Cells = pandas.Series[Any]
-
+Cells: TypeAlias = "pandas.Series[Any]"
 
 NA = ("", "NA", "nan")
 """Strings that mean a missing value unless a table declares others."""
@@ -84,7 +80,7 @@ PARTS = {"hour": DAY, "week": 7 * DAY, "year": YEAR_DAYS * DAY}
 """Period, in seconds, of the cyclic part of a date that a column may hold."""
 
 
-def moments(cells: pandas.Series[Any], form: str | None) -> tuple[Floats, bool]:
+def moments(cells: Cells, form: str | None) -> tuple[Floats, bool]:
     """Return dates as seconds since 1970 (UTC), or durations as seconds, NaN for cells that are neither; and which.
 
     Arguments:
@@ -94,8 +90,6 @@ def moments(cells: pandas.Series[Any], form: str | None) -> tuple[Floats, bool]:
     Returns:
         Seconds `(n,)`, and True if they are durations.
     """
-    import pandas
-
     if pandas.api.types.is_timedelta64_dtype(cells.dtype):
         return np.asarray(cells.dt.total_seconds(), np.float64), True
     given = cells.astype(object).map(_moment)
@@ -129,15 +123,13 @@ def read_time(seconds: Floats, unit: str) -> Floats:
     return np.sin(angle) if wave == "sin" else np.cos(angle)
 
 
-def numbers_of(cells: pandas.Series[Any], spelling: Spelling) -> tuple[Floats, np.typing.NDArray[np.bool_]]:
+def numbers_of(cells: Cells, spelling: Spelling) -> tuple[Floats, np.typing.NDArray[np.bool_]]:
     """Return cells as numbers `(n,)`, NaN where a cell is missing or no number; and True for cells that are no number.
 
     Arguments:
         cells: column whose missing values are None, NaN or pandas' own.
         spelling: marks of numbers written as text.
     """
-    import pandas
-
     codes, found = pandas.factorize(cells.astype(object))
     known = [spelling.number(value) for value in found]
     values = np.array([np.nan if value is None else value for value in known] + [np.nan])
@@ -262,8 +254,6 @@ class CellDecoder:
         return values
 
     def _numbers(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
-        from pandas.api.types import is_bool_dtype, is_numeric_dtype
-
         time = column.time if isinstance(column, ContinuousColumn) else None
         if cells.dtype.kind == "c":
             raise self._wrong(0, name, column.expected, "complex numbers", where)
@@ -310,8 +300,6 @@ class CellDecoder:
 
     def _words(self, cells: Cells) -> tuple[np.typing.NDArray[np.int64], list[str | None]]:
         """Return the code of each cell (-1 if missing) and the string of each code (None for a missing value)."""
-        import pandas
-
         kinds = cells if isinstance(cells.dtype, pandas.CategoricalDtype) else cells.astype("category")
         words = [None if self._is_missing(value) else word_of(value) for value in kinds.cat.categories]
         return np.asarray(kinds.cat.codes, np.int64), words

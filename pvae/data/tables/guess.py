@@ -1,29 +1,23 @@
 """Guess of a table's declaration (column types, transforms, likelihoods) from its first rows."""
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import pandas
 from scipy.stats import skew
 
 from pvae.component import from_table
 from pvae.data.rows import files, prepare
 from pvae.data.rows.columns import TRUTH, Column
 from pvae.data.rows.rows import Part, natural, tenths
-from pvae.data.tables.cells import NA, SPELLINGS, Spelling, listed, moments, numbers_of, shown, word_of
+from pvae.data.tables.cells import NA, SPELLINGS, Cells, Spelling, listed, moments, numbers_of, shown, word_of
 from pvae.data.tables.readers import TextTable, opened_parquet, opened_text
 from pvae.errors import DataError, near, refuse
 from pvae.records import Record
-
-if TYPE_CHECKING:
-    import pandas
-
-    from pvae.data.tables.cells import Cells
 
 GUESSED_ROWS = 10_000
 """Largest number of rows that a guess reads."""
@@ -126,8 +120,6 @@ def _layout(path: Path) -> Found:
 
 
 def _text_cells(table: TextTable) -> tuple[pandas.DataFrame, bool]:
-    import pandas
-
     parts: list[pandas.DataFrame] = []
     for piece in table.pieces():
         parts.append(table.frame(piece, NA, dict.fromkeys(table.names, "str")))
@@ -140,8 +132,6 @@ def _text_cells(table: TextTable) -> tuple[pandas.DataFrame, bool]:
 
 def _parquet_cells(path: Path, left: dict[str, str]) -> tuple[pandas.DataFrame, bool]:
     """Return the first rows as text, and True if they are all; columns of lists, records or bytes go to `left`."""
-    import pandas
-
     file = opened_parquet(path)
     from pyarrow import types
 
@@ -183,8 +173,6 @@ def date_forms(words: Sequence[str]) -> list[str | None]:
 
     Of several formats in which they are the same dates, the first is returned.
     """
-    import pandas
-
     cells = pandas.Series(list(words), dtype=object)
     if not cells.map(lambda word: bool(re.search(r"\d[-.:/]\d", word))).all():
         return []

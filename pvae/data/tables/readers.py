@@ -4,8 +4,6 @@ pandas alone would pad a record that has too few cells, accept a quote in the mi
 miscount lines after quoted line feeds; therefore records and cells are counted here. Parquet needs pyarrow.
 """
 
-from __future__ import annotations
-
 import bz2
 import codecs
 import csv
@@ -17,15 +15,13 @@ from contextlib import contextmanager
 from io import BytesIO, StringIO
 from pathlib import Path
 from types import ModuleType
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
+import pandas
 
 from pvae.data.tables.cells import CellDecoder, Numbers, Spelling, require_named_once, shown
 from pvae.errors import DataError, refuse, require_extra
-
-if TYPE_CHECKING:
-    import pandas
 
 TEXT_PIECE_BYTES = 2**22
 MAX_HEADER_BYTES = 2**20
@@ -155,8 +151,6 @@ class TextTable:
             DataError: the number of records that pandas finds differs from the number counted.
             ValueError: a cell of a numeric column is not a number.
         """
-        import pandas
-
         frame = pandas.read_csv(
             BytesIO(piece.text), sep=self.separator, header=None, names=self.names, usecols=list(kinds),
             dtype=dict(kinds), na_values=list(na), keep_default_na=False, index_col=False, engine="c",

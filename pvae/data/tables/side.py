@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas
 from torch import Tensor
 
 from pvae.data.rows.columns import Column
@@ -27,8 +28,6 @@ def side_rows(raw: Mapping[Any, Any], columns: Mapping[str, Column], rows: int, 
     Raises:
         DataError: a value is absent, has another length, or is none that its column allows; the message gives its row.
     """
-    import pandas
-
     cells: dict[str, Any] = {}
     table: dict[str, Column] = {}
     for name, column in columns.items():
@@ -88,8 +87,6 @@ def tokenised(x: Floats, columns: Mapping[str, Column], known: Mapping[str, Sequ
 
     A word that the vocabulary `known` lacks is the unknown word, token 1.
     """
-    import pandas
-
     for name, places in texts_of(columns).items():
         index: Any = pandas.Index([0, 1, *word_numbers(known[name][2:], len(known[name]) - 2)])  # 1 is no word's number
         tokens = index.get_indexer(np.nan_to_num(x[:, places]).astype(np.int64).ravel()).reshape(len(x), -1)
