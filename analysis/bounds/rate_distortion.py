@@ -38,11 +38,11 @@ class RateDistortion(Record):
         """Return a data frame with one row per run: `rate`, `distortion`, `elbo`, their standard errors, and `n`."""
         return pandas.DataFrame([dict(row) for row in self.rows], columns=list(RATE_COLUMNS))
 
-    def figure(self) -> Figure:
-        """Return a plot of all runs in the rate-distortion plane, with lines of equal ELBO."""
+    def figure(self, cases: Mapping[str, tuple[int, str]] | None = None) -> Figure:
+        """Return a plot of all runs in the rate-distortion plane, with lines of equal ELBO; `cases` look alike."""
         from pvae.analysis.pages.plots import comparisons
 
-        return comparisons.rate_distortion(self.rows)
+        return comparisons.rate_distortion(self.rows, cases)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the rows as plain numbers and strings, for JSON; a standard error that is not defined is None."""

@@ -1,5 +1,6 @@
 """Runs side by side: what compares, what is refused, and paired differences against their own formula."""
 
+import csv
 import json
 import math
 import re
@@ -15,6 +16,7 @@ from scipy.stats import ttest_rel
 
 from pvae.analysis import compare, elbos, paired, surgery
 from pvae.analysis.pages.comparison.comparison import Comparison
+from pvae.analysis.pages.plots import comparisons
 from pvae.analysis.pages.report import examine_runs
 from pvae.data import Dataset
 from pvae.errors import DataError
@@ -69,11 +71,8 @@ def test_a_page_for_several_runs(page: Path, runs: list[Run]):
     said = numbers(page)
     assert set(said["figures"]) == {"one", "two", "flow", "wide"}
     assert set(said["figures"]["one"]) > {"new data, at least", "new data, at most"}
-    (told,) = [s["text"] for s in said["verdict"] if "better prior wins on new data" in s["text"]]
     for run in runs:
-        new = said["surgery"][run.name]["population"]
-        assert said["figures"][run.name]["new data, at least"] == new["gain"]
-        assert f"nats with that of {run.name}" in told
+        assert said["figures"][run.name]["new data, at least"] == said["surgery"][run.name]["population"]["gain"]
     assert said["declarations"]["seed"] == ["0", "1", "0", "0"]
     assert (page.parent / "tables" / "averages.csv").exists()
     assert len(list((page.parent / "tables").iterdir())) == len(seen.all("table"))
@@ -133,11 +132,37 @@ def test_two_comparisons_are_byte_identical(runs: list[Run], tmp_path: Path):
     assert first == second
 
 
+def test_a_page_speaks_of_cases_with_seeds_as_repeats(page: Path, runs: list[Run]):
+    """Means over seeds by hand, with their errors; the collapse of one run is an alert; one colour a case."""
+    said = numbers(page)
+    (best,) = [s["text"] for s in said["verdict"] if "highest" in s["text"]]
+    assert "seeds" in best
+    assert not re.search(r"\b(one|two)\b", best)
+    alerts = [s["text"] for s in said["verdict"] if s["alert"]]
+    collapse = [name for name, exam in Comparison(runs[:2], evidence_samples=2).exams.items() if exam.collapse.alerts]
+    told = [text for text in alerts if text.startswith(f"N, {len(collapse)} of 2 runs: z")]
+    assert len(told) == bool(collapse)
+    with (page.parent / "tables" / "averages.csv").open() as file:
+        rows = {row["case"]: row for row in csv.DictReader(file)}
+    pair = [said["figures"][name]["elbo"]["value"] for name in ("one", "two")]
+    assert float(rows["N"]["elbo"]) == pytest.approx(np.mean(pair))
+    assert float(rows["N"]["elbo error"]) == pytest.approx(np.std(pair, ddof=1) / math.sqrt(2))
+    found = Comparison(runs, groups=["N", "N", "flow", "wide"], evidence_samples=2)
+    assert found.cases == {"one": (0, "N"), "two": (0, ""), "flow": (1, "flow"), "wide": (2, "wide")}
+    curves = comparisons.overlaid(["N", "", "flow"], [exam.metrics for exam in [*found.exams.values()][:3]], [0, 0, 1])
+    first, second, third = (line.get_color() for line in curves.axes[0].lines[:3])
+    assert first == second != third
+    assert [text.get_text() for text in curves.legends[0].texts] == ["N", "flow"]
+
+
 def test_the_verdict_knows_a_tie(runs: list[Run], tmp_path: Path):
     found = Comparison([runs[0], fitted("again", tmp_path)], evidence_samples=5)
     told: list[int] = []
     said = [s.text for s in examine_runs(found, "t", "", lambda done, _total, _what: told.append(done)).verdict]
     assert any("these data do not show which is better" in text for text in said)
+    (new,) = [text for text in said if "better prior wins on new data" in text]
+    assert "nats with that of one" in new
+    assert "nats with that of again" in new
     assert told == sorted(told)
     assert len(set(told)) > 20
 

@@ -115,6 +115,26 @@ class Comparison:
         """Sample quality by run, all in the feature space of the first run; runs without it are absent."""
         self.split, self.stages = self.first.split, document.Stages()
 
+    @cached_property
+    def cases(self) -> dict[str, tuple[int, str]]:
+        """Number of the case of each run, and the case's name at its first run; without groups each run is a case."""
+        groups, found = list(self.groups or self.exams), dict[str, tuple[int, str]]()
+        numbers = {group: i for i, group in enumerate(dict.fromkeys(groups))}
+        for i, (name, group) in enumerate(zip(self.exams, groups, strict=True)):
+            found[name] = numbers[group], "" if group in groups[:i] else group
+        return found
+
+    @property
+    def members(self) -> dict[str, list[str]]:
+        """Names of the runs of each case."""
+        groups = list(zip(self.exams, self.groups or self.exams, strict=True))
+        return {case: [name for name, own in groups if own == case] for case in dict.fromkeys(own for _, own in groups)}
+
+    @property
+    def repeated(self) -> bool:
+        """True if a case has several runs, which differ in their seeds."""
+        return any(not name for _, name in self.cases.values())
+
     @property
     def first(self) -> Examination:
         """Results of the first run, the reference."""

@@ -32,16 +32,42 @@ def overview(found: Comparison) -> Iterator[Part]:
     """Yield the metrics of each run, their means over groups of runs, and the verdict."""
     all_of = _by_key(list(found.figures.values()))
     known = {term: values for term, values in all_of.items() if any(value is not None for value in values)}
-    yield _by_run("compared.overview", list(found.exams), known, exam=found.first)
-    if (groups := found.groups) is not None and len(set(groups)) < len(found.exams):
+    if found.repeated:
         rows = []
-        for group in dict.fromkeys(groups):
-            chosen = [i for i, g in enumerate(groups) if g == group]
-            rows.append((group, len(chosen), *(_average([values[i] for i in chosen]) for values in known.values())))
+        for case, members in found.members.items():
+            chosen = [i for i, name in enumerate(found.exams) if name in members]
+            rows.append((case, len(chosen), *(_average([values[i] for i in chosen]) for values in known.values())))
         yield table("compared.averages", rows, *_spaced(known), digits=2)
-    yield from _on_best(found)
+    yield _by_run("compared.overview", list(found.exams), known, folded=found.repeated, exam=found.first)
+    yield from _on_cases(found) if found.repeated else _on_best(found)
     yield from _on_new_data(found)
-    yield {"figures": found.figures, "groups": None if groups is None else list(groups)}
+    yield from _on_collapse(found)
+    yield {"figures": found.figures, "groups": None if found.groups is None else list(found.groups)}
+
+
+def _on_collapse(found: Comparison) -> Iterator[Sentence]:
+    """Yield an alert for every case of which a run has unused units or codes."""
+    for case, members in found.members.items():
+        said = [alerts[0] for name in members if name in found.scored and (alerts := found.exams[name].collapse.alerts)]
+        if said:
+            yield alert("compared.overview.collapsed", case=case, count=len(said), total=len(members), said=said[0])
+
+
+def _on_cases(found: Comparison) -> Iterator[str]:
+    """Yield the sentence on the case with the highest mean over seeds of the bound."""
+    values, bounds = found.log_p or found.elbos, bool(found.log_p)
+    of_runs = {case: [float(values[n].mean()) for n in names if n in values] for case, names in found.members.items()}
+    means = {case: mean for case, own in of_runs.items() if isinstance(mean := _average(own), Estimate)}
+    known = sorted(means.items(), key=lambda entry: -entry[1].value)
+    if len(known) > 1:
+        (best, a), (second, b) = known[:2]
+        yield _ahead(best, second, a.value - b.value, math.hypot(a.standard_error, b.standard_error), bounds, True)
+
+
+def _ahead(best: str, second: str, gain: float, error: float, bounds: bool, seeds: bool) -> str:
+    seen = gain >= SHOWN_NATS
+    entry = "compared.overview.best" if seen and gain > 2 * error else "compared.overview.tie"
+    return text(entry, best=best, second=second, gain=gain, error=error, bounds=bounds, seen=seen, seeds=seeds)
 
 
 def _by_run(entry: str, names: Sequence[str], found: Mapping[str, Sequence[Value]], **fields: Any) -> PageTable:
@@ -77,15 +103,15 @@ def _on_best(found: Comparison) -> Iterator[str]:
     rest = found.against(found.best)
     gains = {name: d.log_p or d.elbo for name, d in rest.items()}
     second = max(gains, key=lambda name: gains[name].value)
-    gain, error, bounds = -gains[second].value, gains[second].standard_error, rest[second].log_p is not None
-    entry = "compared.overview.tie" if gain <= 2 * error or gain < SHOWN_NATS else "compared.overview.best"
-    yield text(entry, best=found.best, second=second, bounds=bounds, gain=gain, error=error, seen=gain >= SHOWN_NATS)
+    yield _ahead(
+        found.best, second, -gains[second].value, gains[second].standard_error, rest[second].log_p is not None, False
+    )
 
 
 def _on_new_data(found: Comparison) -> Iterator[str | Sentence]:
     """Yield sentences on what a better prior wins with the encoder of each run, on overfitting, and on samples."""
     known = {name: new.interval for name, exam in found.scored.items() if (new := exam.held.population) is not None}
-    if known:
+    if known and not found.repeated:  # else the table has the means
         yield text("compared.overview.new_data", known=known)
     gaps = {name: exam.gap for name, exam in found.scored.items() if found.split != "train"}
     if wide := {name: gap for name, gap in gaps.items() if gap is not None and gap > OVERFITTING_NATS}:
@@ -104,14 +130,19 @@ def _on_new_data(found: Comparison) -> Iterator[str | Sentence]:
 def training(found: Comparison) -> Iterator[Part]:
     """Yield the validation ELBO of the runs over epochs."""
     if rows := {name: exam.metrics for name, exam in found.scored.items() if exam.metrics}:
-        yield picture("compared.training", comparisons.overlaid(list(rows), list(rows.values())), count=len(rows))
+        cases = [found.cases[name] for name in rows]
+        yield picture(
+            "compared.training",
+            comparisons.overlaid([label for _, label in cases], list(rows.values()), [i for i, _ in cases]),
+            count=len(rows),
+        )
 
 
 @section("plane", "compared.plane", where=lambda found: len(found.scored) > 1)
 def rate_and_distortion(found: Comparison) -> Iterator[Part]:
     """Yield the runs in the rate-distortion plane, and their table."""
     plane = rate_distortion_of(found.split, {name: exam.held for name, exam in found.scored.items()})
-    yield picture("compared.rate_distortion", plane.figure())
+    yield picture("compared.rate_distortion", plane.figure(found.cases))
     keys = ("rate", "distortion", "elbo")
     rows = [(row["run"], *(Estimate(row[key], row[f"{key}_error"], "estimate") for key in keys)) for row in plane.rows]
     yield table("compared.rate_distortion", rows, split=found.split)
@@ -125,7 +156,9 @@ def paired_differences(found: Comparison) -> Iterator[Part]:
     others = found.against(reference)
     gains = {name: d.log_p or d.elbo for name, d in others.items()}
     what = "Bound on log p(x)" if all(d.log_p is not None for d in others.values()) else "ELBO"
-    made = comparisons.differences(list(gains), list(gains.values()), reference, what)
+    made = comparisons.differences(
+        list(gains), list(gains.values()), reference, what, [found.cases[n][0] for n in gains]
+    )
     yield picture("compared.paired", made, reference=reference, gains=gains)
     rows = [(name, d.elbo, d.log_p, d.wins) for name, d in others.items()]
     yield table("compared.paired", rows, reference=reference, exam=exam)
@@ -160,7 +193,9 @@ def correlations(found: Comparison) -> Iterator[Part]:
     if not panels or max(x) - min(x) < 1e-9:
         return
     of = f"marginal KL on these rows of {found.split}, nats per datum"
-    yield picture("compared.together", comparisons.together(list(rows), x, list(panels.items()), of), count=len(rows))
+    cases = [found.cases[name] for name in rows]
+    made = comparisons.together([label for _, label in cases], x, list(panels.items()), of, [i for i, _ in cases])
+    yield picture("compared.together", made, count=len(rows))
     ranks = {title: float(spearmanr(x, y).statistic) if max(y) > min(y) else math.nan for title, y in panels.items()}
     yield table("compared.together", tuple(ranks.items()), digits=2, count=len(rows))
     yield {"rank_correlation": ranks}

@@ -17,6 +17,8 @@ from pvae.analysis.pages.plots.base import BLACK, GREY, PALE, SERIES, Names, nat
 from pvae.analysis.pages.plots.curves import MetricsRow, curve, over_epochs, robust_limits
 
 Values = Sequence[float]
+Cases = Mapping[str, tuple[int, str]]
+"""Number of the case of each run, and its label, empty for all but one of its runs."""
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LABEL = 36
@@ -28,13 +30,13 @@ TURNS = tuple(math.radians(angle) for angle in (0, 180, 90, 270, 35, 145, 325, 2
 
 
 @style()
-def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figure:
-    """Plot the validation ELBO over epochs, nats per datum, one line per run."""
-    made, (axes,) = panels(3.8 + 0.2 * len(names) / 2, title="ELBO of validation", ylabel="nats per datum")
+def overlaid(names: Names, runs: Sequence[Sequence[MetricsRow]], cases: Sequence[int]) -> Figure:
+    """Plot the validation ELBO over epochs, nats per datum, a line for each run, those of a case in one colour."""
+    made, (axes,) = panels(3.8 + 0.1 * len(set(cases)), title="ELBO of validation", ylabel="nats per datum")
     curves = []
-    for i, (name, rows) in enumerate(zip(names, runs, strict=True)):
+    for name, rows, i in zip(names, runs, cases, strict=True):
         look = {"color": SERIES[i % len(SERIES)], "linestyle": DASHES[i // len(SERIES) % len(DASHES)], "linewidth": 1.5}
-        curves.append(curve(axes, rows, "validation", "elbo", label=shortened(name), **look))
+        curves.append(curve(axes, rows, "validation", "elbo", label=shortened(name) or "_", **look))
     robust_limits(axes, curves)
     over_epochs([axes])
     made.legend(loc="outside lower left", ncols=2)
@@ -42,12 +44,12 @@ def overlaid(names: Sequence[str], runs: Sequence[Sequence[MetricsRow]]) -> Figu
 
 
 @style()
-def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str, what: str) -> Figure:
+def differences(names: Names, gains: Sequence[Estimate], reference: str, what: str, cases: Sequence[int]) -> Figure:
     """Plot paired differences to a reference run with ± 2 standard errors; they are positive if the run is better."""
     made, (axes,) = panels(0.36 * len(names) + 1.2, title=f"{what}, less that of {shortened(reference)}")
-    for i, gain in enumerate(gains):
+    for i, (gain, case) in enumerate(zip(gains, cases, strict=True)):
         error = 2 * gain.standard_error if np.isfinite(gain.standard_error) else 0.0
-        axes.errorbar(gain.value, i, xerr=error, markersize=6, elinewidth=2, capsize=3, **_look(i + 1))
+        axes.errorbar(gain.value, i, xerr=error, markersize=6, elinewidth=2, capsize=3, **_look(case))
     axes.axvline(0, color=BLACK, linewidth=1)
     axes.set_yticks(range(len(names)), [shortened(name) for name in names])
     axes.set(ylim=(len(names) - 0.5, -0.5), xlabel="nats per datum, ± 2 standard errors")
@@ -57,12 +59,12 @@ def differences(names: Sequence[str], gains: Sequence[Estimate], reference: str,
 
 
 @style()
-def together(names: Names, x: Values, metrics: Sequence[tuple[str, Values]], of: str) -> Figure:
+def together(names: Names, x: Values, metrics: Sequence[tuple[str, Values]], of: str, cases: Sequence[int]) -> Figure:
     """Plot several metrics of the runs, a panel each, against one metric `x`, to show correlations over runs."""
     made, grid = panels(2.6 * len(metrics) + 0.3, [1] * len(metrics), sharex=True)
     clouds = [np.column_stack([x, y]).astype(np.float64) for _, y in metrics]
     for axes, (title, _), points in zip(grid, metrics, clouds, strict=True):
-        for i, (a, b) in enumerate(points):
+        for i, (a, b) in zip(cases, points, strict=True):
             axes.plot(a, b, markersize=7, linestyle="", **_look(i))
         _frame(axes, points.min(0), points.max(0), pad=0.2, least=0.5)
         axes.set_title(title)
@@ -75,7 +77,7 @@ def together(names: Names, x: Values, metrics: Sequence[tuple[str, Values]], of:
 
 
 def _look(i: int) -> dict[str, Any]:
-    """Return marker and colour of run `i`."""
+    """Return marker and colour of case `i`."""
     return {"marker": MARKERS[i % len(MARKERS)], "color": SERIES[i % len(SERIES)]}
 
 
@@ -92,19 +94,23 @@ def _fix_layout(made: Figure) -> None:
 
 
 @style()
-def rate_distortion(rows: Sequence[Mapping[str, Any]]) -> Figure:
+def rate_distortion(rows: Sequence[Mapping[str, Any]], cases: Cases | None = None) -> Figure:
     """Plot runs in the rate-distortion plane, with lines of equal ELBO and labels that do not overlap.
 
     Arguments:
         rows: of each run its name `run`, its `rate` KL(q(z | x) || p(z)) and its `distortion` -E log p(x | z), nats per
             datum, and their standard errors `rate_error` and `distortion_error`; infinite or NaN errors are not drawn.
+        cases: number of the case of each run, by which runs look alike, and its label; by default each run is a case.
     """
     points = np.array([(row["rate"], row["distortion"]) for row in rows], dtype=np.float64)
     errors = np.array([(row["rate_error"], row["distortion_error"]) for row in rows], dtype=np.float64)
     spread = np.nan_to_num(errors, posinf=0.0)
     made, (axes,) = panels(5.0, title="Rate and distortion")
-    for i, ((x, y), (e_x, e_y)) in enumerate(zip(points, spread, strict=True)):
-        look: dict[str, Any] = {"elinewidth": 1.2, "markersize": 7, "markeredgecolor": "white", **_look(i)}
+    known = cases or {row["run"]: (i, row["run"]) for i, row in enumerate(rows)}
+    for row, (x, y), (e_x, e_y) in zip(rows, points, spread, strict=True):
+        look: dict[str, Any] = {"elinewidth": 1.2, "markersize": 7, "markeredgecolor": "white"} | _look(
+            known[row["run"]][0]
+        )
         axes.errorbar(x, y, xerr=e_x or None, yerr=e_y or None, markeredgewidth=0.8, zorder=3, **look)
     _frame(axes, (points - spread).min(0), (points + spread).max(0), pad=0.18, least=1.0)
     axes.set(xlabel="rate: KL(q(z | x) || p(z)), nats per datum", ylabel="distortion: −E log p(x | z), nats per datum")
@@ -114,7 +120,7 @@ def rate_distortion(rows: Sequence[Mapping[str, Any]]) -> Figure:
     ends = axes.transData.transform(np.concatenate([points - spread, points + spread])).reshape(2, -1, 2)
     for (x, y), (x0, y0), (x1, y1) in zip(axes.transData.transform(points), *ends, strict=True):
         taken += [Bbox.from_extents(x0, y - 2, x1, y + 2), Bbox.from_extents(x - 2, y0, x + 2, y1)]
-    label_points(made, axes, [row["run"] for row in rows], points, taken)
+    label_points(made, axes, [known[row["run"]][1] for row in rows], points, taken)
     return made
 
 
@@ -141,7 +147,7 @@ def shortened(name: str) -> str:
 
 
 def label_points(made: Figure, axes: Axes, names: Sequence[str], points: np.ndarray, taken: list[Bbox]) -> None:
-    """Label each point at the first place inside the axes that is clear of other labels, points and the boxes `taken`.
+    """Label each point that has a name at the first place inside the axes clear of labels, points and boxes `taken`.
 
     If no place is free of all, one that is clear of the labels is preferred.
     """
@@ -149,7 +155,7 @@ def label_points(made: Figure, axes: Axes, names: Sequence[str], points: np.ndar
     scale, frame = made.dpi / 72, axes.get_window_extent()
     obstacles = [*taken, *(Bbox.from_extents(*(place - 5 * scale), *(place + 5 * scale)) for place in places)]
     labels: list[Bbox] = []
-    for name, place, point in zip(names, places, points, strict=True):
+    for name, place, point in ((n, *at) for n, *at in zip(names, places, points, strict=True) if n):
         line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.7, "shrinkA": 0, "shrinkB": 3}
         label = note(axes, shortened(name), point, (0, 0), 2.5, fontsize=9, zorder=4, arrowprops=line)
         size = Text.get_window_extent(label, made.canvas.get_renderer())  # type: ignore[attr-defined]  # not the line's
