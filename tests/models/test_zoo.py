@@ -26,7 +26,7 @@ CONTINUOUS = {
 }  # fmt: skip
 DISCRETE = {
     "categorical_vae", "bernoulli_vae", "gumbel_softmax_vae", "straight_through_vae", "relaxed_flow_prior", "vq_vae",
-    "vq_vae_2", "dvae", "pixelcnn_prior", "transformer_prior", "semi_supervised",
+    "vq_vae_2", "fsq", "rvq", "dvae", "pixelcnn_prior", "transformer_prior", "semi_supervised",
 }  # fmt: skip
 POINTS = {"autoencoder", "flow"}
 """Systems whose codes are deterministic."""
