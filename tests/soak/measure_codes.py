@@ -15,6 +15,7 @@ label and the seed of its case, and the seconds of the processor. Cases that the
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas
 import torch
@@ -65,7 +66,7 @@ def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str
 def study(name: str, out: Path, rows: int, root: str) -> None:
     """Fit the cases of a study whose rows the table has not, and add a row of each to it."""
     torch.set_num_threads(1)
-    table = pandas.read_csv(out).to_dict("records") if out.exists() else []
+    table: list[Any] = pandas.read_csv(out).to_dict("records") if out.exists() else []
     for case in (case for case in Declared.load(name).cases if case.stage == FIRST):
         if any((row["case"], row["seed"]) == (case.label, case.seed) for row in table):
             continue

@@ -73,6 +73,11 @@ def measured(x: np.ndarray, objective: str, seed: int, epochs: int, folder: str)
     return {"objective": objective, "seed": seed, **{name: round(value, 4) for name, value in found.items()}}
 
 
+def spread(values: Any) -> str:
+    """Return mean and standard error of a column."""
+    return f"{values.mean():.2f} ± {values.sem():.2f}"
+
+
 def page(frame: pandas.DataFrame) -> str:
     """Return the Markdown table: a row per objective, mean and standard error over seeds."""
     heads = ("log p(x)", "bound, K = 64", "ELBO", "gap", "KL", "log p(x) - that of the VAE", "seeds", "CPU s")
@@ -80,9 +85,9 @@ def page(frame: pandas.DataFrame) -> str:
     own = frame[frame["objective"] == "VAE"].set_index("seed")["log_p"]
     for objective in (name for name in OBJECTIVES if name in set(frame["objective"])):
         rows = frame[frame["objective"] == objective].set_index("seed")
-        shown = [f"{rows[name].mean():.2f} ± {rows[name].sem():.2f}" for name in FIGURES]
-        gain = rows["log_p"] - own
-        shown += ["" if objective == "VAE" else f"{gain.mean():.2f} ± {gain.sem():.2f}", str(len(rows)), f"{rows['cpu_seconds'].mean():.0f}"]
+        shown = [spread(rows[name]) for name in FIGURES]
+        shown.append("" if objective == "VAE" else spread(rows["log_p"] - own))
+        shown += [str(len(rows)), f"{rows['cpu_seconds'].mean():.0f}"]
         lines.append(f"| {objective} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -96,7 +101,7 @@ def main() -> None:
     parser.add_argument("--print", action="store_true", dest="shown")
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    rows = pandas.read_csv(asked.table).to_dict("records") if asked.table.exists() else []
+    rows: list[Any] = pandas.read_csv(asked.table).to_dict("records") if asked.table.exists() else []
     later = [name for name in OBJECTIVES if name not in FIRST]
     order = [pair for names in (FIRST, later) for pair in itertools.product(range(asked.seeds), names)]
     known = {(row["seed"], row["objective"]) for row in rows}
