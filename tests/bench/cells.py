@@ -45,7 +45,10 @@ PEERS = {
         "scvi-tools": ["nb"],
         "scvi-tools, KL in 50 epochs, no dropout": ["nb", "50", "0"],
     },
-    "zero-inflated": {"scvi-tools": ["zinb"]},
+    "zero-inflated": {
+        "scvi-tools": ["zinb"],
+        "scvi-tools, KL in 50 epochs, no dropout": ["zinb", "50", "0"],
+    },
 }
 """Fits of scvi-tools beside those of a variant: by its defaults (the weight of the KL reaches 1/2 in 200 epochs), and
 with settings that suit the ELBO better."""

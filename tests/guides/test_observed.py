@@ -547,3 +547,9 @@ def test_m2_is_stacked_on_the_codes_of_m1(tmp_path: Path):
     seen = run.experiment.known(run.data.train)["y"].squeeze(1)
     assert int((~seen.isnan()).sum()) == 50
     assert torch.equal(~seen.isnan(), chosen_labels(m1.data.train.y, 50, 0))
+
+
+@pytest.mark.slow
+def test_m2_of_the_zoo_uses_z(tmp_path: Path):
+    """The KL of z is above a nat: y alone does not explain x, as it does where the weights start too small."""
+    assert fit("semi_supervised", tmp_path).metrics["kl/z"].iloc[-1] > 1
