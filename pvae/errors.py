@@ -3,13 +3,13 @@
 import re
 import tomllib
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
+from pvae.words import near as near
 from pvae.words import text as _text
 
 _MEANINGS = tomllib.loads(Path(__file__).with_name("exit_codes.toml").read_text())
@@ -114,10 +114,10 @@ ENTRY = re.compile(r"\w+\.\w+\.\w+")
 """Names of entries of `pvae/<room>/words.toml`."""
 
 
-def refuse(problem: object, words: str | Sequence[str], error: type[PvaeError] = DataError, /, **fields: Any) -> None:
+def refuse(problem: object, words: str | Sequence[str], error: type[Exception] = DataError, /, **fields: Any) -> None:
     """Raise a DataError if there is a problem; its message is `words`, or the text of that name with its fields."""
     if problem:
-        raise error.of(words, **fields) if isinstance(words, str) and ENTRY.fullmatch(words) else error(words)
+        raise error(_text(words, **fields) if isinstance(words, str) and ENTRY.fullmatch(words) else words)
 
 
 def misdeclared(problem: object, words: str | Sequence[str], /, **fields: Any) -> None:
@@ -140,12 +140,6 @@ def instead(
         named = ENTRY.fullmatch(words)
         found = error.of(words, **fields, problem=problem) if named else error(words.replace("{problem}", str(problem)))
         raise found from problem
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """Return the hint `` (did you mean 'a' or 'b'?)`` with the names similar to ``name``; an empty text if none is."""
-    close = get_close_matches(name, list(names), n=2, cutoff=0.6)
-    return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,8 @@ module and a name, such as `pair.enumeration.masked`; errors are made of them by
 
 import html
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from functools import cache, cached_property, reduce
 from operator import getitem
 from pathlib import Path
@@ -15,6 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jinja2 import Environment, Template
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """Return the hint `` (did you mean 'a' or 'b'?)`` with the names similar to ``name``; an empty text if none is."""
+    close = get_close_matches(name, list(names), n=2, cutoff=0.6)
+    return f" (did you mean {' or '.join(repr(c) for c in close)}?)" if close else ""
 
 
 class Catalogue:
@@ -26,7 +33,8 @@ class Catalogue:
     Arguments:
         folder: the folder.
         pattern: glob pattern of the files; each has tables of its own.
-        filters: filters of the templates, beside Jinja's, `repr`, `html` (escaped) and `class` (name of its class).
+        filters: filters of the templates, beside Jinja's, `repr`, `html` (escaped), `class` (name of its class) and
+            `near` (hint to similar names).
     """
 
     def __init__(self, folder: Path, pattern: str, **filters: Callable[..., Any]) -> None:
@@ -44,7 +52,8 @@ class Catalogue:
         from jinja2 import Environment, StrictUndefined
 
         engine = Environment(undefined=StrictUndefined, finalize=format)  # as an f-string has it
-        engine.filters |= {"repr": repr, "html": html.escape, "class": lambda v: type(v).__name__, **self.filters}
+        own = {"repr": repr, "html": html.escape, "class": lambda v: type(v).__name__, "near": near}
+        engine.filters |= {**own, **self.filters}
         return engine
 
     @cached_property

@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from pvae.component import Component, Ints, Names, Section, Table, from_table, table_at
 from pvae.data.rows.columns import CategoricalColumn, Column, ContinuousColumn, CountColumn, Levels
+from pvae.errors import refuse
 from pvae.graph.frame import PADDING, UNKNOWN, Entry, Vocabulary, split
 from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
@@ -60,13 +61,11 @@ class Latent(Section):
     def _one_size(self) -> Self:
         sizes = {"dim": self.dim, "codes": self.codes, "bits": self.bits}
         found = [name for name, size in sizes.items() if size is not None]
-        if len(found) != 1:
-            raise ValueError(text("experiment.plan.size", found=found))
+        refuse(len(found) != 1, "experiment.plan.size", ValueError, found=found)
         for name in ("grid", "embedding"):
             if getattr(self, name) is not None and self.codes is None:
                 raise ValueError(f"{name} with codes alone; got {name} with {found[0]}")
-        if self.temperature is not None and self.sampled.values != "relaxed":
-            raise ValueError("a temperature with a relaxed posterior alone (relaxed_onehot, straight_through); got one")
+        refuse(self.temperature and self.sampled.values != "relaxed", "experiment.plan.temperature", ValueError)
         if self.posterior.carries and self.codes is not None:
             self.posterior.sampled(self.space)  # a ValueError, if sizes do not fit
         return self
@@ -150,14 +149,10 @@ class Covariate(Section):
         if len(found := [name for name, value in forms.items() if value is not None]) != 1:
             raise ValueError(text("experiment.plan.covariate", found=found))
         for name in () if self.text else ("length", "vocabulary", "scored"):
-            if getattr(self, name):
-                raise ValueError(f"{name} with text = true alone; got it with {found[0]}")
-        if self.of is None and (self.levels or self.dim or self.text):
-            raise ValueError(f"of, the column or array that has the {found[0]}; got none")
-        if self.ordinal and not (self.codes or self.levels):
-            raise ValueError(f"ordinal with codes or levels; got it with {found[0]}")
-        if self.words is not None and not all(map(split, self.words)):
-            raise ValueError(f"words: at least one word or number in every text; got {list(self.words)}")
+            refuse(getattr(self, name), f"{name} with text = true alone; got it with {found[0]}", ValueError)
+        refuse(not self.of and (self.levels or self.dim or self.text), "experiment.plan.of", ValueError, found=found)
+        refuse(self.ordinal and not (self.codes or self.levels), "experiment.plan.ordinal", ValueError, found=found)
+        refuse(not all(map(split, self.words or ())), "experiment.plan.words", ValueError, words=self.words)
         return self
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pvae.component import Shape
-from pvae.errors import DataError, DeclarationError, misdeclared, near
+from pvae.errors import DataError, misdeclared, refuse
 from pvae.graph.site import one_hot
 from pvae.records import Record, field
 
@@ -47,8 +47,7 @@ class Vocabulary(Record):
         """
         found = split(text)
         for word in found:
-            if word not in self.words:
-                raise DeclarationError.of("graph.frame.word", words=self.words, word=word, hint=near(word, self.words))
+            misdeclared(word not in self.words, "graph.frame.word", words=self.words, word=word)
         misdeclared(len(found) > self.length, "graph.frame.length", most=self.length, found=found, text=text)
         return [self.words.index(word) for word in found] + [0] * (self.length - len(found))
 
@@ -201,8 +200,7 @@ class Frame(Record):
         """
         for name, column in self.columns(rows).items():
             entry = self.entries[name]
-            if len(wrong := column[entry.wrong(column)]):
-                raise DataError.of("graph.frame.entry", name=name, entry=entry, found=float(wrong[0]))
+            refuse(len(wrong := column[entry.wrong(column)]), "graph.frame.entry", name=name, entry=entry, found=wrong)
         for name, column in {} if mixed else self.known(rows).items():
             if 0 < (count := int((~column.isnan()).reshape(len(rows), -1).any(1).sum())) < len(rows):
                 raise DataError.of("graph.frame.mixed", name=name, count=count, rows=len(rows))

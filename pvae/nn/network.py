@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Ints, Shape
 from pvae.distributions.base import Event, PlainNormal
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, refuse
 
 Act = Callable[[], nn.Module]
 """Function that makes an activation."""
@@ -197,8 +197,7 @@ class TableNetwork(Network):
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     """Return the bounds unchanged; raise ValueError unless the floor is below the ceiling."""
     low, high = bounds
-    if low >= high:
-        raise ValueError(f"a floor below a ceiling, e.g. [-12.0, 6.0]; got [{low}, {high}]")
+    refuse(low >= high, f"a floor below a ceiling, e.g. [-12.0, 6.0]; got [{low}, {high}]", ValueError)
     return bounds
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pvae.component import Component, Shape, Table
 from pvae.data import Split
 from pvae.data.streamed import Streamed
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, refuse
 from pvae.models.graph import GraphModel
 from pvae.nn.precision import products_in
 from pvae.nn.schedules import Constant, Schedule
@@ -139,14 +139,12 @@ class Objective(Component):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.fixed and (self.beta != Constant() or self.free_bits):
-            raise ValueError(self.fixed)
+        refuse(self.fixed and (self.beta != Constant() or self.free_bits), self.fixed, ValueError)
         known, each = ["reparameterised", *self.gradients], self.gradient
         more = sorted(({*each.values()} if isinstance(each, dict) else {each}).difference(known))
         if more or (isinstance(each, dict) and "stick_the_landing" not in known):
             raise ValueError(text("objectives.base.gradient", known=known, objective=self, found=[*more, "a table"][0]))
-        if self.free_bits and each != "reparameterised":
-            raise ValueError("free_bits = 0 with stick_the_landing, which is biased where samples decide what is free")
+        refuse(self.free_bits and each != "reparameterised", "objectives.base.free_bits", ValueError)
         return self
 
     @abstractmethod

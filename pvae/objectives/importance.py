@@ -9,7 +9,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pvae.errors import DeclarationError
+from pvae.errors import DeclarationError, refuse
 from pvae.guides.posteriors.base import PosteriorModule
 from pvae.objectives.base import Objective
 from pvae.objectives.elbo import minus_elbo, with_penalties, with_score_functions
@@ -57,10 +57,8 @@ class IWAE(Objective):
 
     @model_validator(mode="after")
     def _fitting_together(self) -> Self:
-        if self.free_bits:
-            raise ValueError("free_bits = 0 with iwae: the bound has no KL term to leave free; use trace_elbo")
-        if self.particles % self.groups:
-            raise ValueError(f"groups that divide the {self.particles} particles; got {self.groups}")
+        refuse(self.free_bits, "objectives.importance.free_bits", ValueError)
+        refuse(self.particles % self.groups, "objectives.importance.groups", ValueError, of=self)
         return self
 
     def terms(self, pair: Pair, x: Tensor, rows: int | None = None, beta: Tensor | float = 1.0) -> Terms:

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor, nn
 
-from pvae.errors import DeclarationError, instead, refuse
+from pvae.errors import DeclarationError, instead, misdeclared, refuse
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
 from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
@@ -283,8 +283,7 @@ class Pair(nn.Module):
         self.adopt(x)
         require_bound(self.structure.guide_only)
         if particles > 1 and (way := self.way_of_particles(x)) != "plate":
-            if estimator is not None and (estimator.passed is not None or estimator.apart):
-                raise DeclarationError.of("pair.pathwise.plate", way=way)
+            misdeclared(estimator and (estimator.passed is not None or estimator.apart), "pair.pathwise.plate", way=way)
             return with_particles(self, x, particles, way, closed_form=closed_form, rows=rows, estimator=estimator)
         if estimator is not None and torch.is_grad_enabled():
             return pathwise_terms(self, x, particles, rows, estimator)

@@ -270,8 +270,7 @@ def pack_tensors(group: str, entries: Mapping[str, Tensor], facts: dict[str, str
 
 def _detached(tensor: Tensor, seen: set[int]) -> Tensor:
     """Return a detached contiguous tensor on the CPU with its own storage, since safetensors refuses shared storage."""
-    if tensor.dtype not in DTYPES:
-        raise ValueError(f"dtype {tensor.dtype}, which could not be read back")
+    refuse(tensor.dtype not in DTYPES, f"dtype {tensor.dtype}, which could not be read back", ValueError)
     dense = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
     if (address := dense.untyped_storage().data_ptr()) in seen:
         return dense.clone()

@@ -137,8 +137,7 @@ def make_folder(folder: Path) -> Path:
         DataError: the path is a link, which could lead out of the run.
         OutputError: the folder cannot be created.
     """
-    if folder.is_symlink():
-        raise DataError(f"{folder}: expected a folder inside the run; got a link to {os.readlink(folder)!r}.")
+    refuse(folder.is_symlink(), f"{folder}: expected a folder inside the run; got a link to {folder.resolve()}.")
     with raising(OutputError, f"{folder}: expected a folder"):
         folder.mkdir(exist_ok=True)
     return folder

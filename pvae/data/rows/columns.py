@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from pvae.component import LARGEST_FLOAT, Component, Ints
+from pvae.errors import refuse
 
 if TYPE_CHECKING:
     import numpy as np
@@ -115,8 +116,7 @@ class ContinuousColumn(Column):
 
     @model_validator(mode="after")
     def _a_date(self) -> Self:
-        if self.format is not None and self.time is None:
-            raise ValueError('a format with time = "days" or another reading of a date; got a format alone')
+        refuse(self.format is not None and self.time is None, "data.columns.format", ValueError)
         return self
 
     def inside(self, values: Floats) -> np.typing.NDArray[np.bool_]:
@@ -162,10 +162,8 @@ class WordColumn(Column):
 
     @model_validator(mode="after")
     def _different(self) -> Self:
-        if len(set(self.words)) < len(self.said):
-            raise ValueError(f"levels that differ as they are written; got {list(self.said)[:20]}")
-        if self.unknown == "missing" and self.missing == "error":
-            raise ValueError('missing = "mask" with unknown = "missing"; got missing = "error"')
+        refuse(len(set(self.words)) < len(self.said), "data.columns.levels", ValueError, said=self.said[:20])
+        refuse(self.unknown == "missing" and self.missing == "error", "data.columns.unknown", ValueError)
         return self
 
 

@@ -179,8 +179,7 @@ def partition(declared: Mapping[str, tuple[int, int]], rows: Rows) -> dict[str, 
     refuse(lacking := [name for name in SPLITS if name not in parts], "data.rows.few", lacking=lacking, rows=rows)
     ranges = [(name, part) for name in SPLITS if isinstance(part := parts[name], range)]
     for (one, a), (other, b) in combinations(ranges, 2):
-        if max(a.start, b.start) < min(a.stop, b.stop):
-            raise DataError.of("data.rows.shared", found={one: a, other: b}, declared=declared)
+        refuse(max(a.start, b.start) < min(a.stop, b.stop), "data.rows.both", of={one: a, other: b}, declared=declared)
     return {name: parts[name] for name in SPLITS}
 
 

@@ -150,8 +150,7 @@ def require_heaps(path: Path, version: tuple[int, ...]) -> None:
         at, end = found.end() + 8, found.start() + int.from_bytes(content[found.end() : found.end() + 8], "little")
         while at + 16 <= min(end, len(content)):
             number, size = struct.unpack_from("<H6xQ", content, at)
-            if number == size == 0:
-                raise DataError(f"{path}: expected a whole HDF5 file; got one with a damaged heap of texts.")
+            refuse(number == size == 0, f"{path}: expected a whole HDF5 file; got one with a damaged heap of texts.")
             at += 16 + -(-size // 8) * 8 if number else size
 
 
@@ -196,8 +195,7 @@ def node_of(file: h5py.File, name: str, where: str) -> Any:
         node = node[part]
     if isinstance(node, h5py.Dataset):
         refuse(node.external or node.is_virtual, "data.hdf.outside", where=where, name=name)
-        if (chunk := node.dtype.itemsize * prod(node.chunks or ())) > MAX_CHUNK_BYTES:
-            raise DataError(f"{where}, {name!r}: expected chunks of at most 1 GiB; got {chunk} bytes.")
+        refuse(node.dtype.itemsize * prod(node.chunks or ()) > MAX_CHUNK_BYTES, "data.hdf.chunk", at=where, node=node)
     return node
 
 
@@ -301,8 +299,7 @@ class CsrRows(Stored):
             return np.concatenate([self.read(slice(int(row), int(row) + 1)) for row in rows])
         span = slice(int(self.starts[low]), int(self.starts[high]))
         columns, values = self.indices[span], self.data[span]
-        if len(columns) and not (0 <= columns.min() and columns.max() < self.shape[1]):
-            raise DataError(f"{self.where}: expected columns 0 .. {self.shape[1] - 1}; got {columns.max()}.")
+        refuse(((columns < 0) | (columns >= self.shape[1])).any(), "data.hdf.columns", of=self, columns=columns)
         starts = self.starts[low : high + 1] - self.starts[low]
         found = sparse.csr_array((values, columns, starts), (high - low, self.shape[1]))
         return np.asarray(found.toarray()[rows - low])

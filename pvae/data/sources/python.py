@@ -20,7 +20,7 @@ from pvae.data.rows.prepare import Scale
 from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources.base import Data, Seed
 from pvae.data.tables.side import side_rows
-from pvae.errors import DataError, instead, near, refuse
+from pvae.errors import DataError, instead, refuse
 
 LARGEST_GAP = 4
 """Largest number of rows read for each row wanted: a sparser selection of rows is read row by row."""
@@ -180,11 +180,10 @@ def collected(dataset: Any, name: str, stream: bool) -> tuple[AnyArray, np.ndarr
 def _blocks(dataset: Any, name: str) -> Iterator[tuple[np.ndarray, list[Any]]]:
     """Yield stacked items x `(m, ...)` and their labels, in chunks of about `PIECE_BYTES`."""
     first, xs, ys = None, list[np.ndarray](), list[Any]()
-    for number, item in enumerate(_items(dataset, name)):
-        x, y = _parted(item, f"{name}, item {number}")
+    for i, item in enumerate(_items(dataset, name)):
+        x, y = _parted(item, f"{name}, item {i}")
         first = x if first is None else first
-        if (x.shape, x.dtype) != (first.shape, first.dtype):
-            raise DataError.of("data.sources.item", name=name, number=number, first=first, x=x)
+        refuse((x.shape, x.dtype) != (first.shape, first.dtype), "data.sources.item", name=name, i=i, first=first, x=x)
         xs.append(x)
         ys.append(y)
         if len(xs) * max(1, x.nbytes) >= PIECE_BYTES:
@@ -262,8 +261,7 @@ def anndata_rows(adata: Any, source: Any) -> Rows:
     name = "X" if layer is None else f"layers[{layer!r}]"
     x, y, words, ids = _matrix(adata, layer, name), None, None, getattr(adata, "obs_names", None)
     if labels is not None:
-        if labels not in adata.obs:
-            raise DataError.of("data.sources.obs", labels=labels, obs=adata.obs, hint=near(labels, map(str, adata.obs)))
+        refuse(labels not in adata.obs, "data.sources.obs", labels=labels, obs=adata.obs)
         y, words = column_labels(adata.obs[labels], labels)
     more: dict[str, Any] = {"ids": None if ids is None else texts(ids), "read": {"layer": layer, "labels": labels}}
     more |= {"side": side_rows(adata.obs, source.side, x.shape[0], "obs"), "masked": source.masked}
@@ -271,8 +269,7 @@ def anndata_rows(adata: Any, source: Any) -> Rows:
 
 
 def _matrix(adata: Any, layer: str | None, name: str) -> AnyArray:
-    if layer is not None and layer not in adata.layers:
-        raise DataError.of("data.sources.layer", layer=layer, held=adata.layers, hint=near(layer, adata.layers))
+    refuse(layer is not None and layer not in adata.layers, "data.sources.layer", layer=layer, held=adata.layers)
     refuse((matrix := adata.X if layer is None else adata.layers[layer]) is None, "data.sources.no_matrix", name=name)
     if isinstance(matrix, np.ndarray | Stored | torch.Tensor) or issparse(matrix):
         return as_array(matrix, name)
@@ -290,8 +287,7 @@ def column_labels(found: Any, column: str) -> tuple[np.ndarray, tuple[str, ...] 
     import pandas as pd
 
     values = pd.Series(found)
-    if (missing := int(values.isna().sum())) and not PARTLY_LABELLED.get():
-        raise DataError(f"obs[{column!r}]: expected a label for every row; got none for {missing}. Drop those rows.")
+    refuse(values.isna().any() and not PARTLY_LABELLED.get(), "data.sources.unlabelled", column=column, values=values)
     if pd.api.types.is_integer_dtype(values.dtype):
         return values.fillna(-1).to_numpy(np.int64), None
     refuse(pd.api.types.is_float_dtype(values.dtype), "data.sources.floats", column=column, values=values)

@@ -45,8 +45,7 @@ class StackedCodes(Data):
 
     @model_validator(mode="after")
     def _splits_of_the_run(self) -> Self:
-        if self.splits.declared:
-            raise ValueError(f"splits of the run, which the codes keep; got {self.splits.declared}")
+        refuse(self.splits.declared, f"splits of the run, which the codes keep; got {self.splits.declared}", ValueError)
         return self
 
     def first(self, data_dir: Path | None) -> Run:

@@ -50,17 +50,12 @@ class Tabular(base.Data):
     @model_validator(mode="after")
     def _a_table(self) -> Self:
         for name, value in {"scale": "raw", "binarize": "none", "shape": None, "largest": None}.items():
-            if (found := getattr(self, name, value)) != value:
-                raise ValueError(f"no {name} in a table, whose columns have transforms of their own; got {found!r}")
-        if self.decimal == self.thousands:
-            raise ValueError(f"a decimal mark other than that of thousands; got {self.decimal!r} for both")
-        if self.label in self.columns:
-            raise ValueError(f"a label that is no part of x; got {self.label!r}, which is in columns too")
+            refuse((own := getattr(self, name, value)) != value, "data.tabular.scaled", ValueError, name=name, own=own)
+        refuse(self.decimal == self.thousands, "data.tabular.marks", ValueError, mark=self.decimal)
+        refuse(self.label in self.columns, "data.tabular.label", ValueError, label=self.label)
         for name, column in self.columns.items():
-            if getattr(column, "text", None):
-                raise ValueError(f"texts among values beside x alone (covariates); got the column {name!r}")
-            if lost := sorted(set(column.words) & set(self.na)):
-                raise ValueError(f"levels of {name!r} that are not in na, the words for what is missing; got {lost}")
+            refuse(getattr(column, "text", None), "data.tabular.text", ValueError, name=name)
+            refuse(odd := sorted(set(column.words) & set(self.na)), "data.tabular.na", ValueError, name=name, odd=odd)
         return self
 
 

@@ -11,7 +11,7 @@ from pvae.data.rows.columns import Column
 from pvae.data.rows.prepare import Floats
 from pvae.data.rows.rows import Part, Rows
 from pvae.data.tables.cells import NA, CellDecoder
-from pvae.errors import DataError, near
+from pvae.errors import DataError, refuse
 from pvae.graph.frame import PADDING, UNKNOWN, word_numbers
 
 
@@ -31,8 +31,7 @@ def side_rows(raw: Mapping[Any, Any], columns: Mapping[str, Column], rows: int, 
     cells: dict[str, Any] = {}
     table: dict[str, Column] = {}
     for name, column in columns.items():
-        if (of := column.of or name) not in raw:
-            raise DataError.of("data.side.absent", origin=origin, name=of, raw=raw, hint=near(of, map(str, raw)))
+        refuse((of := column.of or name) not in raw, "data.side.absent", origin=origin, name=of, raw=raw)
         values = raw[of].detach().cpu().numpy() if isinstance(raw[of], Tensor) else raw[of]
         parts = {name: values} if np.ndim(values) < 2 else {f"{name}[{i}]": v for i, v in enumerate(values.T)}
         if np.shape(values)[:1] != (rows,):
