@@ -32,7 +32,7 @@ def on_rows(analyse: Callable[..., Any], shared: Shared, rows: int | None, **ask
     return measured
 
 
-@command("rows", "on_run_and_device")
+@command("rows", "on_run_and_device", "for_papers")
 def surgery(
     shared: Shared, run: str, split: str = "test", samples: int = 1, components: int | None = None,
     by_class: bool = False, population: bool = False, labelled: bool = False,
@@ -58,7 +58,8 @@ def surgery(
     tables: list[Any] = []
     for name, s in found.items() if by_class else ():
         tables.append(class_table(s, name, opened.data.label_names) if s.classes else f"{name} has no labels")
-    shared.answer({"run": str(opened.path), **more}, side_by_side(found) if split == "both" else found[split], *tables)
+    shown = side_by_side(found) if split == "both" else found[split]
+    shared.answer({"run": str(opened.path), **more}, shown, *tables, columns={k: s.figures() for k, s in found.items()})
 
 
 METHODS = {"iwae": "evidence", "prior": "prior_evidence", "ais": "ais", "bracket": "bracket"}
@@ -215,7 +216,7 @@ def report(
     shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found, f"report: {path}")
 
 
-@command("split", "on_fitted")
+@command("split", "on_fitted", "for_papers")
 def compare(
     shared: Shared, runs: list[str], evidence_samples: int = 500, out: Path = Path("comparison"), figures: bool = False
 ) -> None:
@@ -229,4 +230,5 @@ def compare(
     with claimed(out):
         found = shared.watched("compare", examine_runs, comparison, " and ".join(comparison.exams), "")
         path = found.write(out, figures=figures)
-    shared.answer({"file": str(path), **found.to_dict()}, found, f"comparison: {path}")
+    numbers = found.to_dict()
+    shared.answer({"file": str(path), **numbers}, found, f"comparison: {path}", columns=numbers["figures"])

@@ -63,6 +63,8 @@ class Shared(Record):
     quiet: bool = False
     strict: bool = False
     as_json: bool = False
+    as_csv: bool = False
+    as_latex: bool = False
 
     def open(self, run: str, device: str = "cpu") -> Run:
         """Open a run on a device, after loading the components of installed plugins."""
@@ -121,12 +123,20 @@ class Shared(Record):
         with self.bar(label, total) as bar:
             return work(*given, **named, on_progress=bar.report)
 
-    def answer(self, data: Any, *shown: Any) -> None:
-        """Print `data` as JSON under `--json`, else what is `shown`: texts, and objects that rich can draw."""
+    def answer(self, data: Any, *shown: Any, columns: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Print `data` as JSON under `--json`, else what is `shown`: texts, and objects that rich can draw.
+
+        Under `--csv` and `--latex` print `columns`, figures by term of each run or split.
+        """
         if self.as_json:
             from pvae.util.files import pretty
 
             typer.echo(pretty(data), nl=False)  # standard output then holds nothing else
+            return
+        if columns is not None and (self.as_csv or self.as_latex):
+            from pvae.analysis.figures import paper
+
+            typer.echo((paper.csv if self.as_csv else paper.latex)(columns), nl=False)
             return
         for part in shown:
             (tell if isinstance(part, str) else say)(part)

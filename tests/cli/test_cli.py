@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 
@@ -124,6 +126,20 @@ def test_an_analysis_says_what_is_wrong(case: str, where: list[str], monkeypatch
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     given, code, said = REFUSED[case]
     assert said in run_cli(*given, *where, code=code)[1]
+
+
+def test_figures_for_papers(where: list[str], tmp_path: Path) -> None:
+    """`--csv` and `--latex` print the figures of `--json`, and nothing else."""
+    asked = ("surgery", "latest", "--split", "both", "--rows", "100", *where)
+    found = run_cli_json(*asked)["splits"]
+    table = pandas.read_csv(StringIO(run_cli(*asked, "--csv")[0]), index_col="term")
+    assert table.loc["elbo", "test"] == found["test"]["figures"]["elbo"]["value"]
+    assert table.loc["kl", "train error"] == found["train"]["figures"]["kl"]["standard_error"]
+    told = run_cli(*asked, "--latex")[0].splitlines()
+    assert told[0] == r"\begin{tabular}{lrr}"
+    (line,) = [line for line in told if line.startswith("elbo")]
+    assert f"${found['test']['figures']['elbo']['value']:.2f} " in line
+    assert any(line.startswith(r"mutual\_information") for line in told)
 
 
 def test_surgery_of_two_splits_and_by_class(where: list[str]) -> None:
