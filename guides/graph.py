@@ -180,9 +180,7 @@ class GraphGuide(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.sites, self.frame, self.link, self.classification = sites, frame, link, classification
-        self.encoder = encoder
-        self.posteriors = nn.ModuleDict(posteriors)
-        self.reader = reader
+        self.encoder, self.posteriors, self.reader = encoder, nn.ModuleDict(posteriors), reader
 
     def posterior(self, name: str, x: Tensor) -> dist.TorchDistribution:
         """Return q(z_name | x), for any x `(batch, *event)`, of a latent conditioned on x alone; differentiable."""

@@ -124,8 +124,7 @@ class GraphModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.sites, self.frame = sites, frame
-        self.codebooks = nn.ModuleDict(codebooks or {})
-        self.temperatures = nn.ModuleDict(temperatures or {})
+        self.codebooks, self.temperatures = nn.ModuleDict(codebooks or {}), nn.ModuleDict(temperatures or {})
         self.priors = nn.ModuleDict(priors)
         parts = [part for part in self.priors.modules() if isinstance(part, TransformerModule)]
         self.captions = {name: caption for part in parts for name, caption in part.captions.items()}

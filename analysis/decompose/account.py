@@ -122,10 +122,8 @@ class LevelTerms:
         """Append the log densities of one sample of this latent."""
         self.log_q.append(latent.log_q)
         self.log_p.append(latent.log_p)
-        if latent.kl is not None:
-            self.closed.append(latent.kl)
-        if (kl := latent.coordinate_kl) is not None:
-            self.kl_per_dimension.append(kl.mean(0))
+        self.closed += [] if latent.kl is None else [latent.kl]
+        self.kl_per_dimension += [] if (kl := latent.coordinate_kl) is None else [kl.mean(0)]
 
     def take_coordinates(self, latent: LatentDraw, q: Normals, factorised: bool) -> None:
         """Score a sample of a latent with normal posteriors `q` under the aggregated posterior of every coordinate."""

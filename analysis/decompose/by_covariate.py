@@ -152,10 +152,8 @@ def _pooled(
     names = dict.fromkeys(name for s in found for name in s.latents)
     latents = {name: _level([s.latents.get(name, ABSENT) for s in found], sizes) for name in names}
     told = dict.fromkeys(note for s in found for note in s.notes)
-    by_label: dict[int, list[ClassSurgery]] = {}
-    for label, c in (pair for s in found for pair in s.classes.items()):
-        by_label.setdefault(label, []).append(c)
-    classes = {label: _class(by_label[label]) for label in sorted(by_label)}
+    known = sorted({label for s in found for label in s.classes})
+    classes = {label: _class([s.classes[label] for s in found if label in s.classes]) for label in known}
     figures = _means(found, sizes, but=(*BOUNDS, "global_kl", "label_information"))
     for bound, main in BOUNDS.items():
         if any(getattr(s, bound) for s in found):
@@ -240,9 +238,8 @@ def priors_by_row(pair: Pair, x: Tensor) -> frozenset[str]:
     found: set[str] = set()
     with same_globals(pair, x):
         guide, model = (samples(trace) for trace in pair.traces(pair.structure.few(x)))
-        nodes = {
-            n: node for n, node in {**model, **guide}.items() if pair.layout.holds(node) and not node["is_observed"]
-        }
+        inside = {name: node for name, node in {**model, **guide}.items() if pair.layout.holds(node)}
+        nodes = {name: node for name, node in inside.items() if not node["is_observed"]}
         shapes = {name: site_shape(node, pair.layout) for name, node in nodes.items()}
         rows = {name: (shape, shape.flatten(nodes[name]["value"])[:1]) for name, shape in shapes.items()}
         first: dict[str, Tensor] = {}

@@ -115,12 +115,9 @@ def draw_chunk(pair: Pair, x: Tensor, size: int = 0) -> Draw:
         reconstruction, latents = _summed(guide, model_trace, layout, n, size)
     else:
         reconstruction = _observed(model, layout, size).expand(n)
-        latents = {
-            name: _latent(guide[name], model.get(name), layout, n, point=name in pair.structure.points)
-            if name in guide
-            else _absent(pair.structure.shapes[name].numel, reconstruction)
-            for name in layout.latents
-        }
+        latents = {name: _absent(pair.structure.shapes[name].numel, reconstruction) for name in layout.latents}
+        for name in (name for name in latents if name in guide):
+            latents[name] = _latent(guide[name], model.get(name), layout, n, name in pair.structure.points)
     shared = {name: _log_ratio(guide[name], model.get(name)) for name in layout.shared if name in guide}
     return Draw(reconstruction, latents, shared, pair.structure.points.issuperset(layout.shared), size)
 
@@ -143,9 +140,7 @@ def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> Late
         value=value, log_q=_score(q, posterior, value, layout), log_p=log_p, q=posterior,
         p=None if isinstance(prior, Codes) else prior, normal=normal if isinstance(normal, Normals) else None,
         kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout), point=point,
-        present=presence(q, p, layout, n),
-        tally=tally(posterior, prior, **described(q)),
-        prior=shared_prior(prior),
+        present=presence(q, p, layout, n), tally=tally(posterior, prior, **described(q)), prior=shared_prior(prior),
     )  # fmt: skip
 
 

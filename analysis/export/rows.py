@@ -63,8 +63,7 @@ class Origin(Record, eq=False):
             stop, shown = start + len(next(iter(part.values()))), self.shown(part)
             own = {key: values[start:stop] for key, values in self.columns.items()}
             rest = (
-                table.to_frame(t) if table else pandas.DataFrame(numpy_of(t).reshape(stop - start, -1))
-                for t, table in shown.values()
+                of.to_frame(t) if of else pandas.DataFrame(numpy_of(t).reshape(len(t), -1)) for t, of in shown.values()
             )
             found = pandas.concat([pandas.DataFrame(own), *rest], axis=1)
             tails = {key: tuple(t.shape[1:]) for key, (t, _) in shown.items()}
@@ -166,10 +165,7 @@ def _h5ad(path: Path, parts: Iterable[Part], origin: Origin, like: Path | None) 
 
     if like is not None:
         shutil.copyfile(like, path)
-    shown = (
-        {key: torch.from_numpy(table.values(t)) if table else t for key, (t, table) in origin.shown(part).items()}
-        for part in parts
-    )
+    shown = ({k: torch.from_numpy(of.values(t)) if of else t for k, (t, of) in origin.shown(p).items()} for p in parts)
     with _spooled(path, shown) as arrays, h5py.File(path, "a") as file:
         count = len(next(iter(arrays.values())))
         rows = origin.columns.get("row", np.arange(count))

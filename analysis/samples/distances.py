@@ -6,9 +6,8 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, text
+from pvae.analysis.figures.estimate import Estimate, Figures, refuse
 from pvae.analysis.samples.fidelity import blocks
-from pvae.errors import DataError
 from pvae.util import seeds
 
 HALVINGS = 5
@@ -58,8 +57,8 @@ def distances(data: Tensor, samples: Tensor, seed: int = 0) -> Distances:
         >>> found.frechet.value > found.frechet_floor.value
         True
     """
-    if data.shape[1:] != samples.shape[1:] or len(data) < 4 or len(samples) < 2:
-        raise DataError(text("refused.other_features", data=list(data.shape), samples=list(samples.shape)))
+    few = data.shape[1:] != samples.shape[1:] or len(data) < 4 or len(samples) < 2
+    refuse(few, "refused.other_features", data=list(data.shape), samples=list(samples.shape))
     data, samples = data.double(), samples.double()
     floor = frechet_floor(data, len(samples), seed)
     return Distances(frechet(data, samples), floor, kernel_distance(data, samples), len(data), len(samples))

@@ -18,7 +18,6 @@ from pvae.analysis.samples.sample import model_samples
 from pvae.analysis.samples.score import Hidden, is_elementwise, kinds_of
 from pvae.distributions.codes import Certain
 from pvae.distributions.missing import Absence, takes_missing
-from pvae.errors import DataError
 from pvae.pair import Layout, Pair, is_point, read_joint_states, terms_of, unwrapped
 from pvae.pair import samples as sample_sites
 from pvae.pair.running import tiled
@@ -164,15 +163,15 @@ def impute(
         fn = (node := _visit(pair, few := pair.structure.few(rows))[2])["fn"]
         refuse(sweeps and isinstance(fn, Absence), "refused.sweeps")
         hides = mask is not None and not takes_missing(fn)
-        if pair.structure.rows is not None or node["value"].numel() != len(few) * prod(event) or not is_elementwise(fn):
-            raise DataError("impute: expected rows of any number, each at one site, elements independent given z.")
+        whole = pair.structure.rows is None and node["value"].numel() == len(few) * prod(event) and is_elementwise(fn)
+        refuse(not whole, "impute: expected rows of any number, each at one site, elements independent given z.")
         rounds, kinds = sweeps or SWEEPS * (hides and sweeps is None), kinds_of(fn, prod(event)).to(rows.device)
         found = running.by_chunks(imputed, len(at), rows[0].numel() * max(samples, draws), on_progress)
     at, absent, data = at.cpu(), absent.cpu(), data.cpu()
-    whole: dict[str, Any] = {name: t.new_full((n, *t.shape[1:]), nan).index_copy(0, at, t) for name, t in found.items()}
-    filled = torch.where(absent, whole.pop("x").to(data), data)
-    completed = torch.where(absent[:, None], whole.pop("draws").to(data), data[:, None])
-    return Imputations(filled, absent, draws=completed, **whole)
+    full: dict[str, Any] = {name: t.new_full((n, *t.shape[1:]), nan).index_copy(0, at, t) for name, t in found.items()}
+    filled = torch.where(absent, full.pop("x").to(data), data)
+    completed = torch.where(absent[:, None], full.pop("draws").to(data), data[:, None])
+    return Imputations(filled, absent, draws=completed, **full)
 
 
 def _visit(pair: Pair, rows: Tensor, held: dict[str, Any] | None = None) -> tuple[Tensor, dict[str, Any], Any]:

@@ -174,10 +174,10 @@ def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> d
                 with instead(DataError, f"given.{name}: {{problem}}", DeclarationError):
                     value = source.transforms.given(name, value)
             found[name] = _values(name, entry, n, value)
-        elif isinstance(value, str):
-            found[name] = torch.tensor(vocabulary.encode(value)).expand(n, -1).clone()
         else:
-            raise DeclarationError(text("refused.no_text", name=name, words=vocabulary.words[1:], value=value))
+            is_text = isinstance(value, str)
+            misdeclared(not is_text, "refused.no_text", name=name, words=vocabulary.words[1:], value=value)
+            found[name] = torch.tensor(vocabulary.encode(str(value))).expand(n, -1).clone()
     return found
 
 

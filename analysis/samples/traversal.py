@@ -10,12 +10,11 @@ from torch import Tensor, distributions
 from pvae.analysis.aggregate.entry import accept, require_room
 from pvae.analysis.decompose import collapse, posterior_draws
 from pvae.analysis.export.sites import as_value
-from pvae.analysis.figures.estimate import misdeclared, refuse, text
+from pvae.analysis.figures.estimate import misdeclared, refuse
 from pvae.analysis.samples import running
 from pvae.analysis.samples.encode import LatentCode, encode
 from pvae.analysis.samples.sample import Covariates, Template, prior_latents
 from pvae.distributions.exponential import Normals
-from pvae.errors import DataError, DeclarationError
 from pvae.pair import Pair, log_prob, members, samples, sum_over, unwrapped
 from pvae.records import Record, field
 from pvae.runs.run import Run
@@ -168,11 +167,9 @@ def _priors(template: Template, nodes: Mapping[str, Any]) -> dict[str, tuple[Ten
     if len(found) < len(nodes):
         drawn = running.by_chunks(lambda *at: prior_latents(pair, template.at(*at)), PRIOR_DRAWS, template.numbers)
         for name in nodes.keys() - found.keys():
-            values = drawn[name].reshape(PRIOR_DRAWS, -1)
-            if running.is_discrete(nodes[name]["fn"]):
-                found[name] = values.mode(0).values, torch.zeros_like(values[0])
-            else:
-                found[name] = values.mean(0), values.std(0)
+            values, coded = drawn[name].reshape(PRIOR_DRAWS, -1), running.is_discrete(nodes[name]["fn"])
+            mode = values.mode(0).values if coded else values[0]
+            found[name] = (mode, torch.zeros_like(mode)) if coded else (values.mean(0), values.std(0))
     return found
 
 
@@ -192,8 +189,8 @@ def _dims(dims: Sequence[int] | None, name: str, count: int, scores: Tensor | No
     if dims is None:
         order = range(count) if scores is None else scores.argsort(descending=True, stable=True).tolist()
         return tuple(order[:DEFAULT_DIMS])
-    if (wrong := [d for d in dims if not 0 <= d < count]) or not len(dims):
-        raise DeclarationError(f"dims: expected coordinates of {name}, 0 .. {count - 1}; got {list(wrong or dims)}.")
+    wrong = [d for d in dims if not 0 <= d < count]
+    misdeclared(wrong or not len(dims), "refused.dims", name=name, last=count - 1, dims=list(wrong or dims))
     return tuple(dims)
 
 
@@ -309,12 +306,10 @@ def _path(
     """Return the values of every latent of the model along the line from a to b, `(steps, *event)`."""
     path = {}
     for name in (name for name in a if name in nodes):
-        start, end = a[name].value, b[name].value
-        if not running.is_discrete(nodes[name]["fn"]):
+        start, end, fixed = a[name].value, b[name].value, running.is_discrete(nodes[name]["fn"])
+        refuse(fixed and not torch.equal(start, end), "refused.other_codes", name=name)
+        path[name] = start.expand(len(at), *start.shape[1:])
+        if not fixed:
             path[name] = torch.lerp(start, end, at.to(start).reshape(-1, *(1,) * (start.dim() - 1)))
-        elif torch.equal(start, end):
-            path[name] = start.expand(len(at), *start.shape[1:])
-        else:
-            raise DataError(text("refused.other_codes", name=name))
     refuse(not path, "interpolate: expected latents of single data; got a model without any.")
     return path

@@ -8,12 +8,11 @@ import pandas
 import torch
 from torch import Tensor
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact_mean, refuse, text
+from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact_mean, refuse
 from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK, fidelity
 from pvae.analysis.samples.quality import two_sample
 from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.data.dataset import Dataset
-from pvae.errors import DataError
 from pvae.records import Record
 from pvae.util import StageProgress, seeds, silent
 
@@ -189,8 +188,8 @@ def counterexamples(
     train, test = (part.data.flatten(1).double() for part in (data.train, data.test))
     low, high = float(train.min()), float(train.max())
     refuse(data.binarize != "none", "refused.binarized", data=data)
-    if min(len(train), len(test)) < 100 or train.shape[1] <= components:
-        raise DataError(text("refused.few_rows", train=train, test=test, components=components))
+    few = min(len(train), len(test)) < 100 or train.shape[1] <= components
+    refuse(few, "refused.few_rows", train=train, test=test, components=components)
     ppca, spread = factor_normal(train, components), high - low
     noisy = diluted(ppca, box(low - spread, high + spread, train.shape[1]), KEPT_WEIGHT)
     models = {f"memory eps={s:g}": training_mixture(train, s * spread) for s in scales}

@@ -8,11 +8,8 @@ import torch
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 
-
-@cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """Return a temporary folder that is removed when the process ends."""
-    return tempfile.TemporaryDirectory()
+_folder = cache(tempfile.TemporaryDirectory)
+"""Function that returns a temporary folder, which is removed when the process ends."""
 
 
 @cache

@@ -78,9 +78,8 @@ def html_cell(value: Value, digits: int) -> Markup:
 
 def legible(value: Any) -> Any:
     """Return text with U+FFFD in place of control and bidirectional characters, except newline and tab."""
-    if not isinstance(value, str) or isinstance(value, Markup):  # Markup, the output of a macro, is clean
-        return value
-    if value.isprintable():  # fast path, for the data URIs of pictures, which have 100 000 characters
+    # Markup, the output of a macro, is clean; `isprintable` is fast for data URIs of pictures, of 100 000 characters
+    if not isinstance(value, str) or isinstance(value, Markup) or value.isprintable():
         return value
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs", "Cf") else "\ufffd" for c in value)
 
@@ -124,8 +123,7 @@ def rich_of(table: PageTable) -> Table:
 T = TypeVar("T")
 FORMATS: dict[str, Callable[..., Any]] = {"nats": nats, "number": nats, "percent": percent, "plus_minus": plus_minus}
 WORDS = Catalogue(Path(__file__).with_name("templates"), "*.toml", **FORMATS)
-text = WORDS.text
-texts = WORDS.texts
+text, texts = WORDS.text, WORDS.texts
 
 
 def alert(name: str, /, **fields: Any) -> Sentence:
