@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, quiet, require_counts, require_likelihood
-from pvae.analysis.bounds.accumulate import accumulated
-from pvae.analysis.bounds.ais import counter
+from pvae.analysis.bounds import accumulate, ais
 from pvae.analysis.bounds.refine import Refined, refined
 from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows, refuse
@@ -122,7 +121,7 @@ def gap(
     refuse(names := ", ".join(pair.layout.shared), f"gap: expected latents of single data only; got global {names}.")
     refuse(not pair.layout.latents, "refused.no_gap", names=pair.layout.enumerated)
     chunks = x.split(pair.structure.rows or max(1, OPTIMISED_SAMPLES // particles))
-    plan = RefinePlan(steps, samples, evidence_samples, particles, seed, counter(steps * len(chunks), on_progress))
+    plan = RefinePlan(steps, samples, evidence_samples, particles, seed, ais.counter(steps * len(chunks), on_progress))
     with quiet(pair, x, seed):
         require_likelihood(pair, "gap")
 
@@ -212,7 +211,7 @@ def _measure(pair: Pair, x: Tensor, draw: WeightSampler, plan: RefinePlan, chunk
     lacks = _unconverged(x, handler, draw, plan.particles)
     plan.set_noise(chunk, EVIDENCE, x)
     with handler:
-        last = accumulated(_sample(x, plan.evidence_samples, draw), torch.finfo(torch.float64).eps)
+        last = accumulate.accumulated(_sample(x, plan.evidence_samples, draw), torch.finfo(torch.float64).eps)
     found = {"elbo": own, "refined_elbo": other, "better": better.double(), "lacks": lacks}
     found |= {"log_p": last.log_p, "squared_error": last.squared_errors[-1], "ess": last.ess}
     return {name: t.cpu() for name, t in found.items()}

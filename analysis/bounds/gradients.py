@@ -13,8 +13,7 @@ from pvae.analysis.aggregate.entry import accept, require_counts
 from pvae.analysis.figures.estimate import text
 from pvae.distributions.relaxed import Discretised
 from pvae.errors import DeclarationError
-from pvae.objectives.base import Objective
-from pvae.objectives.elbo import TraceELBO, estimators
+from pvae.objectives import base, elbo
 from pvae.pair import Pair, evaluating
 from pvae.records import Record
 from pvae.runs.run import Run
@@ -104,10 +103,10 @@ def gradients(
     groups = list(dict.fromkeys(map(_group, named)))
     of = torch.cat([torch.full((p.numel(),), groups.index(_group(name)), device=x.device) for name, p in named.items()])
     weight = torch.tensor(objective.beta.at(run.plan.train.epochs, run.plan.train.epochs), device=x.device)
-    made, refused = estimators(objective, pair), {}
+    made, refused = elbo.estimators(objective, pair), {}
     found: list[dict[str, Any]] = []
 
-    def gradient(source: Pair, asked: Objective, number: int) -> Tensor:
+    def gradient(source: Pair, asked: base.Objective, number: int) -> Tensor:
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS, number), x.device)
         loss, _ = asked.evaluate(source, x, None, weight)
         slopes = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
@@ -120,7 +119,7 @@ def gradients(
         known, usual = _summed(pair, x), next(iter(made.values()))
         starts = [0, draws] if known is None else []
         means: list[Any] = [sum(gradient(pair, usual, start + i) for i in range(draws)) / draws for start in starts]
-        one, other = means if known is None else [gradient(known, TraceELBO(), 0)] * 2
+        one, other = means if known is None else [gradient(known, elbo.TraceELBO(), 0)] * 2
         for index, (name, asked) in enumerate(made.items()):
             try:
                 parts, start = [], time.perf_counter()

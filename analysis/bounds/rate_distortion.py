@@ -9,11 +9,9 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from rich.text import Text
 
-from pvae.analysis.decompose.result import Surgery
-from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.decompose import result, surgery
 from pvae.analysis.figures.estimate import refuse
-from pvae.experiment.captions import scored
-from pvae.experiment.experiment import Experiment
+from pvae.experiment import captions, experiment
 from pvae.records import Record, field
 from pvae.runs.run import Run
 from pvae.util import Progress, plain, seeds, silent
@@ -31,7 +29,7 @@ class RateDistortion(Record):
     """Split that the runs are measured on."""
     rows: tuple[Mapping[str, Any], ...]
     """One row for each run in the given order, with the keys `RATE_COLUMNS`."""
-    surgeries: Mapping[str, Surgery] = field(repr=False)
+    surgeries: Mapping[str, result.Surgery] = field(repr=False)
     """ELBO surgery of every run, by name."""
 
     def to_frame(self) -> pandas.DataFrame:
@@ -110,19 +108,19 @@ def rate_distortion(
     for i, (name, run) in enumerate(zip(names, runs, strict=True)):
         part = run.data.split(split)
         x = part.rows[seeds.subset(len(part), rows, seed).to(part.rows.device)]
-        found[name] = surgery(
+        found[name] = surgery.surgery(
             run.pair, x, samples=samples, seed=seed, seen=split == "train", population=None,
             on_progress=lambda done, total, i=i: on_progress(i * total + done, len(runs) * total),  # type: ignore[misc]
         )  # fmt: skip
     return rate_distortion_of(split, found)
 
 
-def rate_distortion_of(split: str, found: Mapping[str, Surgery]) -> RateDistortion:
+def rate_distortion_of(split: str, found: Mapping[str, result.Surgery]) -> RateDistortion:
     """Return rate and distortion of several runs from their surgeries of the same rows of data, by name of the run."""
     return RateDistortion(split, tuple(_row(name, s) for name, s in found.items()), found)
 
 
-def _row(name: str, s: Surgery) -> dict[str, Any]:
+def _row(name: str, s: result.Surgery) -> dict[str, Any]:
     kl = [s.kl] if s.global_kl is None else [s.kl, s.global_kl]
     rate, error = sum(e.value for e in kl), math.hypot(*(e.standard_error for e in kl))
     fit = -s.reconstruction.value, s.reconstruction.standard_error
@@ -150,11 +148,11 @@ def _conditions(run: Run) -> dict[str, str]:
     """Return the properties of a run's data as far as they are known; a hand-written pair does not declare all."""
     data, plan = run.files.manifest.get("data", {}), run.plan
     found = {"fingerprint": str(data.get("fingerprint"))[:16], "source": str(data.get("source"))}
-    if not isinstance(plan, Experiment):
+    if not isinstance(plan, experiment.Experiment):
         return found
     covariates = ", ".join(f"{name} ({y.labels or 'real'} values)" for name, y in plan.covariates.items())
     splits = ", ".join(f"{name} {low} .. {high}" for name, (low, high) in plan.data.splits.declared.items())
     declared = {"data.binarize": plan.data.binarize, "data.splits": splits or "the source's own"}
     given_sum = any(e.source == "sum" for e in plan.entries().values())
-    declared["log density"] = f"of {', '.join(('x', *scored(plan)))}" + " given its sum" * given_sum
+    declared["log density"] = f"of {', '.join(('x', *captions.scored(plan)))}" + " given its sum" * given_sum
     return {**found, **declared, "covariates": covariates or "none"}

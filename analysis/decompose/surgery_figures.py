@@ -11,17 +11,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pvae.analysis.aggregate.aggregated import AggregatedPosterior
-from pvae.analysis.aggregate.components import Kept
+from pvae.analysis.aggregate import aggregated, components
 from pvae.analysis.aggregate.entry import quiet, same_globals, simulated
 from pvae.analysis.decompose.account import Account, guide_components
 from pvae.analysis.decompose.latent_figures import group_figures, latent_surgery
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
 from pvae.analysis.decompose.result import ClassSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws, text, texts
-from pvae.analysis.population.codes import CodePrior, Grid
-from pvae.analysis.population.interval import Population, interval
-from pvae.analysis.population.kernels import FullPrior, KernelPrior
+from pvae.analysis.population import codes, interval, kernels
 from pvae.analysis.population.sample import HonestPrior, MixedPrior, NewRows, RootPrior
 from pvae.distributions.exponential_codes import CertainCodes, Codes, product
 from pvae.pair import Pair, Unweighed, sum_over
@@ -117,12 +114,12 @@ def _label_information(account: Account, y: Tensor) -> Estimate | None:
     labels, value = y[scored.rows], value[scored.rows]
     for label in labels_of(labels):
         mine = labels == label
-        within = AggregatedPosterior(q.rows((y == label).nonzero()[:, 0]), memory=account.memory)
+        within = aggregated.AggregatedPosterior(q.rows((y == label).nonzero()[:, 0]), memory=account.memory)
         terms[mine] = within.log_prob(value[mine])
     if (have := ~labels.isnan()).all():
         own = torch.stack([account.levels[name].log_q[0][scored.rows] for name in account.names]).sum(0)
         return over_draws((terms - (own - scored.upper[0]))[None])
-    whole = AggregatedPosterior(q.rows((~y.isnan()).nonzero()[:, 0]), memory=account.memory)
+    whole = aggregated.AggregatedPosterior(q.rows((~y.isnan()).nonzero()[:, 0]), memory=account.memory)
     return over_draws((terms[have] - whole.log_prob(value[have]))[None]) if have.any() else None
 
 
@@ -152,7 +149,7 @@ def _notes(account: Account) -> tuple[str, ...]:
     latents, scored, bias, rounding = account.first.latents, account.scored.get(account.names), 0.0, 0.0
     if scored is not None and not scored.whole:
         bias = float((torch.stack(scored.upper) - torch.stack(scored.lower)).mean())
-    if scored is not None and isinstance(scored.mixture.components, Kept):
+    if scored is not None and isinstance(scored.mixture.components, components.Kept):
         rounding = scored.mixture.components.rounding(account.first.flat(account.names)[scored.rows])
     certain = [name for name, latent in latents.items() if latent.certain and name in account.guide_roots]
     distinct = len(account.first.flat(certain).unique(dim=0)) if certain else 0
@@ -203,7 +200,7 @@ MODEL_ROWS = 20_000
 MODEL = "on data that the model makes, not on new data: four times as many rows as the data, or 20 000"
 
 
-def on_new_data(account: Account, train: Tensor | None, asked: Asked) -> Population | str:
+def on_new_data(account: Account, train: Tensor | None, asked: Asked) -> interval.Population | str:
     """Return the interval for the gain of a better prior on new data, or the reason why there is none."""
     latents = [account.first.latents[name] for name in account.names]
     if account.by_row or account.pair.structure.bounds:
@@ -223,7 +220,7 @@ def on_new_data(account: Account, train: Tensor | None, asked: Asked) -> Populat
     if asked != "model" and train is not None:
         most = None if asked == "full" else len(account.x)
         others = _drawn(account, train[seeds.subset(len(train), most, account.seed).to(train.device)], TRAIN_NOISE)
-    found = interval(rows, prior, train=others, seed=account.seed)
+    found = interval.interval(rows, prior, train=others, seed=account.seed)
     return replace(found, notes=(MODEL, *found.notes)) if asked == "model" and not isinstance(found, str) else found
 
 
@@ -248,8 +245,8 @@ def _prior(account: Account, asked: Asked) -> HonestPrior | str:
 
     def of_one_kind(names: Sequence[str]) -> HonestPrior:
         if latents[names[0]].tally is not None:
-            return CodePrior([_grid(latents[name]) for name in names])
-        return FullPrior(account.seed) if asked == "full" else KernelPrior()
+            return codes.CodePrior([_grid(latents[name]) for name in names])
+        return kernels.FullPrior(account.seed) if asked == "full" else kernels.KernelPrior()
 
     found: list[HonestPrior] = []
     if len({latents[name].tally is None for name in account.names}) == 1:
@@ -268,7 +265,7 @@ def _kinds(account: Account) -> list[tuple[str, ...]]:
     return [part for part in parts if part]
 
 
-def _grid(latent: LatentDraw) -> Grid:
+def _grid(latent: LatentDraw) -> codes.Grid:
     """Return the grid of codes of a discrete latent; the joint state of sites that are summed out is one code."""
     assert latent.tally is not None  # noqa: S101 - asked before
     width, positions, states = latent.value.shape[1], latent.tally.positions, latent.tally.states
@@ -276,7 +273,7 @@ def _grid(latent: LatentDraw) -> Grid:
         positions, states = latent.q.positions, latent.q.states
     elif width == 1:
         positions, states = 1, states**positions
-    return Grid(positions, states, width)
+    return codes.Grid(positions, states, width)
 
 
 def new_rows(account: Account, x: Tensor, d: Draw, kl: Tensor | None = None, mutual: Tensor | None = None) -> NewRows:

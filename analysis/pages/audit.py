@@ -7,9 +7,8 @@ import numpy as np
 from pvae.analysis.audits.audit import Audit
 from pvae.analysis.pages.document import blocks, document
 from pvae.analysis.pages.document.words import picture, section, table_of, text
-from pvae.analysis.pages.plots.base import array
+from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.pages.plots.clouds import Cloud, plane
-from pvae.analysis.pages.plots.pictures import Rebuilt, reconstructions
 from pvae.analysis.samples.features import is_image
 
 
@@ -25,10 +24,10 @@ def _audited(found: Audit) -> Iterator[blocks.Part]:
     yield from found.remarks
     yield table_of("audited", found)
     if "elements" in found.pictures:
-        unit = (array(found.pictures["elements"]) - found["shift"].value) * found["scale"].value
+        unit = (base.array(found.pictures["elements"]) - found["shift"].value) * found["scale"].value
         normal = np.random.default_rng(0).standard_normal((len(unit), 1))
         yield picture("audited.histogram", plane(Cloud("unit latents", unit[:, None], unit[:, None], normal)))
     if is_image(found.event):
-        data, means = (array(found.pictures[key]) for key in ("data", "means"))
-        shown = Rebuilt("", data, means, ((data - means) ** 2).reshape(len(data), -1).sum(1))
-        yield picture("audited.reconstructions", reconstructions([shown], data.min(), data.max()))
+        data, means = (base.array(found.pictures[key]) for key in ("data", "means"))
+        shown = pictures.Rebuilt("", data, means, ((data - means) ** 2).reshape(len(data), -1).sum(1))
+        yield picture("audited.reconstructions", pictures.reconstructions([shown], data.min(), data.max()))

@@ -10,8 +10,7 @@ from sklearn.metrics import pairwise_distances_argmin
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, exact, proportion, refuse
-from pvae.analysis.samples import features, running
-from pvae.analysis.samples.sample import Samples, sample
+from pvae.analysis.samples import features, running, sample
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
 
@@ -65,7 +64,7 @@ class Copying(Figures, eq=False):
 
 def copying(
     run: Run, split: str = "test", rows: int | None = None, seed: int = 0, *, mean: bool = False,
-    samples: Samples | None = None, space: features.Features | None = None, on_progress: Progress = silent,
+    samples: sample.Samples | None = None, space: features.Features | None = None, on_progress: Progress = silent,
 ) -> Copying:  # fmt: skip
     """Test whether the samples of a run are copies of training rows; see `data_copying` for the statistics.
 
@@ -105,7 +104,7 @@ def copying(
     refuse(part.name == train.name, "refused.copied_from_train")
     chosen = seeds.subset(len(part), min(rows or COPYING_ROWS, COPYING_ROWS), seed)
     if samples is None:
-        samples = sample(run, len(chosen), mean=mean, seed=seed)
+        samples = sample.sample(run, len(chosen), mean=mean, seed=seed)
     kept = seeds.subset(len(train), features.affordable(COPIED_FROM_ROWS, tuple(train.rows.shape[1:])), seed)
     learnt, held = running.observed_rows(train, kept), running.observed_rows(part, chosen)
     fake = samples.x.reshape(len(samples.x), *pair.frame.x)

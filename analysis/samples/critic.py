@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.figures.estimate import Estimate, Figures, over_rows, refuse
-from pvae.analysis.samples import running, sample
-from pvae.analysis.samples.encode import encode
+from pvae.analysis.samples import encode, running, sample
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
@@ -127,7 +126,7 @@ def both_sides(pair: Pair, x: Tensor, draws: int, seed: int) -> tuple[Tensor, Te
     vectors, which are the same for codes and prior samples.
     """
     noise = [[seeds.mix(seed, seeds.ANALYSIS, 100 + 2 * i + side) for i in range(draws)] for side in (0, 1)]
-    q = [{name: code.value for name, code in encode(pair, x, seed=s).latents.items()} for s in noise[0]]
+    q = [{name: code.value for name, code in encode.encode(pair, x, seed=s).latents.items()} for s in noise[0]]
     p = [from_prior(pair, x, s) for s in noise[1]]
     names = tuple(name for name in q[0] if name in p[0])
     latents = [torch.stack([torch.stack([one[name] for one in side]) for side in (q, p)]) for name in names]

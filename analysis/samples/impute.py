@@ -12,9 +12,7 @@ from pvae.analysis.aggregate.entry import accept, require_counts, require_room
 from pvae.analysis.bounds.weights import inverse_ess, log_weights, pareto_k
 from pvae.analysis.export.sites import rows_of
 from pvae.analysis.figures.estimate import refuse
-from pvae.analysis.samples import running
-from pvae.analysis.samples.encode import summed_codes
-from pvae.analysis.samples.sample import model_samples
+from pvae.analysis.samples import encode, running, sample
 from pvae.analysis.samples.score import Hidden, is_elementwise, kinds_of
 from pvae.distributions.codes import Certain
 from pvae.distributions.missing import Absence, takes_missing
@@ -126,7 +124,7 @@ def impute(
         chunk, missing, m = rows[at[start:stop]], absent[at[start:stop]], stop - start
         value = data[at[start:stop]].masked_fill(missing, 0.0 if hides else nan)
         if hides:
-            prior = model_samples(pair, tiled(pair.frame.join(value, chunk), FILLING_SAMPLES), mean=True).x
+            prior = sample.model_samples(pair, tiled(pair.frame.join(value, chunk), FILLING_SAMPLES), mean=True).x
             value = torch.where(missing, prior.to(value).reshape(-1, *value.shape).mean(0), value)
         with Hidden(layout, tiled(missing, samples)) if hides else nullcontext():
             log_w, held, node = _visit(pair, tiled(pair.frame.join(value, chunk), samples))
@@ -187,7 +185,7 @@ def _visit(pair: Pair, rows: Tensor, held: dict[str, Any] | None = None) -> tupl
     log_w = log_weights(terms_of(traces, layout, 0, False, None), layout.shared).expand(len(rows))
     if layout.enumerated:
         values = {name: guide[name]["value"] for name in (*layout.latents, *layout.shared)}
-        codes = summed_codes(read_joint_states(model, layout, 0), model, mean=False)
+        codes = encode.summed_codes(read_joint_states(model, layout, 0), model, mean=False)
         model = sample_sites(pair.model_trace(rows, values | {name: code for name, _, code in codes}))
     return log_w, {name: guide[name] for name in layout.latents}, running.datum(layout, model)
 

@@ -11,9 +11,8 @@ from sklearn import compose, exceptions, linear_model, metrics, pipeline, prepro
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, over_rows, proportion, refuse
-from pvae.analysis.samples.encode import encode
+from pvae.analysis.samples import encode, running
 from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
-from pvae.analysis.samples.running import opened
 from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.records import Record
@@ -113,7 +112,7 @@ def probe(
         >>> 0 <= probe(example_run())["z"].linear.value <= 1
         True
     """
-    pair, part, train = opened(run), run.data.split(split), run.data.train
+    pair, part, train = running.opened(run), run.data.split(split), run.data.train
     given = [name for name, entry in pair.frame.covariates.items() if entry.source == "label"]
     refuse(given, "refused.given_label", covariates=given)
     x, y = _some(train, PROBE_TRAINING_ROWS, seed)
@@ -124,7 +123,7 @@ def probe(
     y, labels = (np.where(np.isin(side, there), np.searchsorted(there, side), len(there)) for side in (y, labels))
     data = [split.observed(side) for split, side in ((train, x), (part, asked))]
     refuse(not all(side.isfinite().all() for side in data), "refused.no_components")
-    codes = [encode(run, side, mean=True, seed=seed).latents for side in (x, asked)]
+    codes = [encode.encode(run, side, mean=True, seed=seed).latents for side in (x, asked)]
     read: dict[str, list[Block]] = {name: [(codes[0][name].value, codes[1][name].value)] for name in codes[0]}
     refuse(not read, "probe: expected latents of single data; got a model without any.")
     if len(read) > 1:
@@ -228,7 +227,7 @@ def groups(run: Run, split: str = "test", seed: int = 0) -> GroupedCodes:
         >>> found.separated["label"].value > 0.2, found.mixed["label"].value < 0.5
         (True, True)
     """
-    pair, part = opened(run), run.data.split(split)
+    pair, part = running.opened(run), run.data.split(split)
     index = seeds.subset(len(part), affordable(GROUPED_ROWS, tuple(part.rows.shape[1:])), seed)
     x = part.rows[index.to(part.rows.device)]
     given = {name: e for name, e in pair.frame.covariates.items() if e.codes and e.vocabulary is None}
@@ -236,7 +235,7 @@ def groups(run: Run, split: str = "test", seed: int = 0) -> GroupedCodes:
     labels = part.labels
     if labels is not None and not any(entry.source == "label" for entry in pair.frame.covariates.values()):
         known["label"] = labels[index.to(labels.device)]
-    values = [code.value for code in encode(run, x, mean=True, seed=seed).latents.values()]
+    values = [code.value for code in encode.encode(run, x, mean=True, seed=seed).latents.values()]
     real = [value.flatten(1).double().cpu() for value in values if value.is_floating_point()]
     separated, mixed = {}, {}
     for name, value in known.items() if real else ():

@@ -11,8 +11,7 @@ from pvae.analysis.aggregate.entry import accept, require_room
 from pvae.analysis.decompose import collapse, posterior_draws
 from pvae.analysis.export.sites import as_value
 from pvae.analysis.figures.estimate import misdeclared, refuse
-from pvae.analysis.samples import running
-from pvae.analysis.samples.encode import LatentCode, encode
+from pvae.analysis.samples import encode, running
 from pvae.analysis.samples.sample import Covariates, Template, prior_latents
 from pvae.distributions.exponential import Normals
 from pvae.pair import Pair, log_prob, members, samples, sum_over, unwrapped
@@ -106,7 +105,7 @@ def traverse(
         held = run_or_pair.data.test.x
         rows = held[seeds.subset(len(held), ORDER_ROWS, seed).to(held.device)]
     seen = row if rows is None else accept(pair, rows)[:ORDER_ROWS]
-    base = {} if row is None else encode(pair, row, mean=True, seed=seed).latents
+    base = {} if row is None else encode.encode(pair, row, mean=True, seed=seed).latents
     with running.analysed(pair, template.at(0, 2), seed):
         nodes = samples(pair.simulate(template.at(0, 8)))
         refuse(name not in nodes, f"traverse: expected {name} in the model; got a latent of the guide alone.")
@@ -282,7 +281,7 @@ def interpolate(
     refuse(steps < 2, f"interpolate: expected at least two steps; got steps={steps}.")
     pair, todo = running.opened(run_or_pair), "Pass x[:1]."
     first, last = (running.one_row(pair, row, "interpolate", todo) for row in (a, b))
-    ends = [encode(pair, row, mean=True, seed=seed).latents for row in (first, last)]
+    ends = [encode.encode(pair, row, mean=True, seed=seed).latents for row in (first, last)]
     template, at = Template(run_or_pair, pair, steps, None, seed, first), torch.linspace(0, 1, steps)
     with running.analysed(pair, template.at(0, 2), seed):
         model = PlacedModel(template, samples(pair.simulate(template.at(0, 2))))
@@ -301,7 +300,7 @@ def interpolate(
 
 
 def _path(
-    nodes: Mapping[str, Any], a: Mapping[str, LatentCode], b: Mapping[str, LatentCode], at: Tensor
+    nodes: Mapping[str, Any], a: Mapping[str, encode.LatentCode], b: Mapping[str, encode.LatentCode], at: Tensor
 ) -> dict[str, Tensor]:
     """Return the values of every latent of the model along the line from a to b, `(steps, *event)`."""
     path = {}

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact_mean, refuse
-from pvae.analysis.samples.fidelity import DISTANCES_PER_BLOCK, fidelity
-from pvae.analysis.samples.quality import two_sample
+from pvae.analysis.samples import fidelity, quality
 from pvae.analysis.truths.linear import probabilistic_pca
 from pvae.data.dataset import Dataset
 from pvae.records import Record
@@ -72,7 +71,7 @@ def memory_log_prob(x: Tensor, centres: Tensor, scales: Sequence[float]) -> Tens
     n, dim = centres.shape
     square = centres.square().sum(1)
     found = []
-    for part in x.split(max(1, DISTANCES_PER_BLOCK // n)):
+    for part in x.split(max(1, fidelity.DISTANCES_PER_BLOCK // n)):
         distance = (part.square().sum(1, keepdim=True) + square).addmm_(part, centres.T, alpha=-2).clamp_(min=0)
         found.append(torch.stack([(-0.5 / s**2 * distance).logsumexp(1) for s in scales]))
     level = 0.5 * dim * (2 * math.pi * torch.tensor(scales, dtype=torch.float64).square()).log() + math.log(n)
@@ -205,9 +204,9 @@ def counterexamples(
     for i, (name, model) in enumerate(models.items()):
         on_progress(i + 1, total, name)
         fake = model.sample(len(held), seeds.generator(seed, seeds.ANALYSIS, 30)).reshape(held.shape).float()
-        near, accuracy = fidelity(held, fake), two_sample(held, fake, seed).accuracy
+        near, accuracy = fidelity.fidelity(held, fake), quality.two_sample(held, fake, seed).accuracy
         train_log_p, test_log_p = (exact_mean(log_p[i]) for log_p in scored)
         found.append(Example(name, train_log_p, test_log_p, accuracy, near.precision, near.coverage))
-    own = two_sample(held, data.train.data[seeds.subset(len(train), len(held), seed + 1)], seed).accuracy
+    own = quality.two_sample(held, data.train.data[seeds.subset(len(train), len(held), seed + 1)], seed).accuracy
     lost, bound = exact_mean(scored[1][-2] - scored[1][-1]), -math.log(KEPT_WEIGHT)
     return CounterExamples(tuple(found), lost, bound, own, data.source, *train.shape)

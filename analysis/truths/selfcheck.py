@@ -13,10 +13,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from pvae.analysis.bounds.ais import ais, bracket
-from pvae.analysis.bounds.evidence import evidence, prior_evidence
-from pvae.analysis.bounds.gap import gap
-from pvae.analysis.bounds.weights import Bounds
+from pvae.analysis.bounds import ais, evidence, gap, weights
 from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, refuse, text, texts
 from pvae.analysis.truths import linear, structured
@@ -236,7 +233,7 @@ def _over_data(estimate: Estimate | None) -> Estimate | None:
 
 
 def _evidence(truth: Truth, seed: int) -> Iterator[Found]:
-    found = evidence(truth.pair, truth.x, truth.draws, seed)
+    found = evidence.evidence(truth.pair, truth.x, truth.draws, seed)
     yield Found("elbo", found.elbo)
     for k, bound in found.curve[1:]:
         yield Found(f"iwae_{k}", bound)
@@ -244,12 +241,12 @@ def _evidence(truth: Truth, seed: int) -> Iterator[Found]:
 
 
 def _prior_evidence(truth: Truth, seed: int) -> Iterator[Found]:
-    found = prior_evidence(truth.pair, truth.x, 8 * truth.draws, seed)
+    found = evidence.prior_evidence(truth.pair, truth.x, 8 * truth.draws, seed)
     yield Found("jensen", found.jensen, "prior_jensen")
     yield _last(found)
 
 
-def _last(found: Bounds) -> Found:
+def _last(found: weights.Bounds) -> Found:
     k, bound = found.curve[-1]
     return Found(f"{found.names[1]}_{k}", bound, "log_evidence", below=_lacking(found.ess, found.samples))
 
@@ -264,19 +261,19 @@ def _lacking(ess: Tensor, samples: int) -> float:
 
 def _ais(truth: Truth, seed: int) -> Iterator[Found]:
     x = truth.x[:20]  # the slowest estimator
-    found = ais(truth.pair, x, temperatures=12, chains=64, leapfrog=4, seed=seed)
+    found = ais.ais(truth.pair, x, temperatures=12, chains=64, leapfrog=4, seed=seed)
     yield Found("lower", found.lower, truth.mean_log_p(x), below=_lacking(found.ess, found.chains))
 
 
 def _bracket(truth: Truth, seed: int) -> Iterator[Found]:
-    found = bracket(truth.pair, truth.x, rows=60, temperatures=30, chains=16, leapfrog=4, seed=seed)
+    found = ais.bracket(truth.pair, truth.x, rows=60, temperatures=30, chains=16, leapfrog=4, seed=seed)
     exact = truth.mean_log_p(found.x)
     yield Found("lower", found.lower, exact, below=BOUND_SLACK)
     yield Found("upper", found.upper, exact, above=BOUND_SLACK)
 
 
 def _gap(truth: Truth, seed: int) -> Iterator[Found]:
-    found = gap(truth.pair, truth.x, steps=150, samples=400, evidence_samples=2000, seed=seed)
+    found = gap.gap(truth.pair, truth.x, steps=150, samples=400, evidence_samples=2000, seed=seed)
     yield Found("log_p", found.log_p, "log_evidence", below=BOUND_SLACK)
     yield Found("elbo", found.elbo)
     yield Found("inference", found.inference, "inference_gap", below=BOUND_SLACK)

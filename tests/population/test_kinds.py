@@ -49,13 +49,13 @@ def test_train_rows_have_noise_of_their_own():
 
 def test_a_new_prior_of_the_roots_leaves_the_other_levels(monkeypatch):
     caught: list[NewRows] = []
-    real = surgery_figures.interval
+    real = surgery_figures.interval.interval
 
     def spy(rows, prior, **more):
         caught.append(rows)
         return real(rows, prior, **more)
 
-    monkeypatch.setattr(surgery_figures, "interval", spy)
+    monkeypatch.setattr(surgery_figures.interval, "interval", spy)
     x = pairs.correlated(0.5, 200)
     found = surgery(pairs.two_levels(), x).population
     assert found.gain.value < found.gain_upper.value

@@ -11,9 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from scipy.stats import binom
 
-from pvae.analysis.bounds.calibration import Calibration
+from pvae.analysis.bounds import calibration, weights
 from pvae.analysis.bounds.ranks import LEVEL, RankTest
-from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose import collapse, result
 from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.pages.plots.base import BLUE, GREY, RED, nats, panels, plain, style, whole_numbers
@@ -120,7 +119,7 @@ def code_maps(name: str, data: np.ndarray, maps: np.ndarray, states: int, low: f
 
 
 @style()
-def calibrated(found: Calibration) -> Figure:
+def calibrated(found: calibration.Calibration) -> Figure:
     """Plot the ranks of the coordinates that are worst calibrated, and the coverage of regions of all coordinates."""
     shown = found.worst[:HISTOGRAMS]
     made, grid = panels(2.0 * (len(shown) // 3 + 1), [1] * (len(shown) // 3 + 1), columns=3)
@@ -146,7 +145,7 @@ def _ranks(axes: Axes, test: RankTest) -> None:
     axes.set_title(f"{plain(test.name)}\n{test.verdict}", fontsize=9)
 
 
-def _coverage(axes: Axes, found: Calibration) -> None:
+def _coverage(axes: Axes, found: calibration.Calibration) -> None:
     """Draw the proportion of true latents in the regions of q over their probability, with its 95 % band."""
     levels = np.linspace(0, 1, 101)
     band = (binom.ppf(p, found.n, levels) / found.n for p in (LEVEL / 2, 1 - LEVEL / 2))
@@ -183,7 +182,7 @@ class WaterfallStep(Record):
         return f"+{nats(self.value)}" + (" or more" if math.isnan(self.until) else f" to +{nats(self.until)}")
 
 
-def inference_steps(surgery: result.Surgery, evidence: Evidence | None) -> list[WaterfallStep]:
+def inference_steps(surgery: result.Surgery, evidence: weights.Evidence | None) -> list[WaterfallStep]:
     """Return the steps from the bound on log p(x) down to the ELBO; empty without a gain from importance sampling."""
     if evidence is None or not math.isfinite(evidence.gap) or evidence.gap < 1e-6:
         return []

@@ -12,9 +12,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.bounds.weights import Evidence
-from pvae.analysis.decompose import posterior_draws, result, surgery_figures
-from pvae.analysis.decompose.collapse import Collapse, collapse
-from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.decompose import collapse, posterior_draws, result, surgery, surgery_figures
 from pvae.analysis.pages.document import document, words
 from pvae.analysis.samples import quality, running
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
@@ -209,7 +207,7 @@ class Examination:
             told = self.stages.part(f"surgery of {name}")
             given: dict[str, Any] = {"seed": self.seed, "train": train, "labels": labels, "on_progress": told}
             given |= {"seen": name == "train", "population": self.population}
-            found[name] = surgery(self.pair, rows.x, draws(self.samples, len(rows.x)), **given)
+            found[name] = surgery.surgery(self.pair, rows.x, draws(self.samples, len(rows.x)), **given)
         return found
 
     @property
@@ -242,9 +240,9 @@ class Examination:
         return self.attempt("evidence", evidence, self.pair, rows, samples=samples, seed=self.seed, part=part)
 
     @cached_property
-    def collapse(self) -> Collapse:
+    def collapse(self) -> collapse.Collapse:
         """Posterior collapse on the rows `x`: active coordinates and KL, or code usage, of each latent."""
-        return collapse(self.pair, self.x, self.seed)
+        return collapse.collapse(self.pair, self.x, self.seed)
 
     @cached_property
     def drawn(self) -> posterior_draws.Draw:
