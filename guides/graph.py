@@ -8,8 +8,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape
-from pvae.distributions.base import Determined
-from pvae.distributions.observed import observed
+from pvae.distributions import Determined, observed
 from pvae.graph.frame import Frame
 from pvae.graph.site import EMBEDDED, OBSERVED, Link, Site, embedded
 from pvae.graph.statements import data_plate, sample
@@ -202,7 +201,7 @@ class GraphGuide(nn.Module):
                 fn = posterior(inputs, seen)
                 infer: Any = posterior.infer(inputs) if isinstance(posterior, PosteriorModule) else None
                 if site.name in known:
-                    fn, log_q = observed(fn, known[site.name])
+                    fn, log_q = observed.observed(fn, known[site.name])
                     weighed = {"classification": -self.classification * log_q} if self.classification else {}
                     infer = {**(infer or {}), "penalties": weighed}
                 seen[site.name] = self.link.model.see(site, sample(site.name, fn, infer=infer), x)

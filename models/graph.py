@@ -9,8 +9,7 @@ from pyro.poutine.runtime import InferDict
 from torch import Tensor, nn
 
 from pvae.component import Names, Section, Shape
-from pvae.distributions import missing
-from pvae.distributions.base import Determined
+from pvae.distributions import Determined, missing
 from pvae.errors import DataError, misdeclared
 from pvae.graph.frame import Frame
 from pvae.graph.site import EMBEDDED, OBSERVED, Law, Site, embedded

@@ -12,10 +12,8 @@ from torch import Tensor
 from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.distributions import missing, relaxed
 from pvae.errors import DataError
-from pvae.pair import Pair, Unweighed, require_bound, samples
-from pvae.pair.running import quiet as quiet_pair
-from pvae.util import seeds
-from pvae.util.memory import require_memory
+from pvae.pair import Pair, Unweighed, require_bound, running, samples
+from pvae.util import memory, seeds
 
 
 def accept(
@@ -58,7 +56,7 @@ def quiet(pair: Pair, x: Tensor, seed: int) -> Iterator[None]:
     Weights that poutine.scale puts on the terms of a loss are not part of the ELBO that is analysed. Relaxed latents
     are replaced by the discrete codes they stand for.
     """
-    with quiet_pair(pair, x), Unweighed(), relaxed.Discretised(pair.relaxed):
+    with running.quiet(pair, x), Unweighed(), relaxed.Discretised(pair.relaxed):
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
         yield
 
@@ -70,7 +68,7 @@ def require_room(pair: Pair, caller: str, data: int, numbers: float, what: str) 
         DataError: the message gives the memory that they need; `what` is to be lowered.
     """
     row = prod(pair.frame.row) + sum(shape.numel for shape in pair.structure.shapes.values())
-    require_memory(8 * (data * row + numbers), caller, what, "Ask for fewer.")
+    memory.require_memory(8 * (data * row + numbers), caller, what, "Ask for fewer.")
 
 
 def require_counts(caller: str, **counts: int) -> None:

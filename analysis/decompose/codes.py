@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from pvae.distributions import MAX_STATES, CertainCodes, Codes
-from pvae.pair import Pair, SiteShape, is_masked, log_prob, members, samples, sum_over
-from pvae.pair.running import tiled
+from pvae.pair import Pair, SiteShape, is_masked, log_prob, members, samples, sum_over, tiled
 from pvae.records import Record
 
 NUMBERS_AT_ONCE = 2**22

@@ -21,8 +21,7 @@ from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, ov
 from pvae.analysis.population import codes, interval, kernels
 from pvae.analysis.population.sample import HonestPrior, MixedPrior, NewRows, RootPrior
 from pvae.distributions.exponential_codes import CertainCodes, Codes, product
-from pvae.pair import Pair, Unweighed, sum_over
-from pvae.pair.running import quiet as quiet_pair
+from pvae.pair import Pair, Unweighed, running, sum_over
 from pvae.util import seeds
 
 
@@ -174,7 +173,7 @@ def relaxed_terms(pair: Pair, x: Tensor, samples: int, seed: int) -> Tensor | No
     """
     if not pair.layout.relaxed:
         return None
-    with quiet_pair(pair, x), Unweighed():
+    with running.quiet(pair, x), Unweighed():
         seeds.set_noise(seeds.mix(seed, seeds.ANALYSIS), x.device)
         return torch.stack([_relaxed_draw(pair, x) for _ in range(samples)])
 

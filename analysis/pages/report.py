@@ -11,8 +11,7 @@ from pvae.analysis.pages.document.words import text
 from pvae.analysis.pages.sections import SECTIONS
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.runs.run import Run
-from pvae.util.progress import StageProgress, silent
-from pvae.util.threads import threads
+from pvae.util import StageProgress, silent, threads
 
 
 def report(
@@ -56,7 +55,7 @@ def examine(exam: Examination, on_progress: StageProgress = silent) -> Document:
     exam.stages = Stages(len(SECTIONS), on_progress)
     run = exam.run
     named = {"name": run.name, "id": run.path.name, "started": run.files.manifest.get("started")}
-    with threads(1 if exam.is_small else None):
+    with threads.threads(1 if exam.is_small else None):
         sections = exam.stages.sections(SECTIONS, exam)
     identity, said = text("page.identity", run=named, split=exam.split), text("page.footer", seed=exam.seed)
     numbers, footer = {"run": named, "split": exam.split, "seed": exam.seed}, f"{said} {text('page.nats')}"
@@ -111,7 +110,7 @@ def compare(
 def examine_runs(found: Comparison, title: str, description: str, on_progress: StageProgress = silent) -> Document:
     """Return the page of a comparison, with all its numbers, tables and pictures computed."""
     found.stages = Stages(len(found.exams) + len(COMPARISON_SECTIONS), on_progress)
-    with threads(1 if found.first.is_small else None):
+    with threads.threads(1 if found.first.is_small else None):
         _ = found.figures  # computes the metrics of every run, one run after the other
         sections = found.stages.sections(COMPARISON_SECTIONS, found)
     runs = {name: {"name": exam.run.name, "id": exam.run.path.name} for name, exam in found.exams.items()}

@@ -19,8 +19,7 @@ from pvae.analysis.figures.estimate import Estimate, refuse, text, texts
 from pvae.analysis.truths import linear, structured
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Truth
 from pvae.records import Record, replace
-from pvae.util import StageProgress, plain, silent
-from pvae.util.threads import threads
+from pvae.util import StageProgress, plain, silent, threads
 
 
 def digits(n: int | None = 1000) -> tuple[FloatArray, np.ndarray]:
@@ -316,7 +315,7 @@ def selfcheck(
     chosen = standard() if truths is None else tuple(truths)
     refuse(not chosen, "selfcheck: expected at least one truth; got none. Pass truths=None for the standard ones.")
     total, done, checks = sum(len(truth.estimators) for truth in chosen), 0, list[FigureCheck]()
-    with threads(1):
+    with threads.threads(1):
         for truth in (truth.to(device) for truth in chosen):
             for estimator in truth.estimators:
                 for figure, estimate, known, *slack in ESTIMATORS[estimator](truth, seed):

@@ -8,6 +8,6 @@ from pvae.pair.layout import Layout, SiteShape, is_point, samples, site_shape, u
 from pvae.pair.pair import CHECKED_ROWS, Pair
 from pvae.pair.pathwise import Estimator
 from pvae.pair.problems import ProgramError, require_bound
-from pvae.pair.running import PARTICLES, evaluating, quiet
+from pvae.pair.running import PARTICLES, evaluating, quiet, tiled
 from pvae.pair.structure import ROWS_OF_A_BATCH, PairData, is_code, numbers_of
 from pvae.pair.terms import Terms, terms_of
