@@ -6,7 +6,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae.analysis.aggregate.entry import accept, quiet, require_likelihood, same_globals
+from pvae.analysis.aggregate.entry import accept, quiet, require_counts, require_likelihood, same_globals
 from pvae.analysis.bounds.accumulate import accumulate_weights
 from pvae.analysis.bounds.weights import Evidence, PriorEvidence, log_weights, one_by_one, side_by_side
 from pvae.analysis.decompose.codes import log_evidence
@@ -65,7 +65,7 @@ def evidence(
         >>> found.elbo.kind, found.elbo.value < found.iwae.value
         ('lower_bound', True)
     """
-    _check_samples(samples, "evidence")
+    require_counts("evidence", samples=samples)
     x = accept(pair, x)
     with quiet(pair, x, seed):
         certain = require_posterior(pair)
@@ -124,7 +124,7 @@ def prior_evidence(
         >>> found.jensen.value < found.evidence.value
         True
     """
-    _check_samples(samples, "prior_evidence")
+    require_counts("prior_evidence", samples=samples)
     x = accept(pair, x, guide=False)
     with quiet(pair, x, seed):
         given = _points(pair, x, "prior_evidence")
@@ -192,10 +192,6 @@ def require_posterior(pair: Pair) -> bool:
     points = [name for name in pair.layout.latents if name in pair.structure.points]
     refuse(points and not pair.structure.determined, "refused.points", names=points)
     return len(points) == len(pair.layout.latents)
-
-
-def _check_samples(samples: int, caller: str) -> None:
-    refuse(samples < 1, f"{caller}: expected at least one sample; got samples={samples}. Pass samples=5000, say.")
 
 
 def _likelihood(pair: Pair, x: Tensor, count: int, given: dict[str, Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields, replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -212,10 +213,8 @@ def _mean(parts: Sequence[Estimate | None], sizes: Sequence[int]) -> Any:
 def _level(parts: Sequence[LatentSurgery], sizes: Sequence[int]) -> LatentSurgery:
     figures = _means(parts, sizes)
     columns = [part.kl_per_dimension for part in parts if part.kl_per_dimension is not None]
-    per_dimension = None
-    if len(columns) == len(parts):
-        rows = zip(*columns, strict=True)
-        per_dimension = tuple(sum(n * v for n, v in zip(sizes, row, strict=True)) / sum(sizes) for row in rows)
+    means = np.average(columns, 0, sizes).tolist() if len(columns) == len(parts) else None
+    per_dimension = None if means is None else tuple(means)
     return LatentSurgery(**figures, kl_per_dimension=per_dimension, active_units=None)
 
 

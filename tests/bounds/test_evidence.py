@@ -379,7 +379,7 @@ def test_global_latents_with_a_spread_make_one_bound_of_all_rows():
 @BOTH
 def test_bad_input(bound):
     pair = ppca()
-    with pytest.raises(DataError, match=r"expected at least one sample; got samples=0"):
+    with pytest.raises(DataError, match=r"evidence: expected samples of at least 1; got 0"):
         bound(pair, rows(3), samples=0)
     bound(pair, rows(3), samples=1)
     with pytest.raises(DataError, match=r"expected at least one row, of shape \(4\)"):

@@ -38,9 +38,10 @@ FIELDS: dict[str, Any] = {
     "best": Reading, "bound": Evidence, "distances": Distances, "draws": Copying, "exam": Examination,
     "fidelity": Fidelity, "first": Copying, "gap": Gap, "groups": GroupedCodes, "holes": Holes,
     "latent": LatentCollapse, "probe": Probe,
-    "raw": Reading, "rows": ChosenRows, "run": {"id", "started"}, "surgery": Surgery, "test": TwoSample,
+    "raw": Reading, "rows": ChosenRows, "run": {"id", "started", "name", "path"}, "surgery": Surgery, "test": TwoSample,
     "found": Surgery, "p": {"least", "chance", "value"}, "size": SubsetInformation, "step": WaterfallStep,
     "use": CodeUse, "watched": {"rows", "split"}, **dict.fromkeys(("gains", "known", "wide"), {"items"}),
+    **dict.fromkeys(("facts", "status", "data", "git"), {"get"}),
 }  # fmt: skip
 """Classes of the fields whose attributes texts name."""
 

@@ -280,13 +280,6 @@ def environment_of(run: Run) -> tuple[tuple[str, str], ...]:
     entries = map(manifest.get, ("data", "git", "versions"))
     data, git, versions = (found if isinstance(found, Mapping) else {} for found in entries)
     facts = {**manifest, "engine": status.get("engine", manifest.get("engine"))}
-    told = [
-        ("run", f"{run.name} / {run.path.name}"), ("started", manifest.get("started")),
-        ("state", f"{status.get('state')}, epoch {status.get('epoch')} of {status.get('epochs')}"),
-        ("training time", f"{status.get('seconds')} s"),
-        *((key, facts.get(key)) for key in ("device", "engine", "precision", "threads", "seed")),
-        ("data", f"{data.get('source')}, shape {data.get('shape')}"), ("data fingerprint", data.get("fingerprint")),
-        ("commit", f"{git['commit']}{' (changed since)' if git.get('dirty') else ''}" if git.get("commit") else None),
-        ("platform", manifest.get("platform")), *versions.items(),
-    ]  # fmt: skip
+    said = texts("environment.facts", run=run, facts=facts, status=status, data=data, git=git)
+    told = [*(fact.partition(": ")[::2] for fact in said), *versions.items()]
     return tuple((str(what), str(value)) for what, value in told if value is not None)
