@@ -13,10 +13,9 @@ from torch import Tensor
 
 from pvae.analysis.aggregate import aggregated, components
 from pvae.analysis.aggregate.entry import quiet, same_globals, simulated
+from pvae.analysis.decompose import latent_figures, result
 from pvae.analysis.decompose.account import Account, guide_components
-from pvae.analysis.decompose.latent_figures import group_figures, latent_surgery
 from pvae.analysis.decompose.posterior_draws import Draw, LatentDraw, draw
-from pvae.analysis.decompose.result import ClassSurgery, Surgery
 from pvae.analysis.figures.estimate import Estimate, Kind, exact, exact_mean, over_draws, over_whole_draws, text, texts
 from pvae.analysis.population import codes, interval, kernels
 from pvae.analysis.population.sample import HonestPrior, MixedPrior, NewRows, RootPrior
@@ -25,16 +24,16 @@ from pvae.pair import Pair, Unweighed, running, sum_over
 from pvae.util import seeds
 
 
-def close(account: Account, y: Tensor | None, train: Tensor | None) -> Surgery:
+def close(account: Account, y: Tensor | None, train: Tensor | None) -> result.Surgery:
     """Return the surgery of all samples scored by the account; `y` are labels, `train` are rows for `train_gain`."""
-    whole = group_figures(account, account.names)
-    latents = {name: latent_surgery(account, name) for name in account.names}
+    whole = latent_figures.group_figures(account, account.names)
+    latents = {name: latent_figures.latent_surgery(account, name) for name in account.names}
     closed = [latent.kl_exact for latent in latents.values()]
     reconstruction = _mean(account, torch.stack(account.reconstruction))
     total = _elbo(account, reconstruction, whole["kl"])
     points, samples = account.pair.structure.estimated, len(account.reconstruction)
     relaxed = relaxed_terms(account.pair, account.x, samples, account.seed)
-    return Surgery(
+    return result.Surgery(
         n=len(account.x), samples=samples, reconstruction=reconstruction, **whole,
         kl_exact=_total([c for c in closed if c is not None]) if closed and None not in closed else None,
         label_information=None if y is None else _label_information(account, y),
@@ -71,7 +70,7 @@ def labels_of(y: Tensor) -> list[float]:
     return y[~y.isnan()].unique().tolist()
 
 
-def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
+def _classes(account: Account, y: Tensor) -> dict[int, result.ClassSurgery]:
     """Return the terms of the surgery by class label, each a mean over the rows of that label."""
     reconstruction, kl = torch.stack(account.reconstruction), account.kl_terms().reshape(-1, len(y))
     joint = account.joint_codes(account.names)
@@ -94,7 +93,7 @@ def _classes(account: Account, y: Tensor) -> dict[int, ClassSurgery]:
         terms = reconstruction - kl - account.shares(), reconstruction, kl
         elbo, fit, price = (over_draws(each[:, mine]) for each in terms)
         known = None if information is None else within(over_draws(information))
-        out[int(label)] = ClassSurgery(int(mine.sum()), elbo, fit, price, known, marginal)
+        out[int(label)] = result.ClassSurgery(int(mine.sum()), elbo, fit, price, known, marginal)
     return out
 
 

@@ -10,8 +10,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pvae.analysis.bounds.evidence import evidence
-from pvae.analysis.decompose.result import SURGERY_TERMS
-from pvae.analysis.decompose.surgery import surgery
+from pvae.analysis.decompose import result, surgery
 from pvae.analysis.figures.estimate import cell
 from pvae.analysis.pages.document.words import text
 from pvae.analysis.samples.features import affordable
@@ -26,7 +25,7 @@ STUDY_FILE = "study.json"
 STUDY_SCHEMA = 2
 NEW_DATA = {"new_gain": "gain", "new_gain_upper": "gain_upper"}
 """Names of the metrics of the test split for what a better prior wins on new data, and attributes of `Population`."""
-ESTIMATES = (*SURGERY_TERMS, *NEW_DATA, "iwae", *(f"train_{term}" for term in SURGERY_TERMS))
+ESTIMATES = (*result.SURGERY_TERMS, *NEW_DATA, "iwae", *(f"train_{term}" for term in result.SURGERY_TERMS))
 STUDY_FIGURES = (*ESTIMATES, "seconds")
 """Names of the metrics of a run: ELBO terms and IWAE of the test split, ELBO terms of train, seconds of training."""
 TERMINAL_FIGURES = {
@@ -95,10 +94,10 @@ def _measured(run: Run, measure: Measure) -> dict[str, Any]:
     found: dict[str, Any] = {"iwae": None, "seconds": run.status.get("seconds"), "notes": []}
     for split in ("test", "train"):
         x = _rows(run, split, measure)
-        found[split] = dict.fromkeys(SURGERY_TERMS)
+        found[split] = dict.fromkeys(result.SURGERY_TERMS)
         try:
-            parts = surgery(run.pair, x, samples=measure.samples, seen=split == "train")
-            found[split] = {term: getattr(parts, term) for term in SURGERY_TERMS}
+            parts = surgery.surgery(run.pair, x, samples=measure.samples, seen=split == "train")
+            found[split] = {term: getattr(parts, term) for term in result.SURGERY_TERMS}
             if parts.population is not None:
                 found[split] |= {term: getattr(parts.population, name) for term, name in NEW_DATA.items()}
         except DataError as problem:  # a model without a likelihood has no ELBO
@@ -125,7 +124,7 @@ def validation_figure(run: Run, name: str, measure: Measure) -> float:
     elif name == "iwae":
         found = evidence(run.pair, _rows(run, "validation", measure), measure.evidence).iwae
     else:
-        parts = surgery(run.pair, _rows(run, "validation", measure), samples=measure.samples)
+        parts = surgery.surgery(run.pair, _rows(run, "validation", measure), samples=measure.samples)
         interval = parts.population and parts.population.gain_upper
         found = interval if name == "new_gain_upper" else parts.bits_per_dimension
     if (value := getattr(found, "value", found)) is None or not math.isfinite(value):

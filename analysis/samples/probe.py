@@ -11,8 +11,7 @@ from sklearn import compose, exceptions, linear_model, metrics, pipeline, prepro
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, over_rows, proportion, refuse
-from pvae.analysis.samples import encode, running
-from pvae.analysis.samples.features import MAX_CLASSES, PRINCIPAL_COMPONENTS, affordable, principal
+from pvae.analysis.samples import encode, features, running
 from pvae.data.split import Split
 from pvae.errors import DataError
 from pvae.records import Record
@@ -70,7 +69,7 @@ class Probe(Figures):
     def rows(self) -> Iterator[Row]:
         for reading in self.readings:
             raw = reading.of == RAW
-            what = f"the {PRINCIPAL_COMPONENTS} first principal components of x" if raw else "the code"
+            what = f"the {features.PRINCIPAL_COMPONENTS} first principal components of x" if raw else "the code"
             yield from annotated(reading, what=what, neighbours=PROBE_NEIGHBOURS)
         yield from super().rows()
 
@@ -118,7 +117,7 @@ def probe(
     x, y = _some(train, PROBE_TRAINING_ROWS, seed)
     asked, labels = _some(part, min(rows or PROBE_ROWS, PROBE_ROWS), seed)
     there = np.unique(y)
-    refuse(not 1 < len(there) <= MAX_CLASSES, "refused.probed_labels", most=MAX_CLASSES, found=there)
+    refuse(not 1 < len(there) <= features.MAX_CLASSES, "refused.probed_labels", most=features.MAX_CLASSES, found=there)
     refuse(not np.isin(labels, there).any(), "probe: expected rows of labels that train has; got none.")
     y, labels = (np.where(np.isin(side, there), np.searchsorted(there, side), len(there)) for side in (y, labels))
     data = [split.observed(side) for split, side in ((train, x), (part, asked))]
@@ -128,7 +127,7 @@ def probe(
     refuse(not read, "probe: expected latents of single data; got a model without any.")
     if len(read) > 1:
         read[TOGETHER] = [block for blocks in read.values() for block in blocks]
-    loc, directions = principal(data[0])
+    loc, directions = features.principal(data[0])
     learnt, seen = ((side.flatten(1).double().cpu() - loc) @ directions for side in data)
     read[RAW] = [(learnt, seen)]
     right = {}
@@ -149,7 +148,7 @@ def _some(split: Split, most: int, seed: int) -> tuple[torch.Tensor, np.ndarray]
     """Return at most `most` random rows of a split `(m, *row)`, and their labels `(m,)`."""
     if (y := split.labels) is None or y.isnan().all():
         raise DataError(f"probe: expected labels; got none in {split.name}.")
-    index = seeds.subset(len(split), affordable(most, tuple(split.rows.shape[1:])), seed)
+    index = seeds.subset(len(split), features.affordable(most, tuple(split.rows.shape[1:])), seed)
     index = index[~y[index.to(y.device)].isnan().cpu()]
     return split.rows[index.to(split.rows.device)], y[index.to(y.device)].long().cpu().numpy()
 
@@ -228,7 +227,7 @@ def groups(run: Run, split: str = "test", seed: int = 0) -> GroupedCodes:
         (True, True)
     """
     pair, part = running.opened(run), run.data.split(split)
-    index = seeds.subset(len(part), affordable(GROUPED_ROWS, tuple(part.rows.shape[1:])), seed)
+    index = seeds.subset(len(part), features.affordable(GROUPED_ROWS, tuple(part.rows.shape[1:])), seed)
     x = part.rows[index.to(part.rows.device)]
     given = {name: e for name, e in pair.frame.covariates.items() if e.codes and e.vocabulary is None}
     known = {name: value for name, value in pair.frame.columns(x).items() if name in given}

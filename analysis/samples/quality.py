@@ -10,11 +10,10 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, exact, over_rows, proportion, refuse, text
+from pvae.analysis.samples import running, sample
 from pvae.analysis.samples.distances import Distances, distances
 from pvae.analysis.samples.features import MAX_CLASSES, Features, affordable, classify, features, in_chunks, sharpness
 from pvae.analysis.samples.fidelity import FIDELITY_NEIGHBOURS, Fidelity, among, ratio_of
-from pvae.analysis.samples.running import observed_rows, opened
-from pvae.analysis.samples.sample import Samples, sample
 from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
 from pvae.util import StageProgress, plain, seeds, silent
@@ -151,7 +150,7 @@ class SampleQuality(Figures):
 
 def sample_quality(
     run: Run, split: str = "test", rows: int | None = None, seed: int = 0, *, mean: bool = False,
-    k: int = FIDELITY_NEIGHBOURS, space: Features | None = None, fake: Samples | None = None,
+    k: int = FIDELITY_NEIGHBOURS, space: Features | None = None, fake: sample.Samples | None = None,
     on_progress: StageProgress = silent,
 ) -> SampleQuality:  # fmt: skip
     """Compare samples of a run with the data of a split, for any model that can be sampled.
@@ -185,11 +184,11 @@ def sample_quality(
         >>> found.fidelity.n, 0 <= found.test.accuracy.value <= 1
         (400, True)
     """
-    part, pair = run.data.split(split), opened(run)
-    real = observed_rows(part, seeds.subset(len(part), min(rows or QUALITY_ROWS, QUALITY_ROWS), seed))
+    part, pair = run.data.split(split), running.opened(run)
+    real = running.observed_rows(part, seeds.subset(len(part), min(rows or QUALITY_ROWS, QUALITY_ROWS), seed))
     on_progress(0, len(QUALITY_STAGES), QUALITY_STAGES[0])
     if fake is None:
-        fake = sample(run, len(real), mean=mean, seed=seed)
+        fake = sample.sample(run, len(real), mean=mean, seed=seed)
     drawn = fake.x.reshape(len(fake.x), *pair.frame.x)
     on_progress(1, len(QUALITY_STAGES), QUALITY_STAGES[1])
     test = two_sample(real, drawn, seed)
@@ -203,7 +202,7 @@ def sample_quality(
     of_means = None
     if not fake.is_mean and sharpness(drawn[:1]) is not None:
         with suppress(DeclarationError):  # the likelihood has no mean
-            means = sample(run, min(len(real), SHARPNESS_ROWS), mean=True, seed=seed).x
+            means = sample.sample(run, min(len(real), SHARPNESS_ROWS), mean=True, seed=seed).x
             of_means = relative_sharpness(means.reshape(len(means), *pair.frame.x), real)
     of_draws = relative_sharpness(drawn, real)
     on_progress(len(QUALITY_STAGES), len(QUALITY_STAGES), "")
@@ -228,7 +227,7 @@ def space_of(run: Run, seed: int = 0) -> Features:
     """
     train = run.data.train
     kept = seeds.subset(len(train), affordable(FEATURE_TRAINING_ROWS, tuple(train.rows.shape[1:])), seed)
-    x = observed_rows(train, kept)
+    x = running.observed_rows(train, kept)
     if (y := train.labels) is not None:
         y = y[kept.to(y.device)].cpu()
         there, labels = torch.unique(y[~y.isnan()].long(), return_inverse=True)

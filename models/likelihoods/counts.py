@@ -14,7 +14,6 @@ from pvae.component import Shape
 from pvae.distributions.base import Event
 from pvae.distributions.exact import ExactNegativeBinomial, ExactPoisson, ZeroInflated
 from pvae.models.likelihoods import base
-from pvae.models.likelihoods.base import Likelihood, LikelihoodModule, ReaderModule
 
 LOWEST_LOG_RATE = -12.0
 """Smallest log-rate or log-mean (a clamp), so that counts absent from the data stay possible."""
@@ -45,7 +44,7 @@ def logged(x: Tensor) -> Tensor:
     return x.nan_to_num(0.0).clamp(min=0.0).log1p()
 
 
-class CountsReader(ReaderModule):
+class CountsReader(base.ReaderModule):
     """Encoding of counts `(..., *x)` for a network as log(1 + x), as table columns of counts are read."""
 
     def __init__(self, x: Shape) -> None:
@@ -57,7 +56,7 @@ class CountsReader(ReaderModule):
         return logged(x)
 
 
-class Counts(Likelihood):
+class Counts(base.Likelihood):
     """Base of likelihoods of independent counts, of log-means that the decoder gives, or shares of a size."""
 
     hint: ClassVar[str] = "set data.scale = 'raw', or use likelihood 'normal'"
@@ -90,10 +89,10 @@ class Counts(Likelihood):
         bound._levels = shapes[self.dispersed_by][0] if self.dispersed_by in shapes else 0
         return bound
 
-    def reader(self, x: Shape) -> ReaderModule | None:
+    def reader(self, x: Shape) -> base.ReaderModule | None:
         return CountsReader(x) if self.reads == "log" else None
 
-    def build(self, x: Shape) -> LikelihoodModule:
+    def build(self, x: Shape) -> base.LikelihoodModule:
         return CountsModule(x, self, self._levels)
 
     @abstractmethod
@@ -106,7 +105,7 @@ class Counts(Likelihood):
         """
 
 
-class CountsModule(LikelihoodModule):
+class CountsModule(base.LikelihoodModule):
     """Module of a likelihood of counts: its log-means, of a size if there is one, and its learned dispersions.
 
     Arguments:

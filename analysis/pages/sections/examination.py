@@ -14,9 +14,8 @@ from pvae.analysis.bounds.evidence import evidence
 from pvae.analysis.bounds.weights import Evidence
 from pvae.analysis.decompose import collapse, posterior_draws, result, surgery, surgery_figures
 from pvae.analysis.pages.document import document, words
-from pvae.analysis.samples import quality, running
+from pvae.analysis.samples import quality, running, sample
 from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_CLASSES, Features, affordable
-from pvae.analysis.samples.sample import Samples, sample
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError, refuse
 from pvae.pair.layout import samples as sample_sites
@@ -257,26 +256,26 @@ class Examination:
         return bool(((data == 0) | (data == 1)).all())
 
     @cached_property
-    def sampled(self) -> Samples | None:
+    def sampled(self) -> sample.Samples | None:
         """Means of p(x | z) at samples z of the prior; samples of p(x | z) if it has no mean. None on failure."""
         count = max(100, min(MODEL_SAMPLES, HELD_ELEMENTS // max(1, prod(self.shape))))
         told = self.stages.part("samples")
 
-        def make() -> Samples:
+        def make() -> sample.Samples:
             self.require_whole_rows()
             try:
-                return sample(self.run, count, mean=not self.implicit, seed=self.seed, on_progress=told)
+                return sample.sample(self.run, count, mean=not self.implicit, seed=self.seed, on_progress=told)
             except UNDEFINED:
-                return sample(self.run, count, seed=self.seed, on_progress=told)
+                return sample.sample(self.run, count, seed=self.seed, on_progress=told)
 
         return self.attempt("samples", make)
 
     @cached_property
-    def draws(self) -> Samples | None:
+    def draws(self) -> sample.Samples | None:
         """Samples x of the model, with likelihood noise, as many as in `sampled`; None if sampling fails."""
         if self.sampled is None or not self.sampled.is_mean:
             return self.sampled
-        return self.attempt("draws", sample, self.run, len(self.sampled.x), seed=self.seed, part="samples")
+        return self.attempt("draws", sample.sample, self.run, len(self.sampled.x), seed=self.seed, part="samples")
 
     @cached_property
     def space(self) -> Features | None:
