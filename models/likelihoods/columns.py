@@ -1,8 +1,8 @@
 """Likelihood of tables: every column has its own distribution; columns of one family are scored together."""
 
-from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import pyro.distributions as dist
 import torch
@@ -33,8 +33,55 @@ class Pick(nn.Module):
         return x.index_select(-1, self.index)
 
 
-class Family(nn.Module):
-    """Base of column families: all columns of a table whose distributions belong to one family.
+class Family(NamedTuple):
+    """Kind of distribution that columns of a table have: its parameters, and the columns as networks read them."""
+
+    support: dist.constraints.Constraint
+    """Constraint on the values of a column; of categories of any number of levels."""
+    learned: Mapping[str, float]
+    """Parameters that are learned, one for each column, by name, with their initial values."""
+    law: Callable[..., dist.TorchDistribution]
+    """Function from the decoder's output `(..., d)`, the smallest scale and the learned parameters, `(d,)` each."""
+    read: Callable[[Tensor, Sequence[Law]], Tensor] = lambda x, _laws: x.nan_to_num(0.0)
+    """Function from columns `(..., d)` to network inputs `(..., r)`; missing values become 0."""
+    centre: Callable[[Any], Tensor] = attrgetter("mean")
+    """Function from the distributions to the point prediction of each column, `(..., d)`."""
+
+
+def one_hots(x: Tensor, laws: Sequence[Law]) -> Tensor:
+    """Return columns of categories as one-hot vectors, concatenated; a missing value becomes zeros."""
+    hot = [x[..., i, None] == torch.arange(law.levels, device=x.device) for i, law in enumerate(laws)]
+    return torch.cat(hot, -1).to(x.dtype)
+
+
+def most_probable(fn: Any) -> Tensor:
+    """Return the most probable level of each column, `(..., d)`."""
+    return fn.logits.argmax(-1).to(fn.logits.dtype)
+
+
+COUNTS, REAL = dist.constraints.nonnegative_integer, dist.constraints.real
+UNCHECKED: dict[str, Any] = {"validate_args": False}
+FAMILIES = {
+    # The decoder gives the means; one standard deviation for each column is learned.
+    "normal": Family(REAL, {"log_scale": 0.0}, lambda h, floor, log_scale:
+        dist.Normal(h, log_scale.exp().clamp(min=floor), **UNCHECKED)),
+    # The decoder gives the locations; scale and 1 + e^a degrees of freedom, initially about 8, are learned.
+    "student_t": Family(REAL, {"log_scale": 0.0, "log_df": 2.0}, lambda h, floor, log_scale, log_df:
+        heavy_tailed(h, log_scale, log_df, floor, **UNCHECKED)),
+    # The decoder gives the logarithms of the rates.
+    "poisson": Family(COUNTS, {}, lambda h, _: poisson(h, **UNCHECKED), lambda x, _: logged(x)),
+    # The decoder gives the logarithms of the means; one dispersion for each column is learned.
+    "negative_binomial": Family(COUNTS, {"log_count": 1.0}, lambda h, _, log_count:
+        dispersed(h, log_count, **UNCHECKED), lambda x, _: logged(x)),
+    # The decoder gives the logits, of categories one for each level.
+    "bernoulli": Family(dist.constraints.boolean, {}, lambda h, _: dist.Bernoulli(logits=h, **UNCHECKED)),
+    "categorical": Family(COUNTS, {}, lambda h, _: dist.Categorical(logits=h, **UNCHECKED), one_hots, most_probable),
+}  # fmt: skip
+"""Families of distributions by name, in the order of their columns in the decoder's output."""
+
+
+class FamilyColumns(nn.Module):
+    """All columns of a table whose distributions belong to one family, with their learned parameters.
 
     Arguments:
         laws: declared distributions of the columns, d of them.
@@ -42,92 +89,24 @@ class Family(nn.Module):
         floor: smallest scale of a continuous column.
     """
 
-    support: dist.constraints.Constraint
-    """Constraint on the values of a column, in families where it is the same for all columns (all but categorical)."""
-    outputs: int
-    """Number of parameters that the decoder outputs for these columns."""
-    learned: ClassVar[Mapping[str, float]] = {}
-    """Parameters that are learned, one for each column, by name, with their initial values."""
-
     def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
         super().__init__()
         self.count = self.outputs = len(laws)
-        self.floor, self.pick = floor, Pick(places)
-        for name, start in self.learned.items():
+        self.name, self.floor, self.pick = laws[0].family, floor, Pick(places)
+        for name, start in self.family.learned.items():
             self.register_parameter(name, nn.Parameter(torch.full((len(laws),), start)))
 
-    @abstractmethod
+    @property
+    def family(self) -> Family:
+        """Family of the columns."""
+        return FAMILIES[self.name]
+
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         """Return the distributions of the columns, batch shape `(..., d)`, for a decoder output `(..., outputs)`."""
-
-    @staticmethod
-    def centre(fn: Any) -> Tensor:
-        """Return the point prediction of each column, `(..., d)`: the mean of its distribution `fn`."""
-        return fn.mean
-
-    @staticmethod
-    def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
-        """Return columns `(..., d)` encoded as network inputs `(..., r)`; missing values become 0."""
-        return x.nan_to_num(0.0)
+        return self.family.law(h, self.floor, *self.parameters())
 
 
-class NormalColumns(Family):
-    """Normal columns: the decoder outputs the means; one standard deviation for each column is learned."""
-
-    support = dist.constraints.real
-    learned = {"log_scale": 0.0}
-    log_scale: nn.Parameter
-
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return dist.Normal(h, self.log_scale.exp().clamp(min=self.floor), validate_args=False)
-
-
-class StudentTColumns(NormalColumns):
-    """Student's t columns: the decoder outputs the locations; scale and degrees of freedom of each column are learned.
-
-    The degrees of freedom are 1 + e^a, initially about 8.
-    """
-
-    learned = {"log_scale": 0.0, "log_df": 2.0}
-    log_df: nn.Parameter
-
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return heavy_tailed(h, self.log_scale, self.log_df, self.floor, validate_args=False)
-
-
-class PoissonColumns(Family):
-    """Poisson columns: the decoder outputs the logarithms of the rates."""
-
-    support = dist.constraints.nonnegative_integer
-
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return poisson(h, validate_args=False)
-
-    @staticmethod
-    def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
-        return logged(x)
-
-
-class NegativeBinomialColumns(PoissonColumns):
-    """Negative binomial columns: the decoder outputs log-means; one dispersion for each column is learned."""
-
-    learned = {"log_count": 1.0}
-    log_count: nn.Parameter
-
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return dispersed(h, self.log_count, validate_args=False)
-
-
-class BernoulliColumns(Family):
-    """Bernoulli columns: the decoder outputs the logits."""
-
-    support = dist.constraints.boolean
-
-    def forward(self, h: Tensor) -> dist.TorchDistribution:
-        return dist.Bernoulli(logits=h, validate_args=False)
-
-
-class CategoricalColumns(Family):
+class CategoricalColumns(FamilyColumns):
     """Categorical columns, each with its own number of levels: the decoder outputs one logit for each level."""
 
     def __init__(self, laws: Sequence[Law], places: Sequence[int], floor: float) -> None:
@@ -140,24 +119,7 @@ class CategoricalColumns(Family):
 
     def forward(self, h: Tensor) -> dist.TorchDistribution:
         full = torch.cat([h, torch.full_like(h[..., :1], ABSENT_LOGIT)], -1)
-        return dist.Categorical(logits=self.logits(full).unflatten(-1, (self.count, self.most)), validate_args=False)
-
-    @staticmethod
-    def centre(fn: Any) -> Tensor:
-        """Return the most probable level of each column, `(..., d)`."""
-        return fn.logits.argmax(-1).to(fn.logits.dtype)
-
-    @staticmethod
-    def read(x: Tensor, laws: Sequence[Law]) -> Tensor:
-        """Return the columns as one-hot vectors, concatenated; a missing value becomes zeros."""
-        hot = [x[..., i, None] == torch.arange(law.levels, device=x.device) for i, law in enumerate(laws)]
-        return torch.cat(hot, -1).to(x.dtype)
-
-
-FAMILIES: dict[str, type[Family]] = {
-    "normal": NormalColumns, "student_t": StudentTColumns, "poisson": PoissonColumns,
-    "negative_binomial": NegativeBinomialColumns, "bernoulli": BernoulliColumns, "categorical": CategoricalColumns,
-}  # fmt: skip
+        return super().forward(self.logits(full).unflatten(-1, (self.count, self.most)))
 
 
 def grouped(laws: Sequence[Law]) -> dict[str, list[int]]:
@@ -209,7 +171,8 @@ class ColumnsModule(LikelihoodModule):
         super().__init__(x, 1)
         self.laws = tuple(laws)
         places = grouped(laws)
-        families = {name: FAMILIES[name]([laws[i] for i in at], at, floor) for name, at in places.items()}
+        made = {name: CategoricalColumns if name == "categorical" else FamilyColumns for name in places}
+        families = {name: made[name]([laws[i] for i in at], at, floor) for name, at in places.items()}
         self.families = nn.ModuleDict(families)
         order = [i for at in places.values() for i in at]
         self.order = Pick([order.index(i) for i in range(len(laws))])
@@ -286,7 +249,7 @@ class ColumnsDistribution(Batched):
     @property
     def mean(self) -> Tensor:
         """Mean of every column, or the most probable level of a categorical one, `(..., D)`."""
-        return self.module.in_order([family.centre(part) for family, part in self.module.each(self.parts)])
+        return self.module.in_order([own.family.centre(part) for own, part in self.module.each(self.parts)])
 
 
 class Reader(ReaderModule):
