@@ -226,7 +226,7 @@ class Tallied(Held):
         (own, at), of = number.split([len(self), len(codes)]), self.groups.of
         if self.rest is not None:
             rest = torch.cat([z for part, z in pieces if not isinstance(part, CertainCodes)], 1)
-            return self._within(rest, own, at, skip)
+            return self._within(self.rest, rest, own, at, skip)
         counts = torch.zeros(int(number.max()) + 1, self.groups.count + 1, dtype=torch.float64, device=self.device)
         count = counts.index_put_((own, of), counts.new_ones(len(of)), accumulate=True)[at]
         if skip is not None:
@@ -234,9 +234,11 @@ class Tallied(Held):
             count.scatter_add_(1, of[skip.clamp(min=0)][:, None], -same[:, None].double())
         return count.log().clamp(min=LOG_ZERO).T
 
-    def _within(self, rest: Tensor, own: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
-        """Return log sums of densities over the components (codes numbered `own`) that have the codes `at`."""
-        assert self.rest is not None  # noqa: S101 - asked above
+    def _within(self, others: Members, rest: Tensor, own: Tensor, at: Tensor, skip: Tensor | None) -> Tensor:
+        """Return log sums of densities of values `rest` over the components (numbered `own`) that have the codes `at`.
+
+        `others` are the posteriors of the latents that are no deterministic codes.
+        """
         of, shape = self.groups.of, (self.groups.count + 1, len(rest))
         out = torch.full(shape, LOG_ZERO, dtype=torch.float64, device=self.device)
         place = torch.full_like(own, -1)  # position of a row among those summed
@@ -246,7 +248,7 @@ class Tallied(Held):
                 chosen = rows[of[rows] == number]
                 place[chosen] = torch.arange(len(chosen), device=rows.device)
                 left_out = None if skip is None else torch.where(skip[mine] < 0, -1, place[skip[mine]])
-                out[number, mine] = Kept(self.rest.rows(chosen), self.memory).log_sum(rest[mine], left_out)
+                out[number, mine] = Kept(others.rows(chosen), self.memory).log_sum(rest[mine], left_out)
                 place[chosen] = -1
         return out.clamp_(min=LOG_ZERO)
 

@@ -69,10 +69,8 @@ class LatentDraw:
     @property
     def work(self) -> int:
         """Number of multiplications for one log posterior density, also where the posteriors were too large to keep."""
-        if self.q is not None:
-            return self.q.work
-        assert self.tally is not None  # noqa: S101 - other latents are scored by the guide
-        return self.tally.positions * ROW_COST
+        counted = 0 if self.tally is None else self.tally.positions * ROW_COST  # others are scored by the guide
+        return counted if self.q is None else self.q.work
 
     @property
     def normal_prior(self) -> Normals | None:

@@ -266,9 +266,7 @@ class Figures:
 
     def known(self) -> Iterator[tuple[str, Estimate, str]]:
         """Yield the rows of the table whose estimate is defined."""
-        for name, figure, meaning in self.rows():
-            if figure is not None:
-                yield name, figure, meaning
+        yield from ((name, figure, meaning) for name, figure, meaning in self.rows() if figure is not None)
 
     def figures(self) -> dict[str, Any]:
         """Return the estimates of all rows by term, as plain numbers and strings for JSON."""

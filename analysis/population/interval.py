@@ -10,6 +10,7 @@ from torch import Tensor
 from pvae.analysis.figures.estimate import Estimate, Figures, short, text, texts
 from pvae.analysis.population.sample import FOLDS, HonestPrior, NewRows, folds, mixed_by_group
 from pvae.analysis.population.sweep import PairCritic, PointwiseInformation, counted_twice, mean, spread, sweep
+from pvae.distributions import Members
 from pvae.records import Record
 from pvae.util.files import plain
 
@@ -198,12 +199,12 @@ def _of_pairs(rows: NewRows, apart: Tensor, fold: Tensor | None, out: Population
     terms, twice, paired = rows.own.new_zeros(2, n), [0.0, 0.0], list[tuple[float, PairsBound]]()
     for mine in ((group == value).nonzero()[:, 0] for value in values):
         part, critic = rows if len(values) == 1 else rows.rows(mine), None
-        if len(mine) < 2 or part.q is None:
+        if len(mine) < 2 or (q := part.q) is None:
             continue
         if len(values) == 1 or len(mine) >= FEWEST_PAIRED:
-            law, sizes = _law(part), [len(mine)] if fold is None else fold[mine].bincount(minlength=FOLDS).tolist()
+            law, sizes = _law(part, q), [len(mine)] if fold is None else fold[mine].bincount(minlength=FOLDS).tolist()
             critic = _critic(law, apart[mine], tuple(sizes))
-        whole, sums = sweep(part.q, part.value, part.own, critic)
+        whole, sums = sweep(q, part.value, part.own, critic)
         if len(values) == 1:
             out = _of_one_law(out, law, whole)
         if critic is not None:
@@ -241,17 +242,12 @@ Subset = tuple[Tensor, PointwiseInformation]
 """Indices of some of the rows, and their information."""
 
 
-def _law(rows: NewRows) -> list[Subset]:
+def _law(rows: NewRows, q: Members) -> list[Subset]:
     """Return nested random subsets of the rows, from small to large, and their information."""
     generator = torch.Generator().manual_seed(len(rows))
-    shuffled, out = torch.randperm(len(rows), generator=generator).to(rows.value.device), []
-    for size in (len(rows) // fraction for fraction in FRACTIONS):
-        if size >= SMALLEST:
-            chosen = shuffled[:size]
-            part = rows.rows(chosen)
-            assert part.q is not None  # noqa: S101 - asked before
-            out.append((chosen, sweep(part.q, part.value, part.own)[0]))
-    return out
+    shuffled = torch.randperm(len(rows), generator=generator).to(rows.value.device)
+    parts = (shuffled[:size] for size in (len(rows) // fraction for fraction in FRACTIONS) if size >= SMALLEST)
+    return [(part, sweep(q.rows(part), rows.value[part], rows.own[part])[0]) for part in parts]
 
 
 def _critic(law: list[Subset], apart: Tensor, sizes: tuple[int, ...]) -> PairCritic:
