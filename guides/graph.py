@@ -89,9 +89,8 @@ class PerLatentModule(EncoderModule):
 
     def __init__(self, declared: Any, known: Mapping[str, Shape], sites: Sequence[Site]) -> None:
         super().__init__()
-        self.networks = nn.ModuleDict()
-        for site in sites:
-            self.networks[site.name] = laid_out(declared.network, shapes_of(site, known), [site])
+        networks = {site.name: laid_out(declared.network, shapes_of(site, known), [site]) for site in sites}
+        self.networks = nn.ModuleDict(networks)
         self.shapes = {name: {FEATURES: module.output} for name, module in self.networks.items()}  # type: ignore[dict-item]
 
     def forward(self, x: Tensor) -> Tensor:

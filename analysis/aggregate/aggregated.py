@@ -220,12 +220,10 @@ class AggregatedPosterior(dist.TorchDistribution):
         return dist.ExpandedDistribution(self, batch_shape)
 
 
-def choose(n: int, count: int | None, seed: int, device: torch.device) -> Tensor | None:
-    """Return the indices of `count` of n rows, chosen at random and sorted; None if all rows are taken."""
-    refuse(count is not None and count < 2, f"components: expected at least 2; got {count}.")
-    if count is None or count >= n:
-        return None
-    return seeds.subset(n, count, seeds.mix(seed, seeds.ANALYSIS, 3)).to(device)
+def choose(n: int, most: int | None, seed: int, device: torch.device) -> Tensor | None:
+    """Return the indices of `most` of n rows, chosen at random and sorted; None if all rows are taken."""
+    refuse(most is not None and most < 2, f"components: expected at least 2; got {most}.")
+    return None if most is None or most >= n else seeds.subset(n, most, seeds.mix(seed, seeds.ANALYSIS, 3)).to(device)
 
 
 # ---------------------------------------------------------------------- single coordinates of a normal latent

@@ -202,9 +202,8 @@ class Bounds(Figures):
     @property
     def khat_share(self) -> float:
         """Proportion of data whose k-hat exceeds `khat_limit`; NaN with too few samples for a tail."""
-        if tail_length(self.samples) < SMALLEST_TAIL:
-            return math.nan
-        return float((self.khat > self.khat_limit).double().mean())
+        known = tail_length(self.samples) >= SMALLEST_TAIL
+        return float((self.khat > self.khat_limit).double().mean()) if known else math.nan
 
     def rows(self) -> Iterator[Row]:
         """Yield the rows (term, estimate, meaning) in order of K; with a single sample its bound has both names."""

@@ -201,9 +201,8 @@ Row = tuple[str, Estimate | None, str]
 
 def cell(value: object) -> object:
     """Return a value as a CSV cell that no spreadsheet evaluates as a formula; numbers stay numbers."""
-    if not isinstance(value, str) or not value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
-        return value
-    return f"'{value}"
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r", "\n"))
+    return f"'{value}" if is_formula else value
 
 
 def annotated(result: Any, prefix: str = "", **more: Any) -> Iterator[Row]:

@@ -159,6 +159,5 @@ class RelaxingModule(nn.Module):
 def prior_of(prior: Prior, site: Site, given: Mapping[str, Shape], link: Link) -> nn.Module:
     """Return the module of a prior; for a relaxed latent and a prior over discrete codes, one that scores the codes."""
     module = prior.build(site, given, link)
-    if site.space.values != "relaxed" or "relaxed" in prior.values:
-        return module
-    return RelaxingModule(module, site.space.states)
+    fits = site.space.values != "relaxed" or "relaxed" in prior.values
+    return module if fits else RelaxingModule(module, site.space.states)

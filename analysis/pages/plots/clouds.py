@@ -48,9 +48,8 @@ def groups(labels: np.ndarray | None) -> list[int]:
     if labels is None or labels.ndim != 1 or not len(labels):
         return []
     found = np.unique(labels[~np.isnan(labels)])
-    if not np.array_equal(found, np.round(found)):
-        return []
-    return [int(value) for value in found] if 1 < len(found) <= len(CLASS_COLOURS) else []
+    are_classes = 1 < len(found) <= len(CLASS_COLOURS) and np.array_equal(found, np.round(found))
+    return [int(value) for value in found] if are_classes else []
 
 
 @style()
