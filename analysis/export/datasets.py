@@ -33,8 +33,8 @@ class PosteriorDraws(Record, eq=False, repr=False):
     groups: Mapping[str, xarray.Dataset]
 
     def __getitem__(self, name: str) -> xarray.Dataset:
-        if name not in self.groups:
-            raise DataError(f"Expected a group, {', '.join(self.groups)}; got {name!r}{near(name, self.groups)}.")
+        known = ", ".join(self.groups)
+        refuse(name not in self.groups, f"Expected a group, {known}; got {name!r}{near(name, self.groups)}.")
         return self.groups[name]
 
     def summary(self, hdi: float = 0.94) -> pandas.DataFrame:

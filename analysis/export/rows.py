@@ -1,7 +1,5 @@
 """Rows that leave pvae: named tensors beside the number, id, split and label of every row; data frames and files."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -9,9 +7,10 @@ from itertools import count
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import numpy as np
+import pandas
 import torch
 
 from pvae.analysis.export.sites import numpy_of
@@ -21,9 +20,6 @@ from pvae.errors import misdeclared, require_extra
 from pvae.records import Record, field
 from pvae.util import follows
 from pvae.util.files import replaced
-
-if TYPE_CHECKING:
-    import pandas
 
 Part = Mapping[str, torch.Tensor]
 """Results of consecutive rows: tensors `(m, ...)` by key."""
@@ -55,8 +51,6 @@ class Origin(Record, eq=False):
         Raises:
             DeclarationError: the tensors of a part have different numbers of rows, or there are none.
         """
-        import pandas
-
         start = 0
         for part in parts:
             misdeclared(len({t.shape[:1] for t in part.values()}) != 1, "analysis.rows.lengths", part=part)

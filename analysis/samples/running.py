@@ -1,14 +1,13 @@
 """Common parts of sampling, encoding and decoding: results that can be saved, runs over rows in chunks and blocks."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast, dataclass_transform
+from typing import Any, Generic, TypeVar, cast, dataclass_transform
 
+import pandas
 import torch
 from numpy.typing import NDArray
 from pyro import poutine
@@ -27,9 +26,6 @@ from pvae.pair import Layout, Pair, unwrapped
 from pvae.records import Record
 from pvae.runs.run import Run
 from pvae.util import Progress, group, seeds, silent
-
-if TYPE_CHECKING:
-    import pandas
 
 T = TypeVar("T")
 

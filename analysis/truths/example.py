@@ -5,6 +5,7 @@ from functools import cache
 
 import torch
 
+import pvae
 from pvae.pair.pair import Pair
 from pvae.runs.run import Run
 
@@ -18,16 +19,12 @@ def example_run() -> Run:
 
     The run is stored in a temporary folder, and is fitted once per process.
     """
-    from pvae.data.dataset import Dataset
-    from pvae.experiment.experiment import Experiment
-    from pvae.training.fit import fit  # here, because training imports analysis
-
     y = torch.arange(2000) % 2
     x = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)) + 4 * y[:, None]
     parts = {"latents": {"z": {"dim": 2}}, "decoder": {"likelihood": {"kind": "normal"}}}
-    plan = Experiment.from_dict({**parts, "train": {"epochs": 1, "batch_size": 500}})
-    data = Dataset.from_tensors(x, y, test=(x[:400], y[:400]))
-    return fit(plan, data=data, run_dir=_folder().name, device="cpu", progress=False)
+    plan = pvae.Experiment.from_dict({**parts, "train": {"epochs": 1, "batch_size": 500}})
+    data = pvae.Dataset.from_tensors(x, y, test=(x[:400], y[:400]))
+    return pvae.fit(plan, data=data, run_dir=_folder().name, device="cpu", progress=False)
 
 
 def example_pair() -> tuple[Pair, torch.Tensor]:
