@@ -74,9 +74,8 @@ def evidence(
         given = _points(pair, x, "evidence")
 
         def weights(x: Tensor, count: int) -> Tensor:
-            if certain:  # nothing is drawn, so that all weights are equal
-                return log_weights(pair.terms(x), given).expand(count, len(x))
-            return log_weights(pair.terms(x, particles=count), given)
+            particles = 1 if certain else count  # where nothing is drawn all weights are equal
+            return log_weights(pair.terms(x, particles=particles), given).expand(count, len(x))
 
         found = accumulate_weights(x, samples, weights, on_progress, together=pair.structure.rows is not None)
         summed = None if pair.layout.shared or pair.layout.enumerated else log_evidence(pair, x)

@@ -54,8 +54,7 @@ def safe_names(tails: Mapping[str, Sequence[int]]) -> dict[str, str]:
 
 def _candidates(site: str) -> Iterator[str]:
     kept, digest = _kept(site), site
-    if kept:
-        yield kept
+    yield from filter(None, [kept])
     while True:
         digest = hashlib.sha256(digest.encode("utf-8", "surrogatepass")).hexdigest()[:8]
         yield f"{kept[: LONGEST_NAME - 9] or 'site'}_{digest}"
