@@ -12,7 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from pvae.component import from_table
-from pvae.data.new import FittedTransforms, rows_of, source_of
+from pvae.data import new, streamed
 from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import Scaled, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
@@ -20,7 +20,6 @@ from pvae.data.sources.base import Data, named
 from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, collected, feature_names, tensors
 from pvae.data.sources.tabular import FrameSource
 from pvae.data.split import Split, fingerprint_of, together
-from pvae.data.streamed import Streamed, streams
 from pvae.data.tables.side import notes_of
 from pvae.errors import DataError, misdeclared, near, refuse
 from pvae.graph.frame import Entry
@@ -58,8 +57,8 @@ class Dataset(Record, eq=False):
     fingerprint: str
     label_names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
-    table: FittedTransforms | None = None
-    transforms: FittedTransforms | None = None
+    table: new.FittedTransforms | None = None
+    transforms: new.FittedTransforms | None = None
     masked: bool = False
 
     @property
@@ -224,7 +223,7 @@ class Dataset(Record, eq=False):
         if isinstance(data, Dataset):
             return data
         data, declared = {"x": data, **covariates} if covariates else data, declared or TensorSource()
-        return _assembled(declared, rows_of(data, source_of(data, declared)))
+        return _assembled(declared, new.rows_of(data, new.source_of(data, declared)))
 
     def require_support(self, constraint: torch.distributions.constraints.Constraint, hint: str) -> None:
         """Refuse data with values outside the support of a likelihood.
@@ -266,11 +265,11 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     ready = scaled(data.scale, rows, x, parts["train"])
     side = None
     if rows.side is not None:
-        side = FittedTransforms.of_side(rows.side, parts["train"])
+        side = new.FittedTransforms.of_side(rows.side, parts["train"])
     elif data.side:
         raise DataError.of("data.side.none", source=getattr(data, data.tag), names=data.side)
-    transforms = FittedTransforms.of(ready, rows, data.binarize, side)
-    prepared, raw = (streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
+    transforms = new.FittedTransforms.of(ready, rows, data.binarize, side)
+    prepared, raw = (streamed.streams if isinstance(x, Stored) else prepare)(ready, parts, data.binarize)
     splits = {name: _split(name, prepared[name], rows, parts[name], transforms) for name in SPLITS}
     splits["train"] = replace(splits["train"], raw=raw)
     shared = {name: shared_rows(x, parts, name) for name in SPLITS[1:]}
@@ -287,7 +286,7 @@ def _assembled(data: Data, rows: Rows) -> Dataset:
     )  # fmt: skip
 
 
-def _split(name: str, x: Any, rows: Rows, part: Part, fitted: FittedTransforms) -> Split:
+def _split(name: str, x: Any, rows: Rows, part: Part, fitted: new.FittedTransforms) -> Split:
     numbers = np.asarray(part)
     y = None if rows.y is None else torch.from_numpy(rows.y[numbers].astype(np.int64))
     ids = None if rows.ids is None else rows.ids[numbers]
@@ -298,7 +297,7 @@ def _split(name: str, x: Any, rows: Rows, part: Part, fitted: FittedTransforms) 
 def _constant_features(train: Split, notes: tuple[str, ...]) -> list[str]:
     """Return a remark on features that are constant in train; raise DataError if all are."""
     x = train.rows if train.raw is None else train.raw
-    low, high = x.blocks.survey[:2] if isinstance(x, Streamed) else extremes(x.numpy(), range(len(x)))
+    low, high = x.blocks.survey[:2] if isinstance(x, streamed.Streamed) else extremes(x.numpy(), range(len(x)))
     constant, features = int((low == high).sum()), prod(x.shape[1:])
     refuse(constant == features, "data.dataset.constant", features=features, rows=len(x), notes=notes)
     return [f"{constant} of {features} features are constant in train"] if constant else []

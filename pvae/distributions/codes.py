@@ -12,8 +12,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pvae.distributions.base import Batched, Event, Size, unwrapped
-from pvae.distributions.exponential_codes import IMPOSSIBLE
+from pvae.distributions import base, exponential_codes
 
 MAX_STATES = 4096
 """Largest number of joint states of the codes of one data point that is enumerated."""
@@ -46,7 +45,7 @@ class Enumerated:
         return found.reshape(-1, *(1,) * len(lead), *self.event_shape).expand(-1, *lead, *self.event_shape)
 
 
-class Enumerable(Enumerated, Event):  # type: ignore[override]
+class Enumerable(Enumerated, base.Event):  # type: ignore[override]
     """Independent codes or bits over a grid."""
 
     @property
@@ -68,7 +67,7 @@ def bits(logits: Tensor) -> dist.TorchDistribution:
     return Enumerable(dist.Bernoulli(logits=logits, validate_args=False), 1, validate_args=False)
 
 
-class Conditional(Batched):
+class Conditional(base.Batched):
     """Base of autoregressive distributions of codes: probabilities depend on the codes at earlier positions."""
 
     @abstractmethod
@@ -78,7 +77,7 @@ class Conditional(Batched):
 
 def conditional_logits(p: Any, value: Tensor) -> Tensor:
     """Return log p(c_p | c_<p) of any distribution of codes at a value, `(..., *grid, K)`."""
-    p = unwrapped(p)
+    p = base.unwrapped(p)
     return p.conditional_logits(value) if isinstance(p, Conditional) else p.logits
 
 
@@ -87,7 +86,7 @@ def codes_below(states: int, grid: int) -> dist.constraints.Constraint:
     return dist.constraints.independent(dist.constraints.integer_interval(0, states - 1), grid)
 
 
-class Certain(Batched):
+class Certain(base.Batched):
     """Deterministic codes, such as nearest codes (VQ); `log_prob` is 0 for any value, as values are not compared.
 
     Arguments:
@@ -110,7 +109,7 @@ class Certain(Batched):
         """Support: indices 0 .. K - 1 at every position of the grid."""
         return codes_below(self.states, len(self.event_shape))
 
-    def sample(self, sample_shape: Size = torch.Size()) -> Tensor:
+    def sample(self, sample_shape: base.Size = torch.Size()) -> Tensor:
         """Return the codes themselves, expanded to `sample_shape + (..., *grid)`."""
         return self.index.expand(*sample_shape, *self.index.shape)
 
@@ -123,7 +122,7 @@ class Certain(Batched):
     def logits(self) -> Tensor:
         """Log probability of every code, `(..., *grid, K)`: 0 for the given code, -1e30 for the others."""
         hit = self.index.unsqueeze(-1) == torch.arange(self.states, device=self.index.device)
-        return torch.where(hit, 0.0, IMPOSSIBLE)
+        return torch.where(hit, 0.0, exponential_codes.IMPOSSIBLE)
 
     @property
     def mode(self) -> Tensor:

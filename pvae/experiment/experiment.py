@@ -13,8 +13,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from pvae.component import Section, Shape, Table, load_members, problem
 from pvae.data.dataset import Dataset, load
 from pvae.data.rows.rows import labels_may_be_missing
-from pvae.data.sources.base import Data
-from pvae.data.sources.collections import Digits
+from pvae.data.sources import base, collections
 from pvae.data.split import Split, chosen_labels
 from pvae.errors import DataError, DeclarationError, at, is_refused_draw, misdeclared
 from pvae.experiment import captions, zoo
@@ -75,7 +74,7 @@ class Experiment(Plan):
         pvae.errors.DeclarationError: toml: latents.z.dimm: expected one of ... (did you mean 'dim'?).
     """
 
-    data: Data = Digits()
+    data: base.Data = collections.Digits()
     covariates: dict[str, Table[Covariate]] = {}
     """Values beside x of every datum, under names that `given` may list beside latents, in the order of a row."""
     latents: dict[str, Table[Latent]] = Field(min_length=1)
@@ -193,7 +192,7 @@ class Experiment(Plan):
         return data.conditioned(self.entries())
 
     @property
-    def source(self) -> Data:
+    def source(self) -> base.Data:
         """Declared data, read with the values beside x of which covariates and seen latents are made."""
         return self.data.with_side(side_columns(self.covariates, self.latents))
 

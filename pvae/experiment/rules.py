@@ -263,9 +263,7 @@ def _no_mixture(e: Experiment) -> Iterator[Finding]:
         ("decoder.network", network, isinstance(network, TableNetwork), "table"),
         ("decoder.likelihood", likelihood, likelihood.closed_form, f"one with a closed form ({closed})"),
     ]
-    for loc, part, sound, what in wanted:
-        if not sound:
-            yield loc, f"{what} for the objective em", part.kind
+    yield from ((loc, f"{what} for the objective em", part.kind) for loc, part, sound, what in wanted if not sound)
 
 
 def _sizes(e: Experiment) -> Iterator[Finding]:

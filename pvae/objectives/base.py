@@ -10,8 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from pvae.component import Component, Shape, Table
-from pvae.data import Split
-from pvae.data.streamed import Streamed
+from pvae.data import Split, streamed
 from pvae.errors import DeclarationError, refuse
 from pvae.models.graph import GraphModel
 from pvae.nn.precision import products_in
@@ -173,7 +172,7 @@ class Objective(Component):
     def attach(self, pair: Pair) -> None:  # noqa: B027 - most have nothing to add
         """Add modules (a critic, say) to a declared pair, none by default; called once, before weights are set."""
 
-    def measure(self, pair: Pair, x: Tensor | Streamed, seed: int) -> dict[str, float] | None:
+    def measure(self, pair: Pair, x: Tensor | streamed.Streamed, seed: int) -> dict[str, float] | None:
         """Return the metrics of held-out data `(n, *row)` that validation reports, by name; None to report the ELBO.
 
         Weights and the random state stay unchanged; the same seed gives the same metrics.

@@ -14,8 +14,7 @@ from pvae.models.graph import GraphModel
 from pvae.models.likelihoods.base import ClosedForm
 from pvae.models.priors.base import WeightsModule
 from pvae.nn.network import TableModule
-from pvae.objectives.base import FITTED, Fitting, Objective, Parts, Stepper
-from pvae.objectives.elbo import minus_elbo
+from pvae.objectives import base, elbo
 from pvae.pair import Pair, Terms, read_joint_states, samples
 from pvae.records import Record
 from pvae.util import seeds
@@ -28,7 +27,7 @@ BLOCK_NUMBERS = 2**22
 """Largest number of elements of a temporary tensor, when the training data are processed in pieces."""
 
 
-class EM(Objective):
+class EM(base.Objective):
     """Expectation-maximisation of a mixture: an epoch is one exact iteration, whatever the batch size.
 
     E-step: q(c | x) = p(c | x), exactly. M-step: prior weights and the decoder's table in closed form, at the end of
@@ -71,10 +70,10 @@ class EM(Objective):
 
     def loss(self, terms: Terms, beta: Tensor) -> Tensor:
         """Return the batch mean of -log p(x), nats per datum, for diagnosis; its gradient is not used."""
-        return minus_elbo(terms, beta)
+        return elbo.minus_elbo(terms, beta)
 
     def figure(self, epochs: int) -> str:
-        return FITTED
+        return base.FITTED
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         try:
@@ -83,7 +82,7 @@ class EM(Objective):
             return error.problems
         return [] if codes <= rows else [f"codes: expected at most {rows}, one for each training row; got {codes}."]
 
-    def stepper(self, fitting: Fitting) -> Stepper:
+    def stepper(self, fitting: base.Fitting) -> base.Stepper:
         return EMStepper(self, fitting)
 
 
@@ -117,7 +116,7 @@ class MixtureParts(Record):
         raise DeclarationError.of("objectives.em.mixture")
 
 
-class EMStepper(Stepper):
+class EMStepper(base.Stepper):
     """EM steps on one data set: each call does the E-step of a batch, the end of an epoch does the M-step.
 
     Arguments:
@@ -125,7 +124,7 @@ class EMStepper(Stepper):
         fitting: data and settings of the fit.
     """
 
-    def __init__(self, objective: EM, fitting: Fitting) -> None:
+    def __init__(self, objective: EM, fitting: base.Fitting) -> None:
         self.objective, self.loss, self.names = objective, fitting.loss, fitting.loss.names
         self.mixture = MixtureParts.of(fitting.loss.pair)
         self.data, self.steps, self.seed = fitting.data, fitting.steps, fitting.seed
@@ -153,7 +152,7 @@ class EMStepper(Stepper):
         return figures * (len(x) * self.steps / len(self.data))
 
     @torch.no_grad()
-    def sharded(self, batch: Parts, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
+    def sharded(self, batch: base.Parts, frozen: Sequence[nn.Parameter] = ()) -> Tensor:
         k, width = self.mixture.codes, self.mixture.likelihood.statistics(self.origin[None], self.origin).shape[1]
         shapes = [(k,), (k, width), (batch.count, k), (batch.count, k, self.size), (len(self.names),)]
         sizes = [math.prod(shape) for shape in shapes]

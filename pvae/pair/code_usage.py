@@ -14,10 +14,9 @@ from pvae.data.streamed import Streamed
 from pvae.distributions import Certain, CertainCodes, Codes, Discretised, Members, twin
 from pvae.models.graph import GraphModel
 from pvae.nn.codebook import Table
-from pvae.pair.densities import members
+from pvae.pair import densities, running
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
-from pvae.pair.running import quiet
 from pvae.records import Record
 from pvae.util import seeds
 from pvae.words import text
@@ -210,8 +209,8 @@ def tallies(guide: Nodes, layout: Layout, rows: int, model: Nodes | None = None)
     found = {}
     for name in (name for name in layout.latents if name in guide):  # a batch may lack some
         node, prior = guide[name], (model or {}).get(name)
-        p = None if prior is None else members(prior, layout, rows)
-        if (made := tally(members(node, layout, rows), p, **described(node))) is not None:
+        p = None if prior is None else densities.members(prior, layout, rows)
+        if (made := tally(densities.members(node, layout, rows), p, **described(node))) is not None:
             found[name] = made
     return found
 
@@ -267,7 +266,7 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
         return {}
     # With several latents, one may depend on the sample of another.
     undrawn = Undrawn(pair.layout.latents if len(pair.layout.latents) == 1 else ())
-    with quiet(pair, first), Discretised(pair.relaxed), undrawn:
+    with running.quiet(pair, first), Discretised(pair.relaxed), undrawn:
         seeds.set_noise(seeds.mix(seed, seeds.VALIDATION), first.device)
         step = pair.structure.rows_at_once()
         for start in range(0, len(x), step):

@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from pvae.errors import DeclarationError, instead, misdeclared, refuse
 from pvae.graph.frame import Frame
 from pvae.graph.lifecycle import MadeOfData
-from pvae.pair.adoption import Store, StoreRecord, adopted, copied, other_rows, read_again, whole_or_floats
-from pvae.pair.densities import sum_over
+from pvae.pair import adoption, densities, pathwise, problems
 from pvae.pair.dependencies import Dependencies, dependencies_without_asking, read_dependencies, weights_of
 from pvae.pair.layout import Layout, Traces
-from pvae.pair.pathwise import Estimator, pathwise_terms
-from pvae.pair.problems import Problem, problems_of, require_bound, told
 from pvae.pair.running import Way, run, trace_of, way_of_particles, with_particles
 from pvae.pair.structure import Arguments, Structure, is_several, unpack
 from pvae.pair.terms import Terms, expected_terms, terms_of
@@ -62,8 +59,8 @@ class Pair(nn.Module):
         """True for a pair built from a declaration, False for one of hand-written programs."""
         self._structure: Structure | None = None
         self._answers: dict[str, tuple[Any, Any]] = {}
-        self._store: Store = {"params": {}, "constraints": {}}
-        self._watch = StoreRecord()
+        self._store: adoption.Store = {"params": {}, "constraints": {}}
+        self._watch = adoption.StoreRecord()
         self.arguments: Arguments | None = None
         """Arguments of the programs, where they take several; found with the first data."""
         self.origin = ""
@@ -103,7 +100,7 @@ class Pair(nn.Module):
             DeclarationError: nothing is observed inside a data plate.
         """
         if self._structure is None:
-            self._structure = adopted(self, x, self._store)
+            self._structure = adoption.adopted(self, x, self._store)
             self._watch.note(self._store)
         return self
 
@@ -129,13 +126,13 @@ class Pair(nn.Module):
         if parameter is not None:
             x = x.to(parameter) if self.declared or x.is_floating_point() else x.to(parameter.device)
         if x.dim() and len(x):
-            x = x if self.declared or x.is_floating_point() else whole_or_floats(self, x, parameter)
+            x = x if self.declared or x.is_floating_point() else adoption.whole_or_floats(self, x, parameter)
             self.adopt(x)
             if not self.declared:
                 self._watch.follow(self._store)
         event = () if self._structure is None else self._structure.event
         refuse(not x.dim() or not len(x) or tuple(x.shape[1:]) != event, "pair.pair.no_rows", shape=event, x=x)
-        refuse(problem := other_rows(self._structure, x), str(problem))
+        refuse(problem := adoption.other_rows(self._structure, x), str(problem))
         return x
 
     def call(self, program: Callable[..., Any], x: Tensor) -> None:
@@ -144,7 +141,7 @@ class Pair(nn.Module):
         Raises:
             ProgramError: the program failed.
         """
-        with told("pair.guide" if program is self.guide else "pair.model", x):
+        with problems.told("pair.guide" if program is self.guide else "pair.model", x):
             self.program(program)(x)
 
     def program(self, program: Callable[..., Any]) -> Callable[[Tensor], Any]:
@@ -259,12 +256,12 @@ class Pair(nn.Module):
         """Return the traces of a batch with unpacked latents as one site; take in sites that no batch had before."""
         guide = unpack(guide, self.structure.unpacked)
         if not self.structure.knows(guide, model):
-            self._structure = self.structure.joined(read_again(self.structure, guide, model, len(x)))
+            self._structure = self.structure.joined(adoption.read_again(self.structure, guide, model, len(x)))
         return guide, model
 
     def terms(
         self, x: Tensor, particles: int = 1, *, closed_form: bool = False,
-        rows: int | None = None, expected: bool = False, estimator: Estimator | None = None,
+        rows: int | None = None, expected: bool = False, estimator: pathwise.Estimator | None = None,
     ) -> Terms:  # fmt: skip
         """Return the terms of the ELBO of a batch: log-likelihood, KL of every latent, penalties; differentiable.
 
@@ -281,12 +278,12 @@ class Pair(nn.Module):
             Terms, nats. Their combination `reconstruction - sum(kl)` is an unbiased estimate of the ELBO.
         """
         self.adopt(x)
-        require_bound(self.structure.guide_only)
+        problems.require_bound(self.structure.guide_only)
         if particles > 1 and (way := self.way_of_particles(x)) != "plate":
             misdeclared(estimator and (estimator.passed is not None or estimator.apart), "pair.pathwise.plate", way=way)
             return with_particles(self, x, particles, way, closed_form=closed_form, rows=rows, estimator=estimator)
         if estimator is not None and torch.is_grad_enabled():
-            return pathwise_terms(self, x, particles, rows, estimator)
+            return pathwise.pathwise_terms(self, x, particles, rows, estimator)
         count = particles if particles > 1 else 0
         if not expected or not self.layout.expected:
             return terms_of(self.traces(x, particles), self.layout, count, closed_form, rows)
@@ -301,11 +298,11 @@ class Pair(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return a one-sample estimate of the ELBO of every row, nats, `(batch,)`; exact over enumerated latents."""
         terms = self.terms(x, expected=True)
-        return terms.reconstruction - sum_over(list(terms.kl.values()))
+        return terms.reconstruction - densities.sum_over(list(terms.kl.values()))
 
     # ------------------------------------------------------------------ checking
 
-    def check(self, x: Tensor) -> list[Problem]:
+    def check(self, x: Tensor) -> list[problems.Problem]:
         """Return the problems found by running the pair on `x`, at most 1000 rows of it; empty if there are none.
 
         Finds sites that differ between model and guide, a missing data plate, a latent without `to_event`,
@@ -314,11 +311,11 @@ class Pair(nn.Module):
         """
         arguments = self.arguments
         x = torch.as_tensor(self.pack(x))
-        if problem := other_rows(self._structure, x):
+        if problem := adoption.other_rows(self._structure, x):
             return [problem]
         if self.declared or self._structure is not None:
-            return problems_of(self, x[:3] if self.declared else self.structure.few(x, CHECKED_ROWS))
-        probe, store = copied(self)
+            return problems.problems_of(self, x[:3] if self.declared else self.structure.few(x, CHECKED_ROWS))
+        probe, store = adoption.copied(self)
         probe.arguments, self.arguments = self.arguments, arguments
         with pyro.get_param_store().scope(store):
-            return problems_of(probe, x[:CHECKED_ROWS])
+            return problems.problems_of(probe, x[:CHECKED_ROWS])

@@ -5,8 +5,7 @@ from contextlib import suppress
 from typing import Any
 
 from pvae.errors import CheckpointError, DataError
-from pvae.runs import checkpoint
-from pvae.runs.rundir import RunDirectory
+from pvae.runs import checkpoint, rundir
 from pvae.util import files
 
 ENDS = ("metrics", "ended")
@@ -15,7 +14,7 @@ UNSEALED = frozenset(["exports", "engine", "git", "argv", "started", "order", "s
 """Entries of the manifest that a checkpoint does not repeat."""
 
 
-def seal(run: RunDirectory, declaration: str) -> dict[str, Any]:
+def seal(run: rundir.RunDirectory, declaration: str) -> dict[str, Any]:
     """Return what checkpoints repeat of a run: its declaration and entries of its manifest.
 
     {} for a run of an earlier version, which is not sealed.
@@ -25,7 +24,7 @@ def seal(run: RunDirectory, declaration: str) -> dict[str, Any]:
     return {**known, "declaration": declaration} if "spec" in found else {}
 
 
-def sealed(run: RunDirectory) -> dict[str, Any]:
+def sealed(run: rundir.RunDirectory) -> dict[str, Any]:
     """Return what the newest checkpoint of a run with a readable manifest says that it is; {} where none says it."""
     for path in checkpoint.newest_first(run.path / "checkpoints"):
         with suppress(CheckpointError, DataError):
@@ -33,14 +32,14 @@ def sealed(run: RunDirectory) -> dict[str, Any]:
     return {}
 
 
-def recorded(run: RunDirectory, sealed: dict[str, Any], ended: bool) -> dict[str, Any]:
+def recorded(run: rundir.RunDirectory, sealed: dict[str, Any], ended: bool) -> dict[str, Any]:
     """Return the seal of a run with the digest of its metrics, flushed to the disk, and True if the fit has ended."""
     with suppress(FileNotFoundError):
         files.sync_folder(run.path / "metrics.jsonl")
     return {**sealed, "metrics": run.metrics_digest(), "ended": ended} if sealed else {}
 
 
-def edits(run: RunDirectory) -> list[str]:
+def edits(run: rundir.RunDirectory) -> list[str]:
     """Return a line for what is not as it was written: entries of the manifest, metrics, the end told by the status.
 
     The manifest's own digest and the newest checkpoint say what it was.
@@ -62,7 +61,7 @@ def edits(run: RunDirectory) -> list[str]:
     return lines
 
 
-def _ends(run: RunDirectory) -> Iterator[str]:
+def _ends(run: rundir.RunDirectory) -> Iterator[str]:
     """Yield a line for metrics, and entries of a finished status, that the last checkpoint contradicts."""
     status = run.status()  # read first: a fit writes its last checkpoint before it says that it is finished
     if (saved := checkpoint.latest(run.path / "checkpoints", report=lambda _: None)) is None:

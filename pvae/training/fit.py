@@ -16,8 +16,7 @@ from pvae.errors import DeclarationError, misdeclared, refuse
 from pvae.experiment.experiment import Experiment, reading
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
-from pvae.objectives.base import Objective, weigh_step
-from pvae.objectives.elbo import PyroELBO, TraceELBO, TraceMeanFieldELBO, same_step
+from pvae.objectives import base, elbo
 from pvae.pair import CHECKED_ROWS, Pair, evaluating, quiet
 from pvae.runs.export.exporting import require
 from pvae.runs.run import Run
@@ -33,7 +32,7 @@ BATCHES_LOOKED_AT = 100
 
 def fit(
     what: str | Path | Experiment | Pair, *overrides: str, data: Any = None,
-    covariates: Mapping[str, Any] | None = None, objective: Objective | None = None,
+    covariates: Mapping[str, Any] | None = None, objective: base.Objective | None = None,
     loss: Any = None, train: Train | None = None, seed: int | None = None, name: str | None = None,
     run_dir: str | Path = "runs", data_dir: str | Path | None = None, device: str = "auto", export: Sequence[str] = (),
     progress: bool = True,
@@ -100,7 +99,7 @@ def fit(
         plan, dataset, pair = _declared(read.with_changes(changes), data, covariates, data_dir, where)
     attended(pair, lambda: dataset.train)
     rows = min(plan.train.batch_size, len(dataset.train))
-    step = partial(weigh_step, plan.objective, row=dataset.train.rows.shape[1:], rows=rows)
+    step = partial(base.weigh_step, plan.objective, row=dataset.train.rows.shape[1:], rows=rows)
     particles, of_data = getattr(plan.objective, "particles", 1), step if pair.made_of_data() else None
     memory.require_training_memory(pair, math.prod(dataset.shape), rows * particles, where, of_data)
     given_pair = what if isinstance(what, Pair) else None
@@ -151,18 +150,18 @@ def look_through(pair: Pair, dataset: Dataset, batch: int, original: Any) -> Pai
     return pair
 
 
-def objective_of(loss: Any, pair: Pair, dataset: Dataset) -> Objective:
+def objective_of(loss: Any, pair: Pair, dataset: Dataset) -> base.Objective:
     """Return pvae's own objective for an ELBO of `pyro.infer` where loss and gradient are the same, else Pyro's."""
-    stock = PyroELBO.of(loss)
-    own: Objective = TraceELBO(particles=stock.particles)
+    stock = elbo.PyroELBO.of(loss)
+    own: base.Objective = elbo.TraceELBO(particles=stock.particles)
     if stock.elbo == "TraceMeanField_ELBO" and stock.particles == 1:
-        own = TraceMeanFieldELBO()
+        own = elbo.TraceMeanFieldELBO()
     if stock.elbo not in ("Trace_ELBO", "TraceMeanField_ELBO", "TraceEnum_ELBO"):
         return stock
     single, one = stock.model_copy(update={"particles": 1}), own.model_copy(update={"particles": 1})
     x = pair.accept(dataset.train.rows[: min(len(dataset.train), 64)])
     with evaluating(pair):
-        return own if same_step(single, one, pair, x) else stock
+        return own if elbo.same_step(single, one, pair, x) else stock
 
 
 def _declared(
@@ -203,7 +202,7 @@ def _require_fittable(plan: Plan, pair: Pair, data: Dataset, foreign: bool) -> N
         misdeclared(wrong and plan.objective.dtype is None, "training.fit.dtype", rows=rows, wrong=wrong)
         if plan.train.alternate and not all(n.startswith(("model.", "guide.")) for n, _ in pair.named_parameters()):
             problems.append("train.alternate: expected a pair of two Modules; got plain functions' parameters. Use 0.")
-    if isinstance(plan.objective, TraceMeanFieldELBO) and foreign:
+    if isinstance(plan.objective, elbo.TraceMeanFieldELBO) and foreign:
         if names := ", ".join(sorted(pair.dependencies(rows).bottom_up)):
             problems.append(f"objective.kind: expected trace_elbo; the guide infers parents of {names} from it.")
     misdeclared(problems, problems)

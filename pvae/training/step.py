@@ -184,9 +184,7 @@ class Step(Stepper):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of a batch and its detached metrics, compiled if the batch has the usual shape."""
-        if self.compiled is not None and x.shape == self.shape:
-            return self.compiled(x)
-        return self.loss(x)
+        return self.compiled(x) if self.compiled is not None and x.shape == self.shape else self.loss(x)
 
     def _move(self, out: Tensor) -> None:
         if out.is_cuda:  # no synchronisation: the fused kernel skips the update where found_inf is 1

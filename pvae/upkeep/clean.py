@@ -180,10 +180,9 @@ def _leftovers(run: Path, ended: str) -> Iterator[Doomed]:
 
 
 def _abandoned(paths: Iterable[Path], locked: Path | None = None) -> Iterator[Doomed]:
-    """Yield leftovers, but for those that may be of a write in progress; none is in a `locked` folder."""
-    for path in paths:
-        if path.parent == locked or is_abandoned(path):
-            yield path, "left by an interrupted write"
+    """Return leftovers, but for those that may be of a write in progress; none is in a `locked` folder."""
+    found = (path for path in paths if path.parent == locked or is_abandoned(path))
+    return ((path, "left by an interrupted write") for path in found)
 
 
 def _is_void(run: Path, failed: bool) -> bool:

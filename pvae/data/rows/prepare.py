@@ -41,9 +41,8 @@ class Scaled(Record, eq=False):
         return not self.warps and isinstance(self.shift, float) and (self.shift, self.divisor) == (0.0, 1.0)
 
     def chunks(self, part: Part) -> Iterator[tuple[int, Floats]]:
-        """Yield the rows numbered in `part`, scaled, in consecutive float64 chunks, each with its offset in `part`."""
-        for start, chunk in chunks(self.x, part):
-            yield start, self.scale(chunk)
+        """Return the rows numbered in `part`, scaled, in consecutive float64 chunks, each with its offset in `part`."""
+        return ((start, self.scale(chunk)) for start, chunk in chunks(self.x, part))
 
     def of(self, part: Part) -> Floats:
         """Return the rows numbered in `part` after the declared scaling, as one float64 array."""

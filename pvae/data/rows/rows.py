@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from pvae.data.rows.columns import Column
-from pvae.data.rows.files import AnyArray, Joined
+from pvae.data.rows import columns, files
 from pvae.errors import DataError, refuse
 from pvae.records import Record, field
 
@@ -50,14 +49,14 @@ class Rows(Record, eq=False):
         DataError: no rows, values that are not real numbers, NaN or infinity, labels that do not fit.
     """
 
-    x: AnyArray
+    x: files.AnyArray
     y: np.ndarray | None
     parts: Mapping[str, Part]
     largest: float | None = None
     label_names: tuple[str, ...] | None = None
     name: str = "x"
     notes: tuple[str, ...] = ()
-    table: Mapping[str, Column] = field(default_factory=dict)
+    table: Mapping[str, columns.Column] = field(default_factory=dict)
     ids: np.ndarray | None = None
     features: tuple[str, ...] | None = None
     read: Mapping[str, str | None] = field(default_factory=dict)
@@ -91,7 +90,7 @@ def labels_may_be_missing(allowed: bool) -> Iterator[None]:
         PARTLY_LABELLED.reset(token)
 
 
-def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
+def require_finite(x: files.AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
     """Refuse NaN (except in masked columns), infinity, and numbers that overflow float32.
 
     Arguments:
@@ -116,7 +115,7 @@ def require_finite(x: AnyArray, name: str, masked: Sequence[bool] = ()) -> None:
     refuse(first, "data.rows.finite", name=name, first=first, count=count, missing=first.startswith("nan"))
 
 
-def reshape(x: AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> AnyArray:
+def reshape(x: files.AnyArray, shape: tuple[int, ...] | None, name: str = "x") -> files.AnyArray:
     """Return stored values reshaped to the declared shape, (n, *shape); unchanged if `shape` is None.
 
     Raises:
@@ -145,19 +144,16 @@ def _moved(row: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, ...] | No
         left = list(enumerate(row, start=1))
         order = [left.pop(next(i for i, (_, n) in enumerate(left) if n == size))[0] for size in wanted]
         return (0, *order, *(axis for axis, _ in left))
-    if len(axes) == 3 and wanted[0] == axes[-1] != axes[0] and len(row) == 3:
-        return (0, 3, 1, 2)
-    return None
+    return (0, 3, 1, 2) if len(axes) == 3 and wanted[0] == axes[-1] != axes[0] and len(row) == 3 else None
 
 
-def chunks(x: AnyArray, part: Part) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield consecutive chunks of ``x[part]`` of about `CHUNK_ELEMENTS` values, each with its offset in the part."""
+def chunks(x: files.AnyArray, part: Part) -> Iterator[tuple[int, np.ndarray]]:
+    """Return consecutive chunks of ``x[part]`` of about `CHUNK_ELEMENTS` values, each with its offset in the part."""
     step = max(1, CHUNK_ELEMENTS // max(1, prod(x.shape[1:])))
-    for start in range(0, len(part), step):
-        yield start, rows_of(x, part[start : start + step])
+    return ((start, rows_of(x, part[start : start + step])) for start in range(0, len(part), step))
 
 
-def rows_of(x: AnyArray, part: Part) -> np.ndarray:
+def rows_of(x: files.AnyArray, part: Part) -> np.ndarray:
     """Return the stored rows whose numbers are in `part`, `x[part]`."""
     return x[part.start : part.stop] if isinstance(part, range) else x[part]
 
@@ -197,7 +193,7 @@ def tenths(rows: int, missing: Sequence[str], seed: int) -> dict[str, Part]:
 
 
 def joined(
-    given: Mapping[str, tuple[AnyArray, np.ndarray | None]], seed: int, name: str = "train", **more: Any
+    given: Mapping[str, tuple[files.AnyArray, np.ndarray | None]], seed: int, name: str = "train", **more: Any
 ) -> Rows:
     """Return rows that concatenate the given splits; each split not given is a random tenth of "train".
 
@@ -222,7 +218,7 @@ def joined(
     order = [split for split in SPLITS if split in given]
     arrays = [given[split][0] for split in order]
     held = [array for array in arrays if isinstance(array, np.ndarray)]
-    x = arrays[0] if len(arrays) == 1 else np.concatenate(held) if len(held) == len(arrays) else Joined(arrays)
+    x = arrays[0] if len(arrays) == 1 else np.concatenate(held) if len(held) == len(arrays) else files.Joined(arrays)
     y = labels if labels is None or len(order) == 1 else np.concatenate([given[split][1] for split in order])
     largest = more.pop("largest", None) or {"uint8": 255.0, "bool": 1.0}.get(x.dtype.name)
     parts: dict[str, Part] = {}
@@ -234,12 +230,12 @@ def joined(
     return Rows(x, y, parts, largest, tuple(label_names) or None, name, notes, **more)
 
 
-def shared_rows(x: AnyArray, parts: Mapping[str, Part], name: str) -> int:
+def shared_rows(x: files.AnyArray, parts: Mapping[str, Part], name: str) -> int:
     """Return the number of rows of a split that also occur in "train" with the same values, by 64-bit hashes."""
     return int(np.isin(_hashes(x, parts[name]), np.sort(_hashes(x, parts["train"]))).sum())
 
 
-def _hashes(x: AnyArray, part: Part) -> np.typing.NDArray[np.uint64]:
+def _hashes(x: files.AnyArray, part: Part) -> np.typing.NDArray[np.uint64]:
     """Return a 64-bit hash of every row, `(n,)`: the sum of its mixed 8-byte words, each times a random odd number."""
     width = -(-x.dtype.itemsize * prod(x.shape[1:]) // 8)
     factors = np.random.RandomState(0).randint(0, 2**63, width, np.int64).astype(np.uint64) * 2 + 1

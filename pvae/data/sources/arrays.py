@@ -17,10 +17,8 @@ from typing import IO, Any, Literal, cast
 
 import numpy as np
 
-from pvae.data.rows import files
-from pvae.data.rows.cache import decoded, texts
+from pvae.data.rows import cache, files, prepare
 from pvae.data.rows.files import AnyArray, ArrayLayout, FileArray
-from pvae.data.rows.prepare import Holed
 from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.data.tables.side import side_rows
@@ -71,7 +69,7 @@ def unpacked(
 ) -> AnyArray:
     """Return the array of a compressed stream: decoded once into the cache under `key` if `stream`, else in memory."""
     if stream:
-        return decoded(key, lambda writer: writer.extend("x", content)).arrays["x"]
+        return cache.decoded(key, lambda writer: writer.extend("x", content)).arrays["x"]
     files.require_room(layout.shape, layout.dtype, where)
     out, start = np.empty(layout.shape, layout.dtype), 0
     for piece in content:
@@ -226,11 +224,11 @@ class NamedArrays(FileData):
 
         def rows(name: str, split: str) -> AnyArray:
             x, mask = self.array(path, name, False), known[self.mask][split] if self.mask else None
-            held = x if mask is None else Holed(x, self.array(path, mask, False), f"{path}, {mask!r}")
+            held = x if mask is None else prepare.Holed(x, self.array(path, mask, False), f"{path}, {mask!r}")
             return held if self.stream else held[:]
 
         given = {split: (rows(name, split), text(self.y, split)) for split, name in found.items()}
-        ids = [texts(text(self.id, split)) for split in SPLITS if self.id and split in found]
+        ids = [cache.texts(text(self.id, split)) for split in SPLITS if self.id and split in found]
         left = [name for name in names if name not in used]
         notes = [f"{path.name}: arrays that are not read: {', '.join(map(printable, left))}"] if left else []
         if self.x is None and wanted != "x":

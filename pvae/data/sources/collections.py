@@ -16,9 +16,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from pvae.data.rows.cache import cache_folder, locked
+from pvae.data.rows import cache, rows
 from pvae.data.rows.files import user_folder
-from pvae.data.rows.rows import Rows
 from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
 from pvae.errors import DataError, refuse
@@ -75,7 +74,7 @@ class FashionMNIST(Data):
 
     source: Literal["fashion_mnist"] = "fashion_mnist"
 
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
+    def read(self, data_dir: Path | None, seed: int) -> rows.Rows:
         """Return rows (70000, 1, 28, 28); train [0, 50000), validation [50000, 60000), test [60000, 70000)."""
         return read_collection(FASHION_MNIST, data_dir)
 
@@ -88,7 +87,7 @@ class MNIST(Data):
 
     source: Literal["mnist"] = "mnist"
 
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
+    def read(self, data_dir: Path | None, seed: int) -> rows.Rows:
         """Return rows (70000, 1, 28, 28); train [0, 50000), validation [50000, 60000), test [60000, 70000)."""
         return read_collection(MNIST_FILES, data_dir)
 
@@ -98,14 +97,14 @@ class Digits(Data):
 
     source: Literal["digits"] = "digits"
 
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
+    def read(self, data_dir: Path | None, seed: int) -> rows.Rows:
         """Return rows (1797, 1, 8, 8); train [0, 1000), validation [1000, 1350), test [1350, 1797)."""
         from sklearn.datasets import load_digits
 
         bunch = load_digits()
         parts = {"train": range(1000), "validation": range(1000, 1350), "test": range(1350, 1797)}
         x, y = bunch.data.reshape(-1, 1, 8, 8).astype(np.uint8), bunch.target
-        return Rows(x, y, parts, largest=16.0, label_names=tuple("0123456789"), name="digits")
+        return rows.Rows(x, y, parts, largest=16.0, label_names=tuple("0123456789"), name="digits")
 
 
 class Patches(Data):
@@ -119,7 +118,7 @@ class Patches(Data):
     size: Annotated[int, Field(ge=8, le=96, multiple_of=8)] = 32
     """Side of a patch in pixels, a multiple of 8."""
 
-    def read(self, data_dir: Path | None, seed: int) -> Rows:
+    def read(self, data_dir: Path | None, seed: int) -> rows.Rows:
         """Return rows (n, 3, size, size) with the photograph as label; n is 9720 at 32 pixels, 2430 at 64."""
         from sklearn.datasets import load_sample_images
 
@@ -131,22 +130,18 @@ class Patches(Data):
             x.append(found[:, :, :: side // 8, :: side // 8].reshape(-1, PATCHES, 3, side, side))
             y.append(np.full((len(x[-1]), PATCHES), label))
         order = np.random.RandomState(0).permutation(sum(map(len, x)))
-        tenth = len(order) // 10 * PATCHES
-        n = len(order) * PATCHES
-        parts = {
-            "train": range(n - 2 * tenth),
-            "validation": range(n - 2 * tenth, n - tenth),
-            "test": range(n - tenth, n),
-        }
+        tenth, n = len(order) // 10 * PATCHES, len(order) * PATCHES
+        ends = n - 2 * tenth, n - tenth, n
+        parts = dict(zip(("train", "validation", "test"), map(range, (0, *ends), ends), strict=True))
         images = np.concatenate(x)[order].reshape(-1, 3, side, side)
-        return Rows(images, np.concatenate(y)[order].ravel(), parts, 255.0, ("temple", "flower"), "patches")
+        return rows.Rows(images, np.concatenate(y)[order].ravel(), parts, 255.0, ("temple", "flower"), "patches")
 
 
 PATCHES = 81
 """Patches of a block of a photograph: nine across and nine down."""
 
 
-def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
+def read_collection(collection: Collection, data_dir: Path | None) -> rows.Rows:
     """Return the rows of an image collection: training rows (the last sixth is the validation split), then test rows.
 
     Raises:
@@ -162,7 +157,7 @@ def read_collection(collection: Collection, data_dir: Path | None) -> Rows:
     train = len(arrays["x_train"])
     fit = train - train // 6
     parts = {"train": range(fit), "validation": range(fit, train), "test": range(train, len(x))}
-    return Rows(x, y, parts, 255.0, collection.label_names, collection.slug)
+    return rows.Rows(x, y, parts, 255.0, collection.label_names, collection.slug)
 
 
 def _checked_array(path: Path, key: str, file: IdxFile) -> np.ndarray:
@@ -195,12 +190,12 @@ def _checked_digest(array: np.ndarray, file: IdxFile, path: Path) -> np.ndarray:
 
 def _cached(collection: Collection, file: IdxFile) -> np.ndarray:
     """Return the array of a collection's file from the cache; if it is absent or damaged, download it first."""
-    path = cache_folder() / collection.slug / f"{file.name}.gz"
+    path = cache.cache_folder() / collection.slug / f"{file.name}.gz"
     if (found := _verified(path, file)) is not None:
         return found
     if os.environ.get("PVAE_OFFLINE", "0") not in ("", "0"):
         raise DataError(f"Expected {file.name}.gz; got no such file, and PVAE_OFFLINE is set. {_by_hand(collection)}")
-    with locked(path.parent):
+    with cache.locked(path.parent):
         if (found := _verified(path, file)) is not None:
             return found
         path.unlink(missing_ok=True)

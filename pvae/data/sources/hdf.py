@@ -99,10 +99,7 @@ class Mat(ArrayFile):
             return [name for name, _, _ in whosmat(path)]
 
     def array(self, path: Path, name: str, text: bool) -> AnyArray:
-        if _is_hdf5(path):
-            found = _read(self, path, name, text, reverse=True)
-        else:
-            found = self._older(path, name, text)
+        found = _read(self, path, name, text, reverse=True) if _is_hdf5(path) else self._older(path, name, text)
         return found.reshape(-1) if text and found.ndim == 2 and 1 in found.shape else found
 
     def _older(self, path: Path, name: str, text: bool) -> Any:

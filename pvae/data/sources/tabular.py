@@ -12,9 +12,8 @@ from pvae.data.rows import cache, files, prepare
 from pvae.data.rows.columns import Column
 from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources import base, python
-from pvae.data.tables.cells import NA, CellDecoder, Numbers, Spelling
+from pvae.data.tables import cells, side
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces
-from pvae.data.tables.side import beside_rows
 from pvae.errors import DataError, refuse
 
 DECODED_FIELDS = set("source columns label id na decimal thousands separator encoding header side".split())
@@ -34,17 +33,17 @@ class Tabular(base.Data):
     """Name of the column with the name of each row, which is kept as text and is not part of x; names may repeat."""
     missing: Literal["error"] = "error"
     """Always `error`: each column says for itself, by a `missing` of its own."""
-    na: Names = NA
+    na: Names = cells.NA
     """Strings that mean a missing value."""
     decimal: Literal[".", ","] = "."
     """Decimal mark of numbers that are written as text."""
     thousands: Literal["", ",", ".", " ", "'", "\u00a0", "\u202f"] = ""
     """Mark between groups of three digits in numbers that are written as text; empty for none."""
 
-    def decoder(self, origin: str) -> CellDecoder:
+    def decoder(self, origin: str) -> cells.CellDecoder:
         """Return the converter of this table's cells; `origin` names the table in messages."""
-        return CellDecoder(
-            self.columns, self.label, self.na, origin, Spelling(self.decimal, self.thousands), self.id, self.side
+        return cells.CellDecoder(
+            self.columns, self.label, self.na, origin, cells.Spelling(self.decimal, self.thousands), self.id, self.side
         )
 
     @model_validator(mode="after")
@@ -63,7 +62,7 @@ class TableFile(Tabular, base.FileData):
     """Base of the tables in files, which are decoded once into the cache."""
 
     @abstractmethod
-    def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
+    def pieces(self, path: Path, decoder: cells.CellDecoder) -> Iterator[cells.Numbers]:
         """Yield the rows of the file as numbers, chunk by chunk.
 
         Raises:
@@ -86,7 +85,7 @@ class TableFile(Tabular, base.FileData):
         if self.label is not None:
             y, more["label_names"] = in_order(kept.arrays["y"][:], kept.notes["labels"])
         if self.side:
-            more["side"] = beside_rows(kept.arrays["side"][:], self.side, str(path))
+            more["side"] = side.beside_rows(kept.arrays["side"][:], self.side, str(path))
         return self.to_rows(files.held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
 
     def _decode(self, writer: cache.Writer, path: Path) -> None:
@@ -120,7 +119,7 @@ class CSV(TableFile):
             raise ValueError(f"an encoding of text that Python knows, such as utf-8; got {value!r}") from None
         return value
 
-    def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
+    def pieces(self, path: Path, decoder: cells.CellDecoder) -> Iterator[cells.Numbers]:
         return text_pieces(TextTable(path, self.separator, self.encoding, self.header), decoder)
 
 
@@ -129,7 +128,7 @@ class Parquet(TableFile):
 
     source: Literal["parquet"] = "parquet"
 
-    def pieces(self, path: Path, decoder: CellDecoder) -> Iterator[Numbers]:
+    def pieces(self, path: Path, decoder: cells.CellDecoder) -> Iterator[cells.Numbers]:
         return parquet_pieces(path, decoder)
 
 
@@ -160,5 +159,5 @@ class FrameSource(Tabular, python.PassedData):
         y, words = in_order(found["y"], list(decoder.labels)) if "y" in found else (None, None)
         more: dict[str, Any] = {"label_names": words, "notes": decoder.notes, "table": self.columns}
         if self.side:
-            more["side"] = beside_rows(found["side"], self.side, "data")
+            more["side"] = side.beside_rows(found["side"], self.side, "data")
         return joined({"train": (found["x"], y)}, self.split_seed, "data", ids=found.get("id"), **more)

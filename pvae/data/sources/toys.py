@@ -13,13 +13,12 @@ import numpy as np
 from numpy.random import Generator
 from pydantic import Field
 
-from pvae.data.rows.files import require_room
-from pvae.data.rows.prepare import Floats, Scale
+from pvae.data.rows import files, prepare
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data, Seed
 from pvae.records import Record
 
-Draws = tuple[Floats, np.typing.NDArray[np.int64]]
+Draws = tuple[prepare.Floats, np.typing.NDArray[np.int64]]
 DensityName = Literal["moons", "rings", "pinwheel", "checkerboard", "eight_gaussians", "spiral"]
 
 COMPASS = ("east", "north-east", "north", "north-west", "west", "south-west", "south", "south-east")
@@ -70,7 +69,7 @@ def spiral(rng: Generator, n: int, noise: float) -> Draws:
     return rotated(straight, math.pi * y + SPIRAL_TURN * outward) + noise * rng.standard_normal((n, 2)), y
 
 
-def rotated(x: Floats, angle: Floats) -> Floats:
+def rotated(x: prepare.Floats, angle: prepare.Floats) -> prepare.Floats:
     """Return points of the plane `(..., 2)`, each turned by an angle."""
     cos, sin = np.cos(angle), np.sin(angle)
     return np.stack([cos * x[..., 0] - sin * x[..., 1], sin * x[..., 0] + cos * x[..., 1]], -1)
@@ -109,7 +108,7 @@ class Toy(Data):
     """Number of training rows; the validation and the test split have a tenth of this number each, in addition."""
     noise: Annotated[float, Field(ge=0)] | None = None
     """Standard deviation of the Gaussian noise added to the density; None for the default of each density."""
-    scale: Scale = "raw"
+    scale: prepare.Scale = "raw"
     """Scaling of the samples; `unit` is not possible, as there is no largest value."""
     data_seed: Seed | Literal["experiment"] = 0
     """Seed of the samples, fixed for all experiments; `experiment`: samples depend on the seed of the experiment."""
@@ -120,7 +119,7 @@ class Toy(Data):
         rng = np.random.default_rng(seed if self.data_seed == "experiment" else self.data_seed)
         noise = density.noise if self.noise is None else self.noise
         told = f"data.rows = {self.rows:,}, with what its sampler computes"
-        require_room((self.rows + 2 * tenth, 12), np.dtype(np.float64), told, "Lower data.rows.")
+        files.require_room((self.rows + 2 * tenth, 12), np.dtype(np.float64), told, "Lower data.rows.")
         x, y = density.draw(rng, self.rows + 2 * tenth, noise)
         ends = self.rows, self.rows + tenth, self.rows + 2 * tenth
         parts = {"train": range(ends[0]), "validation": range(ends[0], ends[1]), "test": range(ends[1], ends[2])}

@@ -16,9 +16,8 @@ import numpy as np
 import pandas
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from pvae.data.rows import cache, rows
+from pvae.data.rows import cache, prepare, rows
 from pvae.data.rows.columns import Column, ContinuousColumn
-from pvae.data.rows.prepare import Floats
 from pvae.errors import DataError, near, refuse
 from pvae.graph.frame import split, word_numbers
 from pvae.records import Record, field
@@ -80,7 +79,7 @@ PARTS = {"hour": DAY, "week": 7 * DAY, "year": YEAR_DAYS * DAY}
 """Period, in seconds, of the cyclic part of a date that a column may hold."""
 
 
-def moments(cells: Cells, form: str | None) -> tuple[Floats, bool]:
+def moments(cells: Cells, form: str | None) -> tuple[prepare.Floats, bool]:
     """Return dates as seconds since 1970 (UTC), or durations as seconds, NaN for cells that are neither; and which.
 
     Arguments:
@@ -114,7 +113,7 @@ def _is_span(value: Any) -> bool:
     return isinstance(value, datetime.timedelta | np.timedelta64)
 
 
-def read_time(seconds: Floats, unit: str) -> Floats:
+def read_time(seconds: prepare.Floats, unit: str) -> prepare.Floats:
     """Return seconds as a unit (`seconds`, `days`), or as the sine or cosine of a cyclic part, such as `hour_sin`."""
     if unit in ("seconds", "days"):
         return seconds / (DAY if unit == "days" else 1.0)
@@ -123,7 +122,7 @@ def read_time(seconds: Floats, unit: str) -> Floats:
     return np.sin(angle) if wave == "sin" else np.cos(angle)
 
 
-def numbers_of(cells: Cells, spelling: Spelling) -> tuple[Floats, np.typing.NDArray[np.bool_]]:
+def numbers_of(cells: Cells, spelling: Spelling) -> tuple[prepare.Floats, np.typing.NDArray[np.bool_]]:
     """Return cells as numbers `(n,)`, NaN where a cell is missing or no number; and True for cells that are no number.
 
     Arguments:
@@ -239,7 +238,7 @@ class CellDecoder:
             found["y"] = self._labels(frame[self.label], self.label, where)
         return found
 
-    def _column(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
+    def _column(self, cells: Cells, name: str, column: Column, where: Where) -> prepare.Floats:
         if size := getattr(column, "text", None):
             return self._texts(cells, name, size[0], where)
         values = (self._coded if column.words else self._numbers)(cells, name, column, where)
@@ -253,7 +252,7 @@ class CellDecoder:
             raise self._wrong(at, name, column.expected, f"{values[at]:.15g}", where)
         return values
 
-    def _numbers(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
+    def _numbers(self, cells: Cells, name: str, column: Column, where: Where) -> prepare.Floats:
         time = column.time if isinstance(column, ContinuousColumn) else None
         if cells.dtype.kind == "c":
             raise self._wrong(0, name, column.expected, "complex numbers", where)
@@ -274,7 +273,7 @@ class CellDecoder:
             raise self._wrong(at, name, column.expected, shown(word), where, text("data.cells.marks", other=other))
         return values
 
-    def _texts(self, cells: Cells, name: str, length: int, where: Where) -> Floats:
+    def _texts(self, cells: Cells, name: str, length: int, where: Where) -> prepare.Floats:
         """Return the numbers of the first words of texts, `(m, length)`, 0 behind the last word."""
         words = [split(cell) if isinstance(cell, str) else None for cell in cells]
         if None in words:
@@ -284,7 +283,7 @@ class CellDecoder:
             self.notes = tuple(dict.fromkeys([*self.notes, f"column {name!r}: texts are cut to {length} words"]))
         return np.array([word_numbers(found or (), length) for found in words], np.float64).reshape(-1, length)
 
-    def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> Floats:
+    def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> prepare.Floats:
         codes, words = self._words(cells)
         found = [np.nan if word is None else column.code_of(word) for word in words]
         wrong = np.isin(codes, [place for place, code in enumerate(found) if code is None])
