@@ -7,6 +7,9 @@ from typing import Any
 import pandas
 import torch
 from pyro.infer import config_enumerate
+from rich.box import SIMPLE_HEAD as LEAN
+from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import accept, require_counts
@@ -60,7 +63,20 @@ class Gradients(Record):
         shown = self.frame.to_string(index=False, float_format="{:.3g}".format)
         return "\n".join([text("gradients.title", found=self), shown, *self.verdicts, *self.refused.values()])
 
-    __rich__ = __str__
+    def __rich__(self) -> Table:
+        below = "\n".join([*self.verdicts, *self.refused.values()])
+        table = Table(
+            title=Text(text("gradients.title", found=self)), caption=Text(below), caption_justify="left", box=LEAN
+        )
+        for column in ("estimator", "bias", "variance", "signal / noise", "ms", "per second"):
+            table.add_column(column, justify="left" if column == "estimator" else "right", no_wrap=" " not in column)
+        for group, rows in self.frame.groupby("group", sort=False):
+            table.add_row(Text(f"{group}:", style="bold"))
+            for row in rows.to_dict("records"):
+                figures = row["variance"], row["signal_to_noise"], 1000 * row["seconds"], row["per_second"]
+                bias = f"{row['bias']:.2g} ± {row['bias_error']:.1g}"
+                table.add_row(row["estimator"].replace("_", " "), bias, *(f"{value:.3g}" for value in figures))
+        return table
 
 
 def gradients(

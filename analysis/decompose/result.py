@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
 
-from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, exact, merged, scaled, text
+from pvae.analysis.figures.estimate import Estimate, Explained, Figures, Row, annotated, exact, merged, scaled, text
 from pvae.analysis.population.interval import ON_NEW_DATA, Population
 from pvae.records import Record, field, replace
 
@@ -220,8 +221,12 @@ class Surgery(Figures):
 # ---------------------------------------------------------------------- tables of several
 
 
-def side_by_side(found: Mapping[str, Surgery]) -> Table:
+def side_by_side(found: Mapping[str, Surgery]) -> Explained:
     """Return a table of several surgeries with one row per term and one column per surgery (a split or a run)."""
+    return Explained(partial(_beside, found), [(row[0], row[-1]) for row in merged(found)])
+
+
+def _beside(found: Mapping[str, Surgery], meanings: bool) -> Table:
     counts = ", ".join(f"{name} n = {s.n}" for name, s in found.items())
     remarks = [f"{name}: {' '.join((s.headline(), *s.on_new_data))}" for name, s in found.items()]
     title = Text(f"ELBO surgery, nats per datum ({counts})")
@@ -229,10 +234,11 @@ def side_by_side(found: Mapping[str, Surgery]) -> Table:
     table.add_column("term", no_wrap=True)
     for name in found:
         table.add_column(Text(name), justify="right", no_wrap=True)
-    table.add_column("what it is")
+    if meanings:
+        table.add_column("what it is")
     for term, *figures, meaning in merged(found):
-        cells = ["" if e is None else f"{e.value:.4f} ± {e.standard_error:.4f}" for e in figures]
-        table.add_row(Text(term), *cells, Text(meaning))
+        cells = [Text("" if e is None else f"{e.value:.4f} ± {e.standard_error:.4f}") for e in figures]
+        table.add_row(Text(term), *cells, *([Text(meaning)] if meanings else ()))
     return table
 
 

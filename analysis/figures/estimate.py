@@ -6,12 +6,13 @@ The words are the entries of `results.toml`, filled in by Jinja; an unknown entr
 import math
 import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, dataclass_transform, get_type_hints
 
 import pandas
+from rich.console import ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
@@ -23,6 +24,8 @@ from pvae.words import Catalogue
 
 Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]
 CONSERVATIVE = "conservative"
+WIDE = 100
+"""Width of a terminal, in characters, from which tables have a column of explanations."""
 HUGE = 1e150
 """Size from which a value counts as infinite."""
 
@@ -287,18 +290,21 @@ class Figures:
         """Return a data frame with one row per term: value, errors, kind and note."""
         return pandas.DataFrame([{"term": name, **e.to_dict()} for name, e, _ in self.known()]).set_index("term")
 
-    def table(self) -> Table:
-        """Return the estimates as a rich table."""
+    def table(self, meanings: bool = True) -> Table:
+        """Return the estimates as a rich table, with or without the column that explains them."""
         table = Table(title=Text(self.title), caption=Text("\n".join(self.sentences)), caption_justify="left")
-        for column, justify in (("term", "left"), ("value", "right"), ("std error", "right"), ("kind", "left")):
-            table.add_column(column, justify=justify, no_wrap=column != "kind")  # type: ignore[arg-type]
-        table.add_column("what it is")
+        table.add_column("term", no_wrap=True)
+        table.add_column("value ± std error", justify="right", no_wrap=True)
+        for column in ("kind", "what it is")[: 1 + meanings]:
+            table.add_column(column)
         for name, e, meaning in self.known():
-            error = f"{e.standard_error:.4f}" if e.standard_error else ""
-            table.add_row(Text(name), f"{e.value:.4f}", error, e.label.removesuffix(f", {CONSERVATIVE}"), Text(meaning))
+            error = f" ± {e.standard_error:.4f}" if e.standard_error else ""
+            cells = (f"{e.value:.4f}{error}", e.label.removesuffix(f", {CONSERVATIVE}"), Text(meaning))
+            table.add_row(Text(name), *cells[: 2 + meanings])
         return table
 
-    __rich__ = table
+    def __rich__(self) -> "Explained":
+        return Explained(self.table, tuple((name, meaning) for name, _, meaning in self.known()))
 
     def __repr__(self) -> str:
         return str(self)
@@ -308,6 +314,23 @@ class Figures:
 
     def _repr_html_(self) -> str:
         return text("figures.html", found=self)
+
+
+class Explained(Record):
+    """Table for the terminal with a column that explains its rows, which stands below it if the terminal is narrow."""
+
+    make: Callable[[bool], Table]
+    """Function that returns the table, with that column if its argument is True."""
+    meanings: Sequence[tuple[str, str]]
+
+    def __rich_console__(self, _: Any, options: ConsoleOptions) -> Iterator[Table]:
+        wide = options.max_width >= WIDE
+        yield self.make(wide)
+        if not wide:
+            below = Table.grid(padding=(0, 2))
+            for term, meaning in self.meanings:
+                below.add_row(Text(term, no_wrap=True), Text(meaning))
+            yield below
 
 
 def merged(results: Mapping[str, Figures]) -> list[tuple[Any, ...]]:

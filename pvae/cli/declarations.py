@@ -17,10 +17,14 @@ from pvae.words import text
 @command("as_json", name="list")
 def list_zoo(shared: Shared) -> None:
     """List the zoo: the model declarations that come with pvae."""
+    from rich.table import Table
+    from rich.text import Text
+
     entries = zoo.entries()
-    width = max(len(name) for name, _ in entries)
-    lines = "\n".join(f"{name:{width}}  {text}" for name, text in entries)
-    shared.answer([{"name": name, "description": text} for name, text in entries], lines)
+    table = Table.grid(padding=(0, 2))
+    for entry in entries:
+        table.add_row(*map(Text, entry))
+    shared.answer([{"name": name, "description": text} for name, text in entries], table)
 
 
 @command()
