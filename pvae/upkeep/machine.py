@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,20 +115,6 @@ def compiler(_: CheckArguments) -> Iterator[Check]:
     yield Check.judged("compiler", "warning", text, advice if failed else "")
 
 
-@contextmanager
-def _trial(folder: Path) -> Iterator[Path]:
-    """Yield a temporary hidden folder in `folder`, which is created if needed; all created folders are removed."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with tempfile.TemporaryDirectory(prefix=".tmp-doctor-", dir=folder) as name:
-            yield Path(name)
-    finally:
-        for path in missing:
-            with suppress(OSError):
-                path.rmdir()
-
-
 def run_dir(given: CheckArguments) -> Iterator[Check]:
     """Yield the check that files can be created and replaced in the folder of runs; it fails if not."""
     return _writable("run_dir", given.runs.absolute, "failed", "Choose another: --run-dir or PVAE_RUN_DIR.")
@@ -152,17 +138,24 @@ def user_cache() -> Path:
 
 
 def _writable(name: str, folder: Callable[[], str | Path], bad: Level, advice: str) -> Iterator[Check]:
-    """Yield the check that a file of 1 MiB can be written in a folder, and replaced; its level is `bad` if not."""
-    where: str | Path = "no folder"
+    """Yield the check that a file of 1 MiB can be written in a folder, and replaced; its level is `bad` if not.
+
+    Folders that are created for it are removed.
+    """
+    where, missing = Path("no folder"), list[Path]()
     try:
-        where = folder()
-        with _trial(Path(where)) as trial:
+        where = Path(folder())
+        missing = [path for path in (where, *where.parents) if not path.exists()]
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-doctor-", dir=where) as trial:
             for _ in range(2):
-                write_atomic(trial / "file", bytes(MIB))
+                write_atomic(Path(trial, "file"), bytes(MIB))
+        yield Check(name, "ok", str(where))
     except (OSError, PvaeError) as problem:
         yield Check(name, bad, f"{where}: {problem}", advice)
-    else:
-        yield Check(name, "ok", str(where))
+    for path in missing:
+        with suppress(OSError):
+            path.rmdir()
 
 
 def cache(_: CheckArguments) -> Iterator[Check]:

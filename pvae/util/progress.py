@@ -36,13 +36,13 @@ class ProgressBar:
 
     def __enter__(self) -> Self:
         if self.show and sys.stderr.isatty():
-            from rich import console, progress
+            from rich.console import Console
+            from rich.progress import Progress as Bar
+            from rich.progress import TextColumn, TimeElapsedColumn
 
-            label, note = (
-                progress.TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]")
-            )
-            figures = progress.Progress.get_default_columns()[1:]
-            self.bar = progress.Progress(label, *figures, note, console=console.Console(stderr=True))
+            label, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
+            figures = (*Bar.get_default_columns()[1:], TimeElapsedColumn())
+            self.bar = Bar(label, *figures, note, console=Console(stderr=True))
             self.bar.start()
             self.task = self.bar.add_task(self.label, total=self.total, note="")
         return self
