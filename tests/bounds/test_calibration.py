@@ -81,6 +81,7 @@ def test_the_reference_is_the_nearest_row_before():
 # ---------------------------------------------------------------------- pairs whose posterior is known
 
 
+@pytest.mark.slow
 def test_an_exact_posterior_passes_at_the_stated_rate():
     alarms = sum(any(v != "fine" for v in verdicts(calibration(linear(LAW), 150, seed=s))) for s in range(60))
     assert alarms <= binom.ppf(0.999, 60, 0.05)
@@ -205,6 +206,7 @@ def test_codes_have_no_order():
     assert "shift" not in found.sentences[0]
 
 
+@pytest.mark.slow
 def test_exact_codes_pass_at_the_stated_rate():
     pair = coded(1.0)
     alarms = sum(any(v != "fine" for v in verdicts(calibration(pair, 200, seed=s))) for s in range(60))

@@ -97,9 +97,8 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize(  # a fast twin of "draws": test_engines.py of training
-    "latents", [pytest.param(COMPILED["draws"], marks=pytest.mark.slow), COMPILED["sum"]], ids=list(COMPILED)
-)
+@pytest.mark.slow  # fast twins: test_engines.py of training
+@pytest.mark.parametrize("latents", COMPILED.values(), ids=list(COMPILED))
 def test_a_compiled_step_is_the_eager_one(latents):
     x = pairs.rows(40)
     found = []

@@ -179,6 +179,7 @@ def test_a_fit_is_read_again_and_resumed_bit_for_bit(kind, tmp_path):
     assert not any("rows" in name or "index" in name for name in whole.pair.state_dict())
 
 
+@pytest.mark.slow
 def test_a_compiled_step_leaves_the_same_rows_out(tmp_path):
     runs = [
         pvae.fit(
