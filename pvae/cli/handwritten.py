@@ -49,8 +49,7 @@ def load_names(text: str) -> list[Any]:
     path = Path(found["file"]) if found else Path(text)
     if found is None or not path.is_file():
         raise DeclarationError(f"{text}: expected a Python file and the name of a pair in it, my_module.py:pair.")
-    if (spec := importlib.util.spec_from_file_location(f"pvae_pair_{path.stem}", path)) is None or spec.loader is None:
-        raise DeclarationError(f"{path}: expected a Python file; got one that Python does not read.")
+    spec: Any = importlib.util.spec_from_file_location(f"pvae_pair_{path.stem}", path)  # of .py there is a loader
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     sys.path.append(str(path.resolve().parent))
