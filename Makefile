@@ -9,7 +9,7 @@ READY := .venv/.installed
 WORKERS ?= 2
 PYTEST = env -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --doctest-modules
 
-.PHONY: help demo test test-all test-slow lint types check build bench clean
+.PHONY: help demo test test-all test-slow lint types check build docs bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,11 +40,18 @@ check: lint types  ## lint and types
 build: $(READY)  ## build the sdist and the wheel into dist/
 	$(BIN)/python -m build --outdir dist
 
+# Extra packages go into .venv, once. The tutorials are run in Jupyter kernels; a warning is an error.
+docs: $(READY)  ## run the tutorials and build the site into site/
+	@$(BIN)/python -c 'import ipykernel, latex2mathml, mkdocstrings, nbclient' 2>/dev/null || \
+	    $(PIP) --no-build-isolation -e ".[docs]"
+	env NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "wrote site/index.html"
+
 bench: $(READY)  ## time pvae against hand-written PyTorch, stock Pyro and its peers
 	@set -e; for file in tests/bench/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
 
 clean:  ## remove what was built and cached; keep .venv and runs/
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
 	find . -path ./.venv -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 # torch comes first and pinned: asked for as a range, pip may fetch another, far larger build.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pvae.upkeep.clean import clean as clean
     from pvae.upkeep.verify import verify as verify
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _NAMES = {
     "data": ("Dataset",), "errors": ("DataError", "DeclarationError", "PvaeError"),
