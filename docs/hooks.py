@@ -88,7 +88,7 @@ def tutorials() -> Iterator[tuple[str, str | bytes]]:
 def executed(path: Path) -> nbformat.NotebookNode:
     """Return a notebook with the outputs of its cells, run in a kernel and a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        return nbclient.execute(nbformat.read(path, 4), cwd=folder, timeout=600)
+        return nbclient.execute(nbformat.read(path, 4), cwd=folder, timeout=300)
 
 
 class Examples(griffe.Extension):
