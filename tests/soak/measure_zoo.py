@@ -80,9 +80,9 @@ def declared(name: str) -> Experiment:
 
 def measured(run: Run, name: str) -> dict[str, object]:
     """Return the table row of a run."""
-    test, plan = run.data.test, run.plan
+    test, plan = run.data.test, run.experiment
     row: dict[str, object] = {
-        "system": name, "data": plan.data.source, "likelihood": plan.decoder.likelihood.kind,
+        "system": name, "data": run.data.source, "likelihood": plan.decoder.likelihood.kind,
         "epochs": plan.train.epochs, "parameters": sum(p.numel() for p in run.pair.parameters()),
     }  # fmt: skip
     try:
