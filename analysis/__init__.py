@@ -20,6 +20,7 @@ from pvae.analysis.export.datasets import PosteriorDraws as Posterior
 from pvae.analysis.export.posterior import posterior
 from pvae.analysis.figures.estimate import Estimate
 from pvae.analysis.pages.comparison.comparison import Paired, elbos, paired
+from pvae.analysis.pages.explorer import explore
 from pvae.analysis.pages.report import compare, report
 from pvae.analysis.samples.copying import Copying, copying, data_copying
 from pvae.analysis.samples.critic import CriticKL, critic

@@ -240,6 +240,11 @@ class Evidence(Bounds):
     """True if the guide samples global latents: every weight is that of the whole data set, and the bounds are on
     log p(x_1, ..., x_n), divided by n."""
 
+    def figure(self) -> Any:
+        from pvae.analysis.pages.plots import curves
+
+        return curves.importance(self)
+
     def rows(self) -> Iterator[Row]:
         yield from super().rows()
         if self.exact is not None:

@@ -197,6 +197,11 @@ class Surgery(Figures):
         terms = ("latents", "classes", "shared", "seen", "population", "notes", "parts")
         return self.nested(log_n=self.log_n.value, **{name: getattr(self, name) for name in terms})
 
+    def figure(self) -> Any:
+        from pvae.analysis.pages.plots import bars
+
+        return bars.waterfall(bars.waterfall_steps(self))
+
     def headline(self) -> str:
         """Return sentences on what a better prior wins: on new data, an interval; on these rows, the marginal KL."""
         if self.population is not None:

@@ -312,8 +312,14 @@ class Figures:
     def __str__(self) -> str:
         return "\n".join([self.title, *(f"{name:28s} {e}" for name, e, _ in self.known()), *self.sentences])
 
+    def figure(self) -> Any:
+        """Return the picture that a notebook shows above the table, a matplotlib figure; None if there is none."""
+        return None
+
     def _repr_html_(self) -> str:
-        return text("figures.html", found=self)
+        from pvae.analysis.pages.plots.base import pictured  # here, because plots import results
+
+        return pictured(self.figure(), self.title) + text("figures.html", found=self)
 
 
 class Explained(Record):

@@ -11,6 +11,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import require_room
 from pvae.analysis.figures.estimate import misdeclared, refuse, text
 from pvae.analysis.samples import running
+from pvae.analysis.samples.features import is_image
 from pvae.errors import DataError, DeclarationError, instead
 from pvae.experiment.experiment import Experiment
 from pvae.graph.frame import Entry
@@ -19,6 +20,8 @@ from pvae.pair import Layout, Pair, samples
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent
 
+NOTEBOOK_ROWS, NOTEBOOK_IMAGES = 8, 50
+"""Largest numbers of samples that a notebook shows as rows of a table, and as images."""
 Covariates = Mapping[str, int | float | str | Sequence[int] | Sequence[float] | Sequence[str] | Tensor]
 
 
@@ -33,6 +36,14 @@ class Samples(running.Generated):
     """Covariates by name that the samples are conditioned on, `(n,)`, int64; of a prompt `(n, length)`."""
     is_mean: bool
     """True if x are means of p(x | z)."""
+
+    def _repr_html_(self) -> str:
+        from pvae.analysis.pages.plots import base, pictures
+
+        if not is_image(self.x.shape[1:]) or self.origin.names:
+            return str(self.to_frame().head(NOTEBOOK_ROWS).to_html())
+        x = base.array(self.x[:NOTEBOOK_IMAGES])
+        return base.pictured(pictures.samples(x, x, float(x.min()), float(x.max())), repr(self))
 
 
 def sample(

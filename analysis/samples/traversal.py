@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, distributions
@@ -107,18 +107,15 @@ def traverse(
     seen = row if rows is None else accept(pair, rows)[:ORDER_ROWS]
     base = {} if row is None else encode.encode(pair, row, mean=True, seed=seed).latents
     with running.analysed(pair, template.at(0, 2), seed):
-        nodes = samples(pair.simulate(template.at(0, 8)))
-        refuse(name not in nodes, f"traverse: expected {name} in the model; got a latent of the guide alone.")
-        priors = _priors(template, {z: nodes[z] for z in names if z in nodes})
+        model, priors = PlacedModel.of(template, name)
         scores, order = (None, "their own order") if seen is None else _scores(pair, seen, name)
         at = base[name].value.flatten() if base else priors[name][0]
         chosen = _dims(dims, name, len(at), scores)
         require_room(pair, "traverse", steps * len(chosen), 0, f"{steps:,} steps of {len(chosen)} coordinates")
-        places = _places(nodes[name]["fn"], name, priors[name], chosen, steps, span)
+        places = _places(model.nodes[name]["fn"], name, priors[name], chosen, steps, span)
         moved = at.expand(*places.shape, -1).clone()
         moved[range(len(chosen)), :, list(chosen)] = places.to(moved)
         moved = moved.flatten(0, 1)
-        model = PlacedModel(template, nodes, {z: mean for z, (mean, _) in priors.items()})
         held_at = {z: code.value.reshape(1, -1) for z, code in base.items() if z != name}
         below = _followers(model, name, moved, held_at) if held_at else ()
         kept = {z: value for z, value in held_at.items() if z not in below}
@@ -131,6 +128,22 @@ def traverse(
     return Traversal(x.unflatten(0, places.shape), places, name, chosen, order)
 
 
+def decode(run: Run, latent: str, values: Tensor, *, seed: int = 0, on_progress: Progress = silent) -> Tensor:
+    """Return E[x | z], `(m, *shape)`, with a latent set to `values` `(m, numel)`, the others to their mean given it.
+
+    Covariates are those of one training row, drawn by the seed. The errors are those of `traverse`.
+    """
+    template = Template(run, run.pair, 1, None, seed)
+    with running.analysed(run.pair, template.at(0, 2), seed):
+        model, _ = PlacedModel.of(template, latent)
+
+        def decoded(start: int, stop: int) -> Tensor:
+            found = model.sites(start, stop, {latent: values[start:stop]})
+            return running.decoded_mean(found, run.pair.layout, stop - start)
+
+        return running.by_chunks(decoded, len(values), template.numbers, on_progress)
+
+
 class PlacedModel(Record):
     """Model of a pair whose latents are set to given values."""
 
@@ -140,6 +153,15 @@ class PlacedModel(Record):
     """Sites of a run of the model, which give the shape and type of every latent."""
     means: Mapping[str, Tensor] = field(default_factory=dict)
     """Values `(numel,)` of latents that are not set and whose mean and mode are unknown."""
+
+    @classmethod
+    def of(cls, template: Template, name: str) -> tuple[Self, dict[str, tuple[Tensor, Tensor]]]:
+        """Return the model in which a latent is to be set, and mean and deviation of each prior, `(numel,)`."""
+        pair = template.pair
+        nodes, names = samples(pair.simulate(template.at(0, 8))), (*pair.layout.latents, *pair.layout.enumerated)
+        refuse(name not in nodes, f"traverse: expected {name} in the model; got a latent of the guide alone.")
+        priors = _priors(template, {z: nodes[z] for z in names if z in nodes})
+        return cls(template, nodes, {z: mean for z, (mean, _) in priors.items()}), priors
 
     def spread(self, flat: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
         """Return flat values `(count or 1, numel)` of latents as `count` rows in the shape and dtype of their sites."""

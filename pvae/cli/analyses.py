@@ -216,6 +216,15 @@ def report(
     shared.answer({"file": str(path), **found.to_dict(), "run": str(opened.path)}, found, f"report: {path}")
 
 
+@command("split", "out", "on_fitted")
+def explore(shared: Shared, run: str, latent: str | None = None, rows: int = 20_000, samples: int = 10) -> None:
+    """Write one HTML file to look around in: a map of a latent, the data behind its points, what sliders decode."""
+    opened = shared.open(run)
+    asked: dict[str, Any] = {"latent": latent, "rows": rows, "samples": samples, "out": shared.out, "seed": shared.seed}
+    path = shared.watched("explore", partial(pvae.analysis.explore, split=shared.split, **asked), opened)
+    shared.answer({"run": str(opened.path), "file": str(path)}, f"explorer: {path}")
+
+
 @command("split", "on_fitted", "for_papers")
 def compare(
     shared: Shared, runs: list[str], evidence_samples: int = 500, out: Path = Path("comparison"), figures: bool = False

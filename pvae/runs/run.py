@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     import pandas
 
     from pvae.analysis.export.datasets import PosteriorDraws
+    from pvae.analysis.pages.plots.axes import RunPlots
     from pvae.analysis.samples.modules import PlainDecoder, PlainEncoder
 
 
@@ -282,9 +283,19 @@ class Run(Applied):
         status = self.status
         return f"Run({self.name!r}, {status.get('state')}, epoch {status.get('epoch')}, {str(self.path)!r})"
 
+    @property
+    def plot(self) -> RunPlots:
+        """Plots as matplotlib axes: `run.plot.training()`, `latents()`, `surgery()` and `samples()`."""
+        from pvae.analysis.pages.plots.axes import RunPlots
+
+        return RunPlots(self)
+
     def _repr_html_(self) -> str:
+        from pvae.analysis.pages.plots.base import pictured
+
+        drawn = pictured(self.plot.training().figure, f"training of {self.name}") if self.files.metrics_rows() else ""
         known = {named(name): self.status[name] for name in ("elbo", "log_joint") if name in self.status}
-        return text("runs.run.html", run=self, status=self.status, known=known)
+        return text("runs.run.html", run=self, status=self.status, known=known) + drawn
 
     def posterior(
         self, split: str = "test", draws: int = 100, rows: int | None = None, seed: int = 0, **options: Any

@@ -157,6 +157,16 @@ class Study(Record):
         sweep = [table(self.summary(), self.declared.name)] if self.declared.cases else []
         return Group(*sweep, *([] if self.searching is None else [page_of(self.searching)]))
 
+    def _repr_html_(self) -> str:
+        from pvae.analysis.pages.plots import base, comparisons
+
+        cases = [case if stage == "fit" else f"{case}: {stage}" for case, _, stage in self.finished]
+        names = ["" if case in cases[:i] else case for i, case in enumerate(cases)]
+        rows = [files.metrics_rows() for files in self.finished.values()]
+        made = comparisons.overlaid(names, rows, [*map([*dict.fromkeys(cases)].index, cases)]) if rows else None
+        summary = self.summary().to_html(index=False, float_format="{:.4f}".format) if rows else ""
+        return f"{base.pictured(made, self.declared.name)}{summary}{text('studies.study.html', found=self)}"
+
     def __str__(self) -> str:
         return self.summary().to_string(index=False, float_format="{:.4f}".format)
 

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, Self
 
 from pvae.errors import printable
@@ -21,7 +22,7 @@ def silent(_done: int, _total: int, _stage: str = "") -> None:
 
 
 class ProgressBar:
-    """Progress bar on a terminal, or a line of text every few seconds if standard error is not a terminal.
+    """Progress bar on a terminal and in notebooks with ipywidgets; elsewhere a line of text every few seconds.
 
     Arguments:
         total: total number of units of work.
@@ -35,7 +36,8 @@ class ProgressBar:
         self.bar: Any = None
 
     def __enter__(self) -> Self:
-        if self.show and sys.stderr.isatty():
+        in_notebook = "ipykernel" in sys.modules and find_spec("ipywidgets")  # rich draws on its widgets
+        if self.show and (sys.stderr.isatty() or in_notebook):
             from rich.console import Console
             from rich.progress import Progress as Bar
             from rich.progress import TextColumn, TimeElapsedColumn

@@ -172,6 +172,7 @@ PRINTS_JSON: dict[str, list[str]] = {
     "calibration": ["vae", "--rows", "20"],
     "posterior": ["vae", "--rows", "4", "--draws", "5", "--out", "OUT/draws.nc"],
     "report": ["vae", "--evidence-samples", "10", "--gap-steps", "5"],
+    "explore": ["vae", "--rows", "20", "--samples", "2", "--out", "OUT/explorer.html"],
     "export": ["vae", "tensorboard"],
     "sample": ["vae", "-n", "4", "--out", "OUT/shown"],
     "encode": ["vae", *PICTURES],

@@ -1,5 +1,7 @@
 """Common style, size and text of all plots, and their export as PNG."""
 
+import base64
+import html
 import io
 import math
 import textwrap
@@ -65,6 +67,14 @@ def png(made: Figure) -> bytes:
     canvas.draw()  # once: `savefig` draws a first time to lay the figure out, and this does both
     Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB").save(buffer, "png")
     return buffer.getvalue()
+
+
+def pictured(made: Any, alt: str) -> str:
+    """Return a figure as an image in HTML, for notebooks; empty for None."""
+    if made is None:
+        return ""
+    source = base64.b64encode(png(made)).decode()
+    return f'<img src="data:image/png;base64,{source}" alt="{html.escape(alt)}" style="max-width: 100%">'
 
 
 def plain(text: object) -> str:

@@ -250,7 +250,7 @@ def encoded(
     """Return plots of q_agg against the prior, from samples of both, by real latent with at least two rows."""
     planes = {}
     for name, code in found.latents.items():
-        if code.probs is None and name in prior.latents and len(code.value) > 1:
+        if code.probs is None and code.value.is_floating_point() and name in prior.latents and len(code.value) > 1:
             three = (code.value if code.loc is None else code.loc, code.value, prior.latents[name])
             means, values, of_prior = (array(t).reshape(len(t), -1) for t in three)
             planes[name] = clouds.plane(clouds.Cloud(name, means, values, of_prior), labels, names)
