@@ -40,7 +40,7 @@ class Picture(Record):
         return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
 
 
-class Answer(Record):
+class Question(Record):
     """Question that the first screen answers, with the sentences and headline numbers of the answer."""
 
     question: str
@@ -89,7 +89,7 @@ class Listing(Record):
     """True for a listing that is collapsed until the reader opens it."""
 
 
-Block = Picture | PageTable | Note | Listing | Answer
+Block = Picture | PageTable | Note | Listing | Question
 Part = Block | Sentence | Tile | str | Mapping[str, Any]
 """Part of a section; a string is a sentence of the verdict without an alert, a mapping holds numbers for JSON."""
 

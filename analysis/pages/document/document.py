@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.padding import Padding
 from rich.text import Text
 
-from pvae.analysis.pages.document.blocks import Answer, PageSection, PageTable, Picture, Sentence, Tile
+from pvae.analysis.pages.document.blocks import Question, PageSection, PageTable, Picture, Sentence, Tile
 from pvae.analysis.pages.document.words import WORDS, csv_of, html_cell, legible, rich_of, text
 from pvae.errors import OutputError, refuse
 from pvae.records import Record
@@ -63,7 +63,7 @@ class Document(Record):
     @property
     def glance(self) -> PageSection | None:
         """Section with the answers of the first screen; None for a page without one, which starts with the verdict."""
-        return next((section for section in self.sections if any(section.of(Answer))), None)
+        return next((section for section in self.sections if any(section.of(Question))), None)
 
     @property
     def body(self) -> list[PageSection]:

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 from matplotlib.figure import Figure
 
-from pvae.analysis.pages.document.blocks import Answer, Part, Picture
+from pvae.analysis.pages.document.blocks import Question, Part, Picture
 from pvae.analysis.pages.document.words import picture, section, text, texts, tile
 from pvae.analysis.pages.plots import bars, base, clouds, columns, pictures
 from pvae.analysis.pages.sections.examination import Examination
@@ -26,15 +26,15 @@ def glance(exam: Examination) -> Iterator[Part]:
     count, values = len(exam.data.train), prod(exam.shape)
     said = [text("glance.rows", run=exam.run.name, count=count, values=values, source=source, epoch=epoch)]
     if exam.implicit:
-        yield Answer(text("glance.fitted"), (*said, text("glance.no_elbo")))
+        yield Question(text("glance.fitted"), (*said, text("glance.no_elbo")))
     else:
         said += texts("glance.elbo", surgery=exam.held, split=exam.split, values=values)
         tiles = [tile("glance.total", surgery=s, split=name) for name, s in reversed(exam.surgeries.items())]
-        yield Answer(text("glance.fitted"), said, tiles)
+        yield Question(text("glance.fitted"), said, tiles)
     latents = {} if exam.implicit else exam.collapse.latents
     kl = {name: exam.held.latents[name].kl for name in latents}
     said = [text("glance.latent", name=name, latent=z, kl=kl[name]) for name, z in latents.items()]
-    yield Answer(text("glance.latents" if latents else "glance.samples_alone"), said)
+    yield Question(text("glance.latents" if latents else "glance.samples_alone"), said)
     yield from _map(exam)
     yield from _beside(exam)
 
