@@ -17,7 +17,7 @@ from rich.console import Group
 from rich.padding import Padding
 from rich.text import Text
 
-from pvae.analysis.pages.document.blocks import Question, PageSection, PageTable, Picture, Sentence, Tile
+from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Question, Sentence, Tile
 from pvae.analysis.pages.document.words import WORDS, csv_of, html_cell, legible, rich_of, text
 from pvae.errors import OutputError, refuse
 from pvae.records import Record

@@ -6,7 +6,7 @@ from math import prod
 import numpy as np
 from matplotlib.figure import Figure
 
-from pvae.analysis.pages.document.blocks import Question, Part, Picture
+from pvae.analysis.pages.document.blocks import Part, Picture, Question
 from pvae.analysis.pages.document.words import picture, section, text, texts, tile
 from pvae.analysis.pages.plots import bars, base, clouds, columns, pictures
 from pvae.analysis.pages.sections.examination import Examination
