@@ -56,7 +56,8 @@ def systems() -> Iterator[tuple[str, str | bytes]]:
     for name, system in told.items():
         facts = {"plan": pvae.Experiment.load(name), "file": zoo.find(name).read_text(), "told": system}
         yield f"systems/{name}.md", page("system", name=name, tables=tables, **facts)
-    yield from ((f"systems/{path.name}", path.read_bytes()) for path in (RESULTS / "zoo").glob("*.png"))
+    pictures = (path for folder in ("tokens", "zoo") for path in (RESULTS / folder).glob("*.png"))
+    yield from ((f"systems/{path.parent.name}-{path.name}", path.read_bytes()) for path in pictures)
     yield "systems/index.md", page("systems", told=told, zoo=dict(zoo.entries()), measured=tables["zoo"])
 
 
