@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", type=Path)
     parser.add_argument("mnist", type=Path)
-    parser.add_argument("--labels", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--labels", type=int, nargs="+", choices=EPOCHS["M2"], default=[*EPOCHS["M2"]])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", choices=METHODS)
     parser.add_argument("--codes", type=Path, help="Archive of the codes of M1, made unless it is there.")
