@@ -314,7 +314,6 @@ class Figures:
 
     def figure(self) -> Any:
         """Return the picture that a notebook shows above the table, a matplotlib figure; None if there is none."""
-        return None
 
     def _repr_html_(self) -> str:
         from pvae.analysis.pages.plots.base import pictured  # here, because plots import results

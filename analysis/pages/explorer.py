@@ -153,7 +153,7 @@ def _columns(group: str, columns: Mapping[Any, Any]) -> list[dict[str, Any]]:
 
 
 class Display:
-    """How data of a run are shown: images as thumbnails, others as columns in the units of their source."""
+    """Form in which data of a run are shown: images as thumbnails, others as columns in the units of their source."""
 
     def __init__(self, run: Run, part: Split, chosen: Tensor) -> None:
         first, self.table = running.observed_rows(part, chosen[:1000]), run.transforms
