@@ -74,8 +74,8 @@ def measured(x: np.ndarray, objective: str, seed: int, epochs: int, folder: str)
 
 
 def spread(values: Any) -> str:
-    """Return mean and standard error of a column."""
-    return f"{values.mean():.2f} ± {values.sem():.2f}"
+    """Return mean and standard error of a column, without the latter for a single seed."""
+    return f"{values.mean():.2f} ± {values.sem():.2f}" if len(values) > 1 else f"{values.mean():.2f}"
 
 
 def page(frame: pandas.DataFrame) -> str:
@@ -86,7 +86,7 @@ def page(frame: pandas.DataFrame) -> str:
     for objective in (name for name in OBJECTIVES if name in set(frame["objective"])):
         rows = frame[frame["objective"] == objective].set_index("seed")
         shown = [spread(rows[name]) for name in FIGURES]
-        shown.append("" if objective == "VAE" else spread(rows["log_p"] - own))
+        shown.append("" if objective == "VAE" else spread((rows["log_p"] - own).dropna()))
         shown += [str(len(rows)), f"{rows['cpu_seconds'].mean():.0f}"]
         lines.append(f"| {objective} | {' | '.join(shown)} |")
     return "\n".join(lines)
