@@ -144,9 +144,8 @@ def jackknife(left_out: Tensor, size: int, units: int) -> float:
     """Return the standard error of a figure of n units that are independent samples of a distribution.
 
     Its square is the delete-d jackknife's variance, (n - d)^2 / (d n) times the variance of the values over groups,
-    times (k - 1) / (k - 3): figures divided by their errors then have unit variance for few groups as well. The
-    derivative in the weight of a unit (infinitesimal jackknife) gave errors up to three times too small for means of
-    logs of sums in which single units stand out.
+    times (k - 1) / (k - 3): figures divided by their errors then have unit variance for few groups as well. Errors of
+    the infinitesimal jackknife were up to three times too small where single units stand out in logs of sums.
 
     Arguments:
         left_out: values of the figure without each of k disjoint groups of d units, `(k,)`.

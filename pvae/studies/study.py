@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Column, Table
-from rich.text import Text
+from rich.console import Group
 
 from pvae.data.sources.python import PassedData, as_array
 from pvae.errors import misdeclared, printable
@@ -24,7 +20,7 @@ from pvae.runs.run import Run
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import AT_A_TIME, Machine, Runner, Slurm, submissions
 from pvae.studies.search import Searching
-from pvae.studies.tasks import CLAIMS, DONE, Shelf, Task, standing, tasks_of
+from pvae.studies.tasks import CLAIMS, Shelf, Task, standing, tasks_of
 from pvae.util import StageProgress, silent
 from pvae.util.files import make_folder, write_together
 from pvae.words import text
@@ -201,7 +197,7 @@ def study(
         on: "local" for this machine; "slurm" to submit to its queue what is neither there nor done, and to wait. Unless
             given, a study that was submitted before is waited for, and others run on this machine.
         slurm: settings of the jobs, such as `"partition=main"`, `"time=60"` (minutes), `"cpus=4"`, `"gpus=1"`.
-        progress: show a table on a terminal, a line for each change elsewhere.
+        progress: print a line for each change of a case or trial.
 
     Returns:
         The finished runs, and for each failed case the last line of output of its process.
@@ -244,9 +240,8 @@ def study(
     setting["measure"] = declared.measure.model_dump(exclude_none=True)
     setting["data"] = kept(data, root / find.slug(declared.name))
     place = placed(declared, root.absolute(), on, slurm, jobs, threads)
-    board = Board(declared.name, root, show=progress)
-    with board.live or nullcontext():
-        Runner(tasks, setting, place, board.update, declared.origin).run()
+    shown: Callable[[Sequence[Task]], None] = Board(declared.name).update if progress else lambda _: None
+    Runner(tasks, setting, place, shown, declared.origin).run()
     finished = {case.key: run for case, state, run in states(declared, root) if run is not None and state == "finished"}
     failed = {case.key: task.error for task in tasks if task.state == "failed" for case in task.cases}
     failed |= {(task.title, 0, "trial"): task.error for task in tasks if task.state == "failed" and task.search}
@@ -293,38 +288,19 @@ def states(declared: Declared, root: Path) -> list[tuple[Case, str, RunDirectory
 
 
 class Board:
-    """Progress display of a study: a live table on a terminal, a line for each change elsewhere, or nothing."""
+    """Printer of the progress of a study, a line for each change of a task, on stderr."""
 
-    def __init__(self, name: str, root: Path, *, show: bool = True) -> None:
-        self.name, self.root, self.show = name, root, show
-        self.told: dict[int, str] = {}
-        live = Live(console=Console(stderr=True), refresh_per_second=2, transient=True)
-        self.live = live if show and sys.stderr.isatty() else None
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.told: dict[Task, str] = {}
 
     def update(self, tasks: Sequence[Task]) -> None:
-        """Show the present states of the tasks: redraw the table, or print a line for each task whose state changed."""
-        if self.live is not None:
-            self.live.update(self.table(tasks))
-        elif self.show:
-            for i, task in enumerate(tasks):
-                line = told(task)
-                if task.state != "waiting" and self.told.get(i) != line:
-                    self.told[i] = line
-                    print(printable(f"{self.name}: {task.title}: {line}"), file=sys.stderr, flush=True)
-
-    def table(self, tasks: Sequence[Task]) -> Table:
-        """Return a table of the running, waiting and failed tasks, with the number of finished ones in its title."""
-        done = sum(task.state in DONE for task in tasks)
-        numbers = (Column(name, justify="right") for name in ("epoch", "ELBO"))
-        drawn = Table("case", "state", *numbers, title=Text(printable(f"{self.name}: {done} of {len(tasks)}")))
+        """Print the state of each task in which it changed."""
         for task in tasks:
-            if task.state in ("running", "held", "failed"):
-                status = task.status(self.root) if task.state == "running" else {}
-                epoch = f"{status['epoch']}/{status.get('epochs')}" if "epoch" in status else ""
-                total = status.get("elbo", status.get("log_joint"))
-                elbo = f"{total:.2f}" if isinstance(total, float) else ""
-                drawn.add_row(*(Text(printable(cell)) for cell in (task.title, told(task), epoch, elbo)))
-        return drawn
+            line = told(task)
+            if task.state != "waiting" and self.told.get(task) != line:
+                self.told[task] = line
+                print(printable(f"{self.name}: {task.title}: {line}"), file=sys.stderr, flush=True)
 
 
 def told(task: Task) -> str:

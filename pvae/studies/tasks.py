@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError
 from pvae.experiment.experiment import Experiment
 from pvae.runs import RunDirectory, checkpoint
-from pvae.runs.find import Claim, begun, busy, folders, is_stale, slug
+from pvae.runs.find import Claim, begun, busy, folders, is_stale
 from pvae.runs.run import Run
 from pvae.studies.cases import Case
 from pvae.studies.sweep import SECOND, Measure, Search
@@ -95,16 +95,6 @@ class Task:
             return {**own, "search": search, "base": self.search.base, "name": self.search.name, "number": self.number}
         parent = None if self.parent is None else self.parent.experiment.to_toml()
         return {**own, "spec": self.cases[0].experiment.to_toml(), "parent": parent}
-
-    def status(self, root: Path) -> Mapping[str, Any]:
-        """Return the status of the run on which the task's worker is at work; {} if there is none yet."""
-        pid = self.claim(root).holder().get("pid", 0)
-        names = [case.experiment.name for case in reversed(self.cases)] or ([self.search.named] if self.search else [])
-        for path in (path for name in names for path in reversed(folders(root / slug(name)))):
-            with suppress(DataError):
-                if (status := RunDirectory(path).status()).get("pid") == pid:
-                    return status
-        return {}
 
     def claim(self, root: Path) -> Claim:
         """Return the claim of a worker on the task, in the folder of runs; raises OutputError."""

@@ -1,6 +1,5 @@
 """Studies: what a sweep expands to, what is refused before anything runs, how runs are found, shared, gone on with."""
 
-import io
 import json
 import os
 import signal
@@ -17,7 +16,6 @@ import pandas
 import pytest
 import tomli_w
 import torch
-from rich.console import Console
 
 import pvae
 from pvae.analysis.pages.study import STUDY_FIGURES, csv, frame, kept
@@ -230,7 +228,7 @@ def test_a_file_without_a_sweep_and_a_name_that_is_none(tmp_path):
     (tmp_path / "plain.toml").write_text(tomli_w.dumps(TABLE))
     with pytest.raises(DeclarationError, match=r"sweep: expected a table; got none. Fit one experiment with: pvae fit"):
         Declared.load(tmp_path / "plain.toml")
-    with pytest.raises(DeclarationError, match=r"a study \(capacity, discrete, priors\).*did you mean 'priors'"):
+    with pytest.raises(DeclarationError, match=r"a study \(capacity, codes, discrete, priors\).*did you mean 'priors'"):
         Declared.load("prior")
 
 
@@ -554,7 +552,7 @@ def test_a_dry_run_lists_the_cases_and_makes_nothing(tmp_path, started):
     assert not started
 
 
-def test_hostile_labels_are_harmless_everywhere(tmp_path, started):
+def test_hostile_labels_are_harmless_everywhere(tmp_path, started, capsys):
     """FAULTS 37, 38 and 39: in the terminal, in CSV, in JSON, as folders."""
     file = write(tmp_path, {"zip": {"train.epochs": [1, 2, 3], "label": HOSTILE}})
     table = tmp_path / "table"
@@ -573,11 +571,15 @@ def test_hostile_labels_are_harmless_everywhere(tmp_path, started):
     assert {path.parent.parent for path in (tmp_path / "runs").glob("*/*/manifest.json")} == {
         path for path in (tmp_path / "runs").iterdir() if not path.name.startswith(".")
     }
-    shown = io.StringIO()
     task = Task(Declared.load(file).cases[:1], state="failed", error="\x1b[31m[red]<script>")
-    Console(file=shown, width=100).print(Board("[red]\x1b", tmp_path).table([task]))
-    assert "\x1b" not in shown.getvalue()
-    assert "[red]<script>" in shown.getvalue()
+    capsys.readouterr()
+    board = Board("[red]\x1b")
+    for _ in range(2):
+        board.update([task])
+    shown = capsys.readouterr().err
+    assert "\x1b" not in shown
+    assert "[red]<script>" in shown
+    assert len(shown.splitlines()) == 1
     assert list(Shelf(tmp_path / "runs").known) == []
 
 
