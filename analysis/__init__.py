@@ -35,7 +35,6 @@ from pvae.analysis.samples.quality import SampleQuality, TwoSample, sample_quali
 from pvae.analysis.samples.sample import Samples, sample
 from pvae.analysis.samples.score import Scores, score
 from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolate, traverse
-from pvae.analysis.truths.counterexamples import CounterExamples, counterexamples
 from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 
 __all__ = sorted(name for name, value in globals().items() if callable(value))

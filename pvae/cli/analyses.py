@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 import pvae
-from pvae.cli.app import Shared, beside, command, rows_of
-from pvae.errors import DeclarationError, misdeclared
+from pvae.cli.app import Shared, command, rows_of
+from pvae.errors import misdeclared
 from pvae.util.files import write_atomic
 
 if TYPE_CHECKING:
@@ -154,19 +154,6 @@ def audit(
     found = pvae.analysis.audit(encode, decode, load_arguments(shared.data, None), **asked)
     if shared.out is not None:
         write_atomic(shared.out, page_of(found, functions).to_html())
-    shared.answer(found.to_dict(), found)
-
-
-@command("seed", "data_dir", "as_json")
-def counterexamples(shared: Shared, data: str = "digits", out: Path | None = None) -> None:
-    """Show with two textbook models on real data that good samples do not imply a high likelihood, nor the reverse."""
-    if data not in (known := [name for name in ("digits", "fashion_mnist", "mnist") if name in pvae.data.Data.members]):
-        raise DeclarationError(f"--data: expected one of {', '.join(known)}; got {data!r}.")
-    with shared.bar("counterexamples") as bar:
-        loaded = pvae.data.load(pvae.data.Data.parse(data), data_dir=shared.data_dir)
-        found = pvae.analysis.counterexamples(loaded, shared.seed, on_progress=bar.report)
-    if out is not None:
-        write_atomic(beside(out, ".csv"), found.models().round(4).to_csv())
     shared.answer(found.to_dict(), found)
 
 

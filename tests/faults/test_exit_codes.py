@@ -188,7 +188,7 @@ PRINTS_JSON: dict[str, list[str]] = {
     "doctor": [],
     "clean": [],
 }
-SLOW = {"audit", "selfcheck", "counterexamples", "two-sample", "critic", "compare", "study"}
+SLOW = {"audit", "selfcheck", "two-sample", "critic", "compare", "study"}
 """Print JSON in tests of their own."""
 NO_JSON = {
     "new": "writes a file for people to edit",

@@ -427,10 +427,7 @@ NOT_HERE = {
     ),
     "elbo, by another name or times a number": ("Surgery.total", "Surgery.log_joint", "Surgery.bits_per_dimension"),
     "made as the ELBO is": ("Surgery.relaxed_elbo",),
-    "figures of other analyses": (
-        "Example.train_log_p", "Example.test_log_p", "Example.accuracy", "Example.precision", "Example.coverage",
-        "CounterExamples.lost", "CounterExamples.data_accuracy", "FigureCheck.estimate", "Found.estimate",
-    ),
+    "figures of other analyses": ("FigureCheck.estimate", "Found.estimate"),
     "sharpness, of other images": ("SampleQuality.sharpness_of_means",),
     "made as that of ais is": ("Bracket.lower",),
     "of an audit: tests/audits": ("Audit.found",),
