@@ -1,4 +1,4 @@
-"""Table with one row for each system of the zoo: fitted small to Fashion-MNIST, in at most about a minute of one core.
+"""Table with one row for each system of the zoo: fitted small to Fashion-MNIST, in at most two minutes of one core.
 
     python tests/soak/measure_zoo.py analysis/results/zoo.csv analysis/results/zoo [NAME...]
 
