@@ -65,11 +65,8 @@ def kinds() -> Iterator[tuple[str, str | bytes]]:
     """Yield a page for each family of kinds, one for the other tables of a declaration, and the list of them."""
     families = [family for family in Component.__subclasses__() if family.__module__.startswith("pvae.")]
     for family in families:
-        members = {name: member.model_json_schema() for name, member in sorted(family.members.items())}
-        yield (
-            f"kinds/{family.__name__.lower()}.md",
-            page("kinds", title=family.__name__, family=family, members=members),
-        )
+        title, members = family.__name__, {name: m.model_json_schema() for name, m in sorted(family.members.items())}
+        yield f"kinds/{title.lower()}.md", page("kinds", title=title, family=family, members=members)
     whole = pvae.Experiment.model_json_schema()
     members = {"Experiment": whole, **whole["$defs"]}
     yield "kinds/tables.md", page("kinds", title="Tables", family=None, members=members)

@@ -12,10 +12,8 @@ Found = Mapping[str, Mapping[str, Any]]
 def _parts(figure: Any) -> tuple[float, float]:
     """Return value and standard error of a number, or of an estimate as a dict; NaN where there is none."""
     found = figure if isinstance(figure, Mapping) else {"value": figure}
-    value, error = (
-        math.nan if (part := found.get(key)) is None else float(part) for key in ("value", "standard_error")
-    )
-    return value, error
+    value, error = map(found.get, ("value", "standard_error"))
+    return math.nan if value is None else float(value), math.nan if error is None else float(error)
 
 
 def csv(found: Found) -> str:
@@ -49,9 +47,8 @@ def latex(found: Found) -> str:
         \end{tabular}
         <BLANKLINE>
     """
-    table = pandas.DataFrame(
-        {name: {term: _typeset(figure) for term, figure in f.items()} for name, f in found.items()}
-    )
+    cells = {name: {term: _typeset(figure) for term, figure in figures.items()} for name, figures in found.items()}
+    table = pandas.DataFrame(cells)
     style = table.fillna("--").style.format_index(escape="latex", axis=0).format_index(escape="latex", axis=1)
     return str(style.to_latex(hrules=True, column_format="l" + "r" * table.shape[1]))
 

@@ -103,9 +103,8 @@ def _on_best(found: Comparison) -> Iterator[str]:
     rest = found.against(found.best)
     gains = {name: d.log_p or d.elbo for name, d in rest.items()}
     second = max(gains, key=lambda name: gains[name].value)
-    yield _ahead(
-        found.best, second, -gains[second].value, gains[second].standard_error, rest[second].log_p is not None, False
-    )
+    gain, bounds = gains[second], rest[second].log_p is not None
+    yield _ahead(found.best, second, -gain.value, gain.standard_error, bounds, False)
 
 
 def _on_new_data(found: Comparison) -> Iterator[str | Sentence]:
@@ -130,12 +129,8 @@ def _on_new_data(found: Comparison) -> Iterator[str | Sentence]:
 def training(found: Comparison) -> Iterator[Part]:
     """Yield the validation ELBO of the runs over epochs."""
     if rows := {name: exam.metrics for name, exam in found.scored.items() if exam.metrics}:
-        cases = [found.cases[name] for name in rows]
-        yield picture(
-            "compared.training",
-            comparisons.overlaid([label for _, label in cases], list(rows.values()), [i for i, _ in cases]),
-            count=len(rows),
-        )
+        cases, labels = zip(*(found.cases[name] for name in rows), strict=True)
+        yield picture("compared.training", comparisons.overlaid(labels, [*rows.values()], cases), count=len(rows))
 
 
 @section("plane", "compared.plane", where=lambda found: len(found.scored) > 1)
@@ -156,9 +151,8 @@ def paired_differences(found: Comparison) -> Iterator[Part]:
     others = found.against(reference)
     gains = {name: d.log_p or d.elbo for name, d in others.items()}
     what = "Bound on log p(x)" if all(d.log_p is not None for d in others.values()) else "ELBO"
-    made = comparisons.differences(
-        list(gains), list(gains.values()), reference, what, [found.cases[n][0] for n in gains]
-    )
+    cases = [found.cases[name][0] for name in gains]
+    made = comparisons.differences([*gains], [*gains.values()], reference, what, cases)
     yield picture("compared.paired", made, reference=reference, gains=gains)
     rows = [(name, d.elbo, d.log_p, d.wins) for name, d in others.items()]
     yield table("compared.paired", rows, reference=reference, exam=exam)
@@ -193,8 +187,8 @@ def correlations(found: Comparison) -> Iterator[Part]:
     if not panels or max(x) - min(x) < 1e-9:
         return
     of = f"marginal KL on these rows of {found.split}, nats per datum"
-    cases = [found.cases[name] for name in rows]
-    made = comparisons.together([label for _, label in cases], x, list(panels.items()), of, [i for i, _ in cases])
+    cases, labels = zip(*(found.cases[name] for name in rows), strict=True)
+    made = comparisons.together(labels, x, list(panels.items()), of, cases)
     yield picture("compared.together", made, count=len(rows))
     ranks = {title: float(spearmanr(x, y).statistic) if max(y) > min(y) else math.nan for title, y in panels.items()}
     yield table("compared.together", tuple(ranks.items()), digits=2, count=len(rows))

@@ -85,8 +85,7 @@ def code_use(name: str, use: collapse.CodeUse) -> Figure:
             axes.imshow(perplexity.reshape(use.grid), cmap="viridis", vmin=1, vmax=max(float(perplexity.max()), 1.01))
             made.colorbar(axes.images[0], ax=axes)
             axes.set(anchor="W", xlabel="column", ylabel="row")
-            for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(MaxNLocator(integer=True))
+            axes.locator_params(integer=True)
         else:
             _bars(axes, perplexity, np.ones(len(perplexity), bool))
             axes.set(ylim=(0, max(use.states, 1)), xlabel=f"position (1 to {len(perplexity)})")
@@ -206,8 +205,7 @@ def waterfall_steps(surgery: result.Surgery, above: Sequence[WaterfallStep] = ()
     new = []
     if surgery.population:
         low, high = surgery.population.ends
-        until = math.nan if high is None else high
-        new = [WaterfallStep("+ a better prior, new data", low, colour=base.GREEN, until=until)]
+        new = [WaterfallStep("+ a better prior, new data", low, False, base.GREEN, math.nan if high is None else high)]
     charts = [[start, *by_term, end, *new], *([[start, *by_latent, end]] if len(by_latent) > 1 else [])]
     return [list(above), *charts] if above else charts
 

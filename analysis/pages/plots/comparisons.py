@@ -108,9 +108,7 @@ def rate_distortion(rows: Sequence[Mapping[str, Any]], cases: Cases | None = Non
     made, (axes,) = panels(5.0, title="Rate and distortion")
     known = cases or {row["run"]: (i, row["run"]) for i, row in enumerate(rows)}
     for row, (x, y), (e_x, e_y) in zip(rows, points, spread, strict=True):
-        look: dict[str, Any] = {"elinewidth": 1.2, "markersize": 7, "markeredgecolor": "white"} | _look(
-            known[row["run"]][0]
-        )
+        look = {"elinewidth": 1.2, "markersize": 7, "markeredgecolor": "white", **_look(known[row["run"]][0])}
         axes.errorbar(x, y, xerr=e_x or None, yerr=e_y or None, markeredgewidth=0.8, zorder=3, **look)
     _frame(axes, (points - spread).min(0), (points + spread).max(0), pad=0.18, least=1.0)
     axes.set(xlabel="rate: KL(q(z | x) || p(z)), nats per datum", ylabel="distortion: −E log p(x | z), nats per datum")
