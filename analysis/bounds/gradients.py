@@ -65,9 +65,8 @@ class Gradients(Record):
 
     def __rich__(self) -> Table:
         below = "\n".join([*self.verdicts, *self.refused.values()])
-        table = Table(
-            title=Text(text("gradients.title", found=self)), caption=Text(below), caption_justify="left", box=LEAN
-        )
+        title = Text(text("gradients.title", found=self))
+        table = Table(title=title, caption=Text(below), caption_justify="left", box=LEAN)
         for column in ("estimator", "bias", "variance", "signal / noise", "ms", "per second"):
             table.add_column(column, justify="left" if column == "estimator" else "right", no_wrap=" " not in column)
         for group, rows in self.frame.groupby("group", sort=False):

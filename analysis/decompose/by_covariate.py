@@ -33,10 +33,11 @@ ABSENT = LatentSurgery(NOTHING, NOTHING, NOTHING, NOTHING, None, None)
 SAME = 1e-4
 """Largest difference between rows, relative to 1 + size, of the log prior density of one value."""
 
+Known = Tensor | None
+Surgeon = Callable[..., Surgery]
 
-def by_group(
-    pair: Pair, x: Tensor, labels: Tensor | None, train: Tensor | None, take_apart: Callable[..., Surgery], seed: int
-) -> Surgery | None:
+
+def by_group(pair: Pair, x: Tensor, labels: Known, train: Known, take_apart: Surgeon, seed: int) -> Surgery | None:
     """Return the mean of the surgeries of all groups of rows with the same covariates; None for a single group.
 
     None, too, for more than `GROUPS_AT_MOST` groups of fewer than two rows on average: q_agg(z | y) is then unknown.
@@ -59,9 +60,7 @@ def by_group(
     return _pooled(groups, x, labels, (train, others), take_apart, seed, note)
 
 
-def by_known(
-    pair: Pair, x: Tensor, labels: Tensor | None, take_apart: Callable[..., Surgery], seed: int
-) -> Surgery | None:
+def by_known(pair: Pair, x: Tensor, labels: Known, take_apart: Surgeon, seed: int) -> Surgery | None:
     """Return the mean of the surgeries of rows that hold the value of a latent and of those that do not, in `parts`.
 
     None where the same latents are known in all rows. The ELBO of rows with y bounds log p(x, y), that of others
@@ -101,9 +100,7 @@ def settled(first: Draw, pair: Pair, x: Tensor) -> bool:
     return not moving
 
 
-def by_presence(
-    first: Draw, pair: Pair, x: Tensor, labels: Tensor | None, take_apart: Callable[..., Surgery], seed: int
-) -> Surgery | None:
+def by_presence(first: Draw, pair: Pair, x: Tensor, labels: Known, take_apart: Surgeon, seed: int) -> Surgery | None:
     """Return the mean of the surgeries of all groups of rows with the same latents, as sequences of one length have.
 
     None where all rows have the same, where there are more than `GROUPS_AT_MOST` groups, or one of a single row, and
@@ -133,8 +130,8 @@ def _keeps(present: Tensor, mine: Tensor, alone: LatentDraw | None) -> bool:
 
 
 def _pooled(
-    groups: Tensor, x: Tensor, labels: Tensor | None, train: tuple[Tensor | None, Tensor | None],
-    take_apart: Callable[..., Surgery], seed: int, note: str, titles: Sequence[str] = (),
+    groups: Tensor, x: Tensor, labels: Known, train: tuple[Tensor | None, Tensor | None],
+    take_apart: Surgeon, seed: int, note: str, titles: Sequence[str] = (),
 ) -> Surgery:  # fmt: skip
     """Return the means over groups of all terms, weighted by group size, with the errors of independent groups.
 

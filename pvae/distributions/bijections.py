@@ -68,9 +68,8 @@ def solved(transform: bijections.AffineAutoregressive, y: Tensor) -> Tensor:
     x = torch.zeros_like(y)
     for _ in range(y.shape[-1]):
         mean, log_scale = transform.arn(x)
-        clipped = bijections.utils.clamp_preserve_gradients(
-            log_scale, transform.log_scale_min_clip, transform.log_scale_max_clip
-        )
+        limits = transform.log_scale_min_clip, transform.log_scale_max_clip
+        clipped = bijections.utils.clamp_preserve_gradients(log_scale, *limits)
         x = (y - mean) * (-clipped).exp()
     return x
 

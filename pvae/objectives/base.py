@@ -19,6 +19,8 @@ from pvae.pair import Dependencies, Pair, Terms
 from pvae.records import Record
 from pvae.words import text
 
+Weighed = tuple[Tensor, list[Tensor]]
+"""Loss of a batch, and its metrics."""
 FITTED = "train_log_p"
 """Figure that ranks weights by the negative loss on the training data: they have converged, or can be better."""
 
@@ -159,9 +161,7 @@ class Objective(Component):
         summed = () if pair.layout.eliminated else pair.layout.enumerated
         return ("reconstruction", *(f"kl/{name}" for name in (*pair.layout.latents, *pair.layout.shared, *summed)))
 
-    def evaluate(
-        self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()) -> Weighed:
         """Return the differentiable loss of a batch, and its metrics as `metrics` names them (batch means, nats).
 
         KLs of the latents `closed` are metrics in closed form where there is one, whatever estimates the loss.

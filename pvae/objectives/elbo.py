@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pvae.errors import DeclarationError
-from pvae.objectives.base import Objective, known_apart
+from pvae.objectives.base import Objective, Weighed, known_apart
 from pvae.pair import Estimator, Layout, Pair, Terms, sum_over
 
 
@@ -161,9 +161,7 @@ class PyroELBO(Objective):
     def metrics(self, pair: Pair) -> tuple[str, ...]:
         return ()
 
-    def evaluate(
-        self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()) -> Weighed:
         """Return Pyro's loss of a batch divided by the number of rows, with the gradient that Pyro computes.
 
         The gradient arrives by a linear function of the parameters with that slope and no value.

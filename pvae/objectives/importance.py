@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pvae.errors import DeclarationError, refuse
 from pvae.guides.posteriors.base import PosteriorModule
-from pvae.objectives.base import Objective
+from pvae.objectives.base import Objective, Weighed
 from pvae.objectives.elbo import minus_elbo, with_penalties, with_score_functions
 from pvae.pair import Estimator, Pair, Terms, sum_over
 from pvae.words import text
@@ -79,9 +79,7 @@ class IWAE(Objective):
         part = own / (own + self.elbo / len(share)) if self.elbo else 1.0
         return (1 - beta * part * (1 - share)).reshape(self.particles, -1)
 
-    def evaluate(
-        self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()
-    ) -> tuple[Tensor, list[Tensor]]:
+    def evaluate(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor, closed: Collection[str] = ()) -> Weighed:
         terms = self.terms(pair, x, rows, beta)
         return self.loss(terms, beta), terms.figures(closed) if closed else terms.means
 

@@ -166,9 +166,7 @@ def training_memory(module: nn.Module, step: Step) -> int:
     return counting.peak + (1 + KEPT_IN_TRAINING) * sum(p.nbytes for p in module.parameters())
 
 
-def require_training_memory(
-    pair: nn.Module, row: int, rows: int, device: torch.device, step: Step | None = None
-) -> None:
+def require_training_memory(pair: nn.Module, row: int, rows: int, device: Device, step: Step | None = None) -> None:
     """Refuse a fit whose weights, gradients, optimiser state and one batch do not fit into memory.
 
     The estimate is five copies of the weights (weights, gradients, two moments of the optimiser, best weights), and for

@@ -126,9 +126,8 @@ class Document(Record):
 def explained(page: str, terms: Mapping[str, str]) -> str:
     """Return an HTML page in which the first place of each term in running text points to the glossary."""
     number = {term: i for i, term in enumerate(terms, 1)}
-    known = re.compile(
-        rf"(?<![\w(])(?:{'|'.join(re.escape(term) for term in sorted(terms, key=len, reverse=True))})(?!\w)"
-    )
+    longest_first = map(re.escape, sorted(terms, key=len, reverse=True))
+    known = re.compile(rf"(?<![\w(])(?:{'|'.join(longest_first)})(?!\w)")
 
     def pointed(found: re.Match[str]) -> str:
         if (at := number.pop(term := found[0], None)) is None:

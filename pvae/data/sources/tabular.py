@@ -42,9 +42,8 @@ class Tabular(base.Data):
 
     def decoder(self, origin: str) -> cells.CellDecoder:
         """Return the converter of this table's cells; `origin` names the table in messages."""
-        return cells.CellDecoder(
-            self.columns, self.label, self.na, origin, cells.Spelling(self.decimal, self.thousands), self.id, self.side
-        )
+        spelling = cells.Spelling(self.decimal, self.thousands)
+        return cells.CellDecoder(self.columns, self.label, self.na, origin, spelling, self.id, self.side)
 
     @model_validator(mode="after")
     def _a_table(self) -> Self:
