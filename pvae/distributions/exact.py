@@ -169,9 +169,8 @@ class ZeroInflated(Batched):
         return self.base_dist.mean * (-self.gate).sigmoid()
 
 
-EXACT: dict[type, type] = {
-    cls.__mro__[depth]: cls for cls in (ExactPoisson, ExactNegativeBinomial, ExactStudentT) for depth in (1, 2)
-}
+_OWN = ExactPoisson, ExactNegativeBinomial, ExactStudentT
+EXACT: dict[type, type] = {cls.__mro__[depth]: cls for cls in _OWN for depth in (1, 2)}
 """Classes of torch and Pyro, and those that stand for them in `doubled`."""
 
 

@@ -302,9 +302,7 @@ class Plan(Section):
         return digest(json.dumps(table).encode())
 
 
-def apply_overrides(
-    raw: dict[str, Any], overrides: Sequence[tuple[tuple[str, ...], Any]], root: type[BaseModel]
-) -> None:
+def apply_overrides(raw: dict[str, Any], overrides: Sequence[toml.Override], root: type[BaseModel]) -> None:
     """Set dotted paths in the nested dictionaries of a declaration.
 
     A table whose `kind` is overridden loses the keys that the new kind does not have.

@@ -93,9 +93,8 @@ def _require(pair: "Pair", guide: Trace, names: Collection[str], estimator: Esti
     nodes: dict[str, Any] = {name: guide.nodes[name] for name in names if name in guide.nodes}
     weighed = estimator.passed is not None
     again = weighed or estimator.apart
-    modules = (
-        [pair, *modules_within([pair.model, pair.guide])] if again or len((*layout.latents, *layout.shared)) > 1 else []
-    )
+    several = len((*layout.latents, *layout.shared)) > 1
+    modules = [pair, *modules_within([pair.model, pair.guide])] if again or several else []
     against = {
         "unknown": [name for name in names if name not in (*layout.latents, *layout.shared)],
         "summed": layout.expected,

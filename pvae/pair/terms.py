@@ -141,9 +141,8 @@ class TracedBatch(Record):
                 log_q = log_q.detach()
             if name in self.still:
                 if known is not None:
-                    raise DeclarationError.of(
-                        "pair.pathwise.refused", reason="closed", names=[name], kind="stick_the_landing"
-                    )
+                    against = {"reason": "closed", "names": [name], "kind": "stick_the_landing"}
+                    raise DeclarationError.of("pair.pathwise.refused", **against)
                 score = self.log_prob(self.still[name])
                 log_q = log_q - (score - score.detach())
             kl[name] = log_q - log_p(name) if known is None else known

@@ -239,7 +239,7 @@ def study(
     setting: dict[str, Any] = {**places, "device": device, "threads": threads, "allow_changes": allow_changes}
     setting["measure"] = declared.measure.model_dump(exclude_none=True)
     setting["data"] = kept(data, root / find.slug(declared.name))
-    place = placed(declared, root.absolute(), on, slurm, jobs, threads)
+    place = placed(find.slug(declared.name), root.absolute(), on, slurm, jobs, threads)
     shown: Callable[[Sequence[Task]], None] = Board(declared.name).update if progress else lambda _: None
     Runner(tasks, setting, place, shown, declared.origin).run()
     finished = {case.key: run for case, state, run in states(declared, root) if run is not None and state == "finished"}
@@ -261,16 +261,13 @@ def kept(data: Any, path: Path) -> str | None:
     return str(path.absolute())
 
 
-def placed(
-    declared: Declared, root: Path, on: str | None, slurm: Sequence[str], jobs: int | None, threads: int
-) -> Machine:
+def placed(name: str, root: Path, on: str | None, slurm: Sequence[str], jobs: int | None, threads: int) -> Machine:
     """Return the place of a study's workers: the queue if it is asked for, or if the study was submitted before.
 
     Raises DeclarationError for another place, and for settings of Slurm without it.
     """
     misdeclared(on not in (None, "local", "slurm"), f"--on: expected local or slurm; got {on!r}.")
     misdeclared(slurm and on != "slurm", f"--slurm: expected with --on slurm; got {' '.join(slurm)[:60]!r} alone.")
-    name = find.slug(declared.name)
     if on == "slurm" or (on is None and submissions(root / CLAIMS / name)):
         return Slurm(root, name, jobs or AT_A_TIME, None if on is None else slurm)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -26,9 +26,10 @@ LISTED_FILES = 20
 _DIGEST = re.compile(r"([0-9a-f]{64})  ([^/\0\n]+)\n?\Z")
 
 
-def verify(
-    run: Run | str | Path, *, root: str | Path = "runs", data: bool = False, data_dir: str | Path | None = None
-) -> Checks:
+Place = str | Path
+
+
+def verify(run: Run | Place, *, root: Place = "runs", data: bool = False, data_dir: Place | None = None) -> Checks:
     """Return the results of checks of every file of a run; writes nothing, and works also while the run is fitted.
 
     Every checkpoint is read (SHA-256 and format version), compared with the names and shapes of the declaration, and

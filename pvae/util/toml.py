@@ -35,12 +35,16 @@ def read(path: Path) -> dict[str, Any]:
     return parse(text.replace("\r\n", "\n"), str(path))
 
 
-def parse_overrides(texts: Sequence[str]) -> list[tuple[tuple[str, ...], Any]]:
+Override = tuple[tuple[str, ...], Any]
+"""Path of a value, and the value."""
+
+
+def parse_overrides(texts: Sequence[str]) -> list[Override]:
     """Return key path and value of every override `train.epochs=20`; a value that is not TOML is a string.
 
     Raises one DeclarationError that lists every malformed override.
     """
-    parsed, problems = list[tuple[tuple[str, ...], Any]](), list[str]()
+    parsed, problems = list[Override](), list[str]()
     for text in texts:
         key, equals, value = text.partition("=")
         path = tuple(part.strip() for part in key.split("."))

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from pvae.errors import DeclarationError, Interrupted, MissingExtraError
+from pvae.runs.find import slug
 from pvae.runs.run import Run
 from pvae.studies.cases import Declared
 from pvae.studies.runner import Runner, Slurm, settings_of
@@ -103,9 +104,9 @@ def test_a_study_is_submitted_once_and_collected_by_whoever_asks(tmp_path, slurm
     assert (slurm / "count").read_text() == "x\n"
     on_queue(file, ())._look()
     assert (slurm / "count").read_text() == "x\nx\n"  # the failed one alone, as it was said again
-    there = placed(Declared.load(file), tmp_path / "runs", None, (), None, 1)
+    there = placed(slug(Declared.load(file).name), tmp_path / "runs", None, (), None, 1)
     assert (there.folder, there.collects, there.jobs) == (first.place.folder, True, 100)
-    assert not placed(Declared.load(file), tmp_path / "runs", "local", (), None, 1).queues
+    assert not placed(slug(Declared.load(file).name), tmp_path / "runs", "local", (), None, 1).queues
 
 
 def test_jobs_that_end_without_a_word_are_submitted_again_and_then_fail(tmp_path, slurm):

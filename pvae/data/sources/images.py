@@ -183,9 +183,8 @@ def _is_deep(file: Image.Image) -> bool:
     tiles = [tile[3] for tile in getattr(file, "tile", ())]
     named = [word for args in tiles for word in (args if isinstance(args, tuple) else (args,))]
     deep = re.compile(r"(?!BGR).*;16")  # BGR;16 has 5 or 6 bits a channel
-    return any(isinstance(word, str) and deep.match(word) for word in named) or (
-        file.format == "PPM" and any(isinstance(word, int) and word > 255 for word in named)
-    )
+    is_wide = file.format == "PPM" and any(isinstance(word, int) and word > 255 for word in named)
+    return is_wide or any(isinstance(word, str) and deep.match(word) for word in named)
 
 
 def _composited(picture: Image.Image, background: str) -> tuple[Image.Image, bool]:

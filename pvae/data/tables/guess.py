@@ -163,9 +163,8 @@ def _missing_words(columns: Iterable[Sequence[str]], spelling: Spelling) -> list
     return list(found)
 
 
-DATE_FORMS = tuple(
-    f"{day}{hour}" for hour in ("", " %H:%M", " %H:%M:%S") for day in ("%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y")
-)
+_DAYS, _HOURS = ("%d.%m.%Y", "%m/%d/%Y", "%d/%m/%Y"), ("", " %H:%M", " %H:%M:%S")
+DATE_FORMS = tuple(f"{day}{hour}" for hour in _HOURS for day in _DAYS)
 
 
 def date_forms(words: Sequence[str]) -> list[str | None]:
