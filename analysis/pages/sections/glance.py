@@ -41,25 +41,20 @@ def glance(exam: Examination) -> Iterator[Part]:
 
 def _map(exam: Examination) -> Iterator[Picture]:
     """Yield the map of the first real latent, or else the use of the first code; nothing without either."""
-    if exam.implicit:
-        return
-    name, latent = next(iter(exam.collapse.latents.items()))
-    if latent.codes is not None:
-        yield picture("glance.codes", _half(bars.code_use(name, latent.codes)), of=name)
-    elif name in exam.prior:
-        labels = colours(exam)
-        made = clouds.plane(cloud(exam, name), labels, exam.data.label_names)
-        yield picture("glance.map", _half(made), of=name, coloured=labels is not None)
+    for name, latent in () if exam.implicit else [*exam.collapse.latents.items()][:1]:
+        if latent.codes is not None:
+            yield picture("glance.codes", _half(bars.code_use(name, latent.codes)), of=name)
+        elif name in exam.prior:
+            made = clouds.plane(cloud(exam, name), labels := colours(exam), exam.data.label_names)
+            yield picture("glance.map", _half(made), of=name, coloured=labels is not None)
 
 
 def _beside(exam: Examination) -> Iterator[Picture]:
     """Yield images of data above images of samples, or charts of columns; nothing for other data."""
-    if exam.sampled is None:
-        return
     if exam.is_table and exam.draws is not None:
         made = columns.beside(exam.in_units(exam.observed), exam.in_units(exam.draws.x), charts=4, across=2)
         yield picture("glance.beside", _half(made), images=False)
-    if not is_image(exam.shape):
+    if exam.sampled is None or not is_image(exam.shape):
         return
     count = SHOWN[0] * SHOWN[1]
     both = [part[:count] for part in (base.array(exam.observed), base.array(exam.sampled.x).reshape(-1, *exam.shape))]

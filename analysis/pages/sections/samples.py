@@ -82,19 +82,15 @@ def least_probable(exam: Examination) -> Iterator[Part]:
     found = exam.attempt("cells", score, exam.pair, rows.x, samples=SCORED, seed=exam.seed, part="cells")
     if found is None or found.elements is None:
         return
-    values, density = exam.in_units(base.array(exam.part.observed(rows.x))), base.array(found.elements)
+    values = exam.in_units(base.array(exam.part.observed(rows.x)))
+    values, density = values.map(lambda v: f"{v:.5g}" if isinstance(v, float) else str(v)), base.array(found.elements)
     order = np.argsort(np.where(np.isfinite(density), density, np.inf), axis=None, kind="stable")[:WORST_CELLS]
     places = np.transpose(np.unravel_index(order, density.shape))
-    found_cells = ((rows.chosen[i].item(), density[i, j], values.columns[j], values.iloc[i, j]) for i, j in places)
-    worst = [(str(row), float(log_p), name, plain_value(value)) for row, log_p, name, value in found_cells]
+    name = values.columns
+    worst = [(str(rows.chosen[i].item()), float(density[i, j]), name[j], values.iloc[i, j]) for i, j in places]
     yield table("cells", worst, digits=2, split=exam.split, rows=rows)
     keys = ("row", "log_p", "column", "value")
     yield {"cells": [dict(zip(keys, cell, strict=True)) for cell in worst]}
-
-
-def plain_value(value: Any) -> str:
-    """Return the value of a cell as text, a number with at most five digits."""
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
 
 
 def _table(known: Mapping[str, Copying]) -> PageTable:
