@@ -236,10 +236,10 @@ def test_terms_are_explained_at_first_use():
     used = re.findall('<a class="term" href="#(term-[0-9]+)"', page)
     assert len(used) == len(set(used)) > 8
     assert set(used) <= set(re.findall('<div id="(term-[0-9]+)">', page))
-    assert explained("<p>ELBO, the ELBO</p><h2>KL</h2>", {"ELBO": 'a "bound"', "KL": "b"}) == (
-        '<p><a class="term" href="#term-1" title="a &quot;bound&quot;">ELBO</a>, the ELBO</p><h2>KL</h2>'
-    )
-    assert explained("<p>MARGINAL-ELBOW KL(q)</p>", {"ELBO": "a"}) == "<p>MARGINAL-ELBOW KL(q)</p>"
+    told = explained("<p>ELBO, the ELBO</p><h2>KL</h2></main>", {"ELBO": 'a "bound"', "KL": "b"}, "Words")
+    assert told.startswith('<p><a class="term" href="#term-1" title="a &quot;bound&quot;">ELBO</a>, the ELBO</p>')
+    assert re.findall("<dt>(.*)</dt><dd>(.*)</dd>", told) == [("ELBO", "a &#34;bound&#34;")]
+    assert explained("<p>MARGINAL-ELBOW KL(q)</p>", {"ELBO": "a"}, "") == "<p>MARGINAL-ELBOW KL(q)</p>"
 
 
 def test_a_table_is_shown_column_by_column_in_its_units(tmp_path):

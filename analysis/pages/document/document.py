@@ -87,9 +87,8 @@ class Document(Record):
 
     def to_html(self) -> str:
         """Return the page as a self-contained HTML file, without scripts or external resources."""
-        glossary = WORDS.entry("glossary")
-        page = engine().get_template("document.html.j2").render(document=self, glossary=glossary)
-        return explained(page, glossary["terms"]) if self.glance else page
+        page = engine().get_template("document.html.j2").render(document=self)
+        return explained(page, **WORDS.entry("glossary")) if self.glance else page
 
     def write(self, folder: Path, *, figures: bool = False) -> Path:
         """Write `index.html`, `report.json` and a CSV file per table into a folder; return the path of the HTML file.
@@ -123,18 +122,21 @@ class Document(Record):
         return Group(Text(self.title, style="bold"), *said, *tables)
 
 
-def explained(page: str, terms: Mapping[str, str]) -> str:
-    """Return an HTML page in which the first place of each term in running text points to the glossary."""
+def explained(page: str, terms: Mapping[str, str], title: str) -> str:
+    """Return an HTML page with a glossary of the terms in its running text; the first place of each points there."""
     number = {term: i for i, term in enumerate(terms, 1)}
     longest_first = map(re.escape, sorted(terms, key=len, reverse=True))
     known = re.compile(rf"(?<![\w(])(?:{'|'.join(longest_first)})(?!\w)")
 
     def pointed(found: re.Match[str]) -> str:
-        if (at := number.pop(term := found[0], None)) is None:
-            return term
-        return f'<a class="term" href="#term-{at}" title="{escape(terms[term])}">{term}</a>'
+        at = number.pop(term := found[0], None)
+        return f'<a class="term" href="#term-{at}" title="{escape(terms[term])}">{term}</a>' if at else term
 
-    return RUNNING_TEXT.sub(lambda text: f"{text[1]}{known.sub(pointed, text[2])}", page)
+    page = RUNNING_TEXT.sub(lambda text: f"{text[1]}{known.sub(pointed, text[2])}", page)
+    used = [(i, term, meaning) for i, (term, meaning) in enumerate(terms.items(), 1) if term not in number]
+    return page.replace(
+        "</main>", engine().get_template("glossary.html.j2").render(terms=used, title=title) + "</main>"
+    )
 
 
 @cache

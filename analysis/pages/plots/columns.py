@@ -44,18 +44,16 @@ def beside(data: pandas.DataFrame, samples: pandas.DataFrame, charts: int = CHAR
     return made
 
 
-def _shares(data: pandas.Series, samples: pandas.Series) -> tuple[Any, np.ndarray, np.ndarray]:
+def _shares(data: pandas.Series, samples: pandas.Series) -> tuple[Any, ...]:
     """Return levels (a list), or edges of bins, of a column, and the proportions of data and of samples in them."""
     data, samples = data.dropna(), samples.dropna()
     levels = list(data.value_counts().index)
     if not pandas.api.types.is_numeric_dtype(data) or len(levels) <= LEVELS:
         kept = sorted(levels[:LEVELS], key=lambda level: (isinstance(level, str), level))
-        both = [x.value_counts(normalize=True).reindex(kept, fill_value=0).to_numpy() for x in (data, samples)]
-        return kept, both[0], both[1]
+        return kept, *(x.value_counts(normalize=True).reindex(kept, fill_value=0).to_numpy() for x in (data, samples))
     ends = [np.quantile(x, (0.005, 0.995)) for x in (data, samples) if len(x)]
     edges = np.histogram_bin_edges(np.concatenate(ends), BINS)
-    both = [np.histogram(x, edges)[0] / max(1, len(x)) for x in (data, samples)]
-    return edges, both[0], both[1]
+    return edges, *(np.histogram(x, edges)[0] / max(1, len(x)) for x in (data, samples))
 
 
 @style()
@@ -78,10 +76,11 @@ def counts(data: np.ndarray, samples: np.ndarray) -> Figure:
     """Draw, for counts `(n, features)`, mean against variance of each feature, and its proportion of zeros."""
     made, (left, right) = panels(3.2, [1], 2)
     for label, x, colour in (("data", data, BLACK), ("samples", samples, ORANGE)):
-        mean = x.mean(0)
-        left.scatter(mean, x.var(0), s=10, linewidths=0, label=label, color=colour)
-        right.scatter(mean, (x == 0).mean(0), s=10, linewidths=0, label=label, color=colour)
-    left.set(xscale="log", yscale="log", xlabel="mean", title="variance of each feature")
-    right.set(xscale="log", xlabel="mean", title="proportion of zeros")
+        for axes, y in ((left, x.var(0)), (right, (x == 0).mean(0))):
+            axes.scatter(x.mean(0), y, s=10, linewidths=0, label=label, color=colour)
+    left.set(xscale="log", yscale="log", xlabel="mean", title="variance")
+    right.set(xscale="log", xlabel="mean", title="zeros")
+    for axis in (left.xaxis, left.yaxis, right.xaxis):
+        axis.set(major_formatter="{x:g}", minor_formatter="")
     left.legend(loc="best")
     return made

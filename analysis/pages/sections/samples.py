@@ -67,8 +67,8 @@ def _columns(exam: Examination, made: np.ndarray) -> Iterator[Part]:
     """Yield plots of columns of data beside samples `(m, D)`: each column, their correlations, and those of counts."""
     data = base.array(exam.observed)
     tables = exam.in_units(data), exam.in_units(made)
-    shown, total = min(columns.CHARTS, data.shape[1]), data.shape[1]
-    yield picture("samples.columns", columns.beside(*tables), count=shown, total=total)
+    count = min(columns.CHARTS, total := data.shape[1])
+    yield picture("samples.columns", columns.beside(*tables), count=count, total=total)
     if len(tables[0].select_dtypes("number").columns) > 1:
         yield picture("samples.correlations", columns.correlations(*tables))
     if not exam.run.transforms.columns and bool((data == np.floor(data)).all()) and data.max() > 1 and data.min() >= 0:
@@ -89,8 +89,7 @@ def least_probable(exam: Examination) -> Iterator[Part]:
     name = values.columns
     worst = [(str(rows.chosen[i].item()), float(density[i, j]), name[j], values.iloc[i, j]) for i, j in places]
     yield table("cells", worst, digits=2, split=exam.split, rows=rows)
-    keys = ("row", "log_p", "column", "value")
-    yield {"cells": [dict(zip(keys, cell, strict=True)) for cell in worst]}
+    yield {"cells": [dict(zip(("row", "log_p", "column", "value"), cell, strict=True)) for cell in worst]}
 
 
 def _table(known: Mapping[str, Copying]) -> PageTable:
