@@ -4,6 +4,7 @@ The names are bound eagerly: some functions have the name of a folder or module,
 otherwise put in their place.
 """
 
+# mypy: implicit-reexport
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.audits.audit import Audit, audit
 from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket

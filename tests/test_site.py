@@ -1,4 +1,4 @@
-"""What the documentation site is made of: systems, reference, notebooks, links, version. CI builds it: `make docs`."""
+"""Tests of the parts of the documentation site: systems, reference, notebooks, links, version."""
 
 import json
 import re

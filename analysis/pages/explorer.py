@@ -28,9 +28,9 @@ from pvae.util import Progress, seeds, silent, write_atomic
 POINTS, STEPS, COORDINATES = 20_000, 15, 10
 """Largest number of points; values of each slider; largest number of coordinates that have one."""
 NUMBERS, CELLS, LEADING = 1 << 27, 1 << 20, 1 << 22
-"""Most numbers of codes, which bound the points; of columns of data; of codes that give the leading directions."""
+"""Largest numbers of values: of all codes, of all columns of data, of the codes that give the leading directions."""
 PICTURE_BYTES, SIDE, ACROSS = 7 << 20, 48, 32
-"""Most bytes of all thumbnails, which shrink until they fit; pixels of a side at most; thumbnails in a sheet's row."""
+"""Largest size of all thumbnails in bytes, largest side of one in pixels, number of thumbnails beside each other."""
 
 
 def explore(

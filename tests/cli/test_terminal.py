@@ -1,4 +1,4 @@
-"""What people see in a terminal: every command that prints a table reads well at 80 columns, and at 140."""
+"""Tests of terminal output: every command that prints a table reads well at 80 columns, and at 140."""
 
 import re
 from pathlib import Path

@@ -83,7 +83,7 @@ def people() -> Run:
 
 
 def told(page: Path) -> dict[str, Any]:
-    """What a page holds."""
+    """Return the data that a page holds."""
     found = re.search(r'<script type="application/json" id="data">(.*)</script>', page.read_text(encoding="utf-8"))
     assert found is not None
     held: dict[str, Any] = json.loads(found[1])
@@ -110,7 +110,7 @@ def visited(chromium: Browser, path: Path, width: str = "desktop") -> Iterator[P
 
 
 def on_map(page: Page, point: Any) -> tuple[float, float]:
-    """Where a point of the map is on the screen."""
+    """Return the position of a point of the map on the screen."""
     page.locator("#map").scroll_into_view_if_needed()
     find = "echarts.getInstanceByDom(document.getElementById('map')).convertToPixel({xAxisIndex: 0, yAxisIndex: 0}, p)"
     x, y = page.evaluate(f"(p) => {find}", [float(v) for v in point])

@@ -228,7 +228,7 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_extras_are_those_that_the_project_offers() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert set(module.EXTRA_MODULES) == project["optional-dependencies"].keys() - {"peers", "test", "dev"}
+    assert set(module.EXTRA_MODULES) == project["optional-dependencies"].keys() - {"peers", "docs", "test", "dev"}
     (check,) = module.extras(ASKED)
     assert check.level == "ok"
     assert check.facts.keys() == module.EXTRA_MODULES.keys()

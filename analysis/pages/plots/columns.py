@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 
 from pvae.analysis.pages.plots.base import BLACK, ORANGE, PALE, RED, panels, plain, style
 
-CHARTS, ACROSS = 12, 3
-"""Largest number of columns that have a chart, and of charts beside each other."""
+CHARTS, ACROSS, COMPARED = 12, 3, 500
+"""Largest numbers of columns that have a chart, of charts beside each other, and of columns that are compared."""
 LEVELS = 12
 """Largest number of distinct values of a column whose proportions are drawn as bars; others have a histogram."""
 BINS = 30
@@ -22,7 +22,7 @@ RELATED = 30
 @style()
 def beside(data: pandas.DataFrame, samples: pandas.DataFrame, charts: int = CHARTS, across: int = ACROSS) -> Figure:
     """Draw proportions of data and samples in bins or levels of columns, in their units; those that differ most."""
-    found = {name: _shares(data[name], samples[name]) for name in data.columns}
+    found = {name: _shares(data[name], samples[name]) for name in data.columns[:COMPARED]}
     names = sorted(found, key=lambda name: -float(np.abs(found[name][1] - found[name][2]).sum()))[:charts]
     rows = math.ceil(len(names) / across)
     made, grid = panels(1.75 * rows + 0.4, [1] * rows, across)

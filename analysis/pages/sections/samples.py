@@ -67,7 +67,7 @@ def _columns(exam: Examination, made: np.ndarray) -> Iterator[Part]:
     """Yield plots of columns of data beside samples `(m, D)`: each column, their correlations, and those of counts."""
     data = base.array(exam.observed)
     tables = exam.in_units(data), exam.in_units(made)
-    count = min(columns.CHARTS, total := data.shape[1])
+    count = min(columns.CHARTS, total := min(columns.COMPARED, data.shape[1]))
     yield picture("samples.columns", columns.beside(*tables), count=count, total=total)
     if len(tables[0].select_dtypes("number").columns) > 1:
         yield picture("samples.correlations", columns.correlations(*tables))
@@ -82,12 +82,11 @@ def least_probable(exam: Examination) -> Iterator[Part]:
     found = exam.attempt("cells", score, exam.pair, rows.x, samples=SCORED, seed=exam.seed, part="cells")
     if found is None or found.elements is None:
         return
-    values = exam.in_units(base.array(exam.part.observed(rows.x)))
-    values, density = values.map(lambda v: f"{v:.5g}" if isinstance(v, float) else str(v)), base.array(found.elements)
+    values, density = exam.in_units(base.array(exam.part.observed(rows.x))), base.array(found.elements)
     order = np.argsort(np.where(np.isfinite(density), density, np.inf), axis=None, kind="stable")[:WORST_CELLS]
     places = np.transpose(np.unravel_index(order, density.shape))
-    name = values.columns
-    worst = [(str(rows.chosen[i].item()), float(density[i, j]), name[j], values.iloc[i, j]) for i, j in places]
+    said = (f"{v:.5g}" if isinstance(v := values.iloc[i, j], float) else str(v) for i, j in places)
+    worst = [(str(rows.chosen[i].item()), float(density[i, j]), values.columns[j], next(said)) for i, j in places]
     yield table("cells", worst, digits=2, split=exam.split, rows=rows)
     yield {"cells": [dict(zip(("row", "log_p", "column", "value"), cell, strict=True)) for cell in worst]}
 
