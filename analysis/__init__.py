@@ -26,8 +26,7 @@ from pvae.analysis.pages.report import compare, report
 from pvae.analysis.samples.copying import Copying, copying, data_copying
 from pvae.analysis.samples.critic import CriticKL, critic
 from pvae.analysis.samples.distances import Distances, distances, frechet, kernel_distance
-from pvae.analysis.samples.encode import Encoding, Reconstructions, encode, reconstruct
-from pvae.analysis.samples.encode import LatentCode as Code
+from pvae.analysis.samples.encode import Encoding, LatentCode as Code, Reconstructions, encode, reconstruct
 from pvae.analysis.samples.features import Features, features, sharpness
 from pvae.analysis.samples.fidelity import Fidelity, fidelity
 from pvae.analysis.samples.impute import Imputations, impute

@@ -1,27 +1,18 @@
 """Declare a latent-variable model as a small graph; fit it by SVI; see where every nat of its ELBO goes."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pvae import analysis as analysis
-    from pvae import data as data
-    from pvae import guides as guides
-    from pvae import models as models
+    from pvae import analysis as analysis, data as data, guides as guides, models as models
     from pvae.data import Dataset as Dataset
-    from pvae.errors import DataError as DataError
-    from pvae.errors import DeclarationError as DeclarationError
-    from pvae.errors import PvaeError as PvaeError
+    from pvae.errors import DataError as DataError, DeclarationError as DeclarationError, PvaeError as PvaeError
     from pvae.experiment.experiment import Experiment as Experiment
     from pvae.pair.pair import Pair as Pair
     from pvae.runs.run import Run as Run
-    from pvae.studies.study import Study as Study
-    from pvae.studies.study import study as study
+    from pvae.studies.study import Study as Study, study as study
     from pvae.training.fit import fit as fit
-    from pvae.training.resume import refit as refit
-    from pvae.training.resume import resume as resume
+    from pvae.training.resume import refit as refit, resume as resume
     from pvae.upkeep.clean import clean as clean
     from pvae.upkeep.verify import verify as verify
 

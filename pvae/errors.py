@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from pvae.words import near as near
-from pvae.words import text as _text
+from pvae.words import near as near, text as _text
 
 _MEANINGS = tomllib.loads(Path(__file__).with_name("exit_codes.toml").read_text())
 EXIT_CODES: Mapping[int, str] = {int(code): meaning for code, meaning in _MEANINGS.items()}

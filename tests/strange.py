@@ -19,8 +19,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn
 from PIL import Image
-from safetensors.numpy import load as unpack
-from safetensors.numpy import save as pack
+from safetensors.numpy import load as unpack, save as pack
 
 import pvae
 from pvae.component import from_table

@@ -13,10 +13,10 @@ from pvae.analysis.aggregate.entry import same_globals
 from pvae.analysis.decompose.codes import codes_kl
 from pvae.analysis.figures.estimate import refuse
 from pvae.distributions import ROW_COST, CertainCodes, Codes, FullRankNormals, Members, Normals, log_density
-from pvae.pair import ROWS_OF_A_BATCH, JointStates, Layout, Pair, eliminated, read_joint_states, samples, unwrapped
-from pvae.pair import densities as traces
+from pvae.pair import ROWS_OF_A_BATCH, JointStates, Layout, Pair, eliminated, is_masked, read_joint_states, sum_over
 from pvae.pair.code_usage import Tally, described, shared_prior, tally
-from pvae.pair.densities import closed_kl, full_size, log_prob, presence, rows_first, sum_over
+from pvae.pair.densities import closed_kl, full_size, log_prob, members, presence, rows_first, shared_codes
+from pvae.pair.layout import samples, unwrapped
 
 PARAMETER_BYTES = 2**29
 """Largest number of bytes of a latent's posterior parameters that are kept in memory for all rows; larger ones (full
@@ -129,8 +129,8 @@ def _observed(nodes: Sites, layout: Layout, size: int, known: Collection[str] = 
 
 def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> LatentDraw:
     value = rows_first(q["value"], q, layout, n).double()
-    posterior = _double(traces.members(q, layout, n))
-    prior = None if p is None else _double(traces.shared_codes(p, layout) or traces.members(p, layout, n))
+    posterior = _double(members(q, layout, n))
+    prior = None if p is None else _double(shared_codes(p, layout) or members(p, layout, n))
     log_p = torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout)
     certain = isinstance(posterior, CertainCodes)
     normal = Normals(posterior.loc, posterior.scale) if isinstance(posterior, FullRankNormals) else posterior
@@ -156,7 +156,7 @@ def _double(found: Any) -> Any:
 
 def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> Tensor:
     """Return the log density of a site's value per row, float64, from float64 parameters where these are known."""
-    weighed = traces.is_masked(node) or not (node["scale"].__class__ is float and node["scale"] == 1.0)
+    weighed = is_masked(node) or not (node["scale"].__class__ is float and node["scale"] == 1.0)
     return log_prob(node, layout, 0).double() if known is None or weighed else known.log_prob(value)
 
 
@@ -211,9 +211,9 @@ def _codes(table: JointStates, n: int, nodes: Sequence[Any]) -> LatentDraw:
     """Return the joint state of all enumerated sites as one discrete latent, with its exact posterior."""
     weights, prior = (t.double().reshape(-1, n).T[:, None] for t in (table.joint, table.latent))
     q, p = Codes(weights), Codes(prior)
-    value, counted, members = q.sample(), _tally_of_states(q, p, nodes), (q, None, None)
-    scores = q.log_prob(value), p.log_prob(value)
-    return LatentDraw(value, *scores, *members, codes_kl(q, p), tally=counted, prior=shared_prior(p))
+    value, counted = q.sample(), _tally_of_states(q, p, nodes)
+    known: dict[str, Any] = {"q": q, "p": None, "normal": None, "kl": codes_kl(q, p), "prior": shared_prior(p)}
+    return LatentDraw(value, q.log_prob(value), p.log_prob(value), tally=counted, **known)
 
 
 def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:

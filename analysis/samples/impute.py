@@ -16,8 +16,7 @@ from pvae.analysis.samples import encode, running, sample
 from pvae.analysis.samples.score import Hidden, is_elementwise, kinds_of
 from pvae.distributions.codes import Certain
 from pvae.distributions.missing import Absence, takes_missing
-from pvae.pair import Layout, Pair, is_point, read_joint_states, terms_of, tiled, unwrapped
-from pvae.pair import samples as sample_sites
+from pvae.pair import Layout, Pair, is_point, read_joint_states, samples as sample_sites, terms_of, tiled, unwrapped
 from pvae.runs.run import Run
 from pvae.util import Progress, silent
 

@@ -20,7 +20,7 @@ from pvae.distributions.exact import log_density
 from pvae.distributions.missing import Absence, has_columns
 from pvae.errors import DataError, PvaeError, StorageError
 from pvae.pair import Layout, Pair, densities, is_point, read_joint_states, site_shape, terms_of, unwrapped
-from pvae.pair import samples as sample_sites
+from pvae.pair.layout import samples as sample_sites
 from pvae.runs.run import Run
 from pvae.util import Progress, files, group, silent, write_atomic
 

@@ -10,11 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pvae.data.dataset import Dataset as Dataset
-    from pvae.data.dataset import load as load
+    from pvae.data.dataset import Dataset as Dataset, load as load
     from pvae.data.rows.rows import Rows as Rows
-    from pvae.data.sources.base import Data as Data
-    from pvae.data.sources.base import Splits as Splits
+    from pvae.data.sources.base import Data as Data, Splits as Splits
     from pvae.data.split import Split as Split
 
 _HOMES = {

@@ -10,8 +10,7 @@ from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
 
 from pvae.component import Shape
-from pvae.distributions import Certain, is_relaxed, twin
-from pvae.distributions import unwrapped as unwrapped
+from pvae.distributions import Certain, is_relaxed, twin, unwrapped as unwrapped
 from pvae.errors import DeclarationError, misdeclared
 from pvae.records import Record
 

@@ -18,8 +18,7 @@ from pvae.runs import RunDirectory, checkpoint, find
 from pvae.runs.export.exporting import exporting, remembered, require
 from pvae.runs.run import Run
 from pvae.runs.weights import attended, load_weights
-from pvae.training import launch as start
-from pvae.training import loop, recovery, step
+from pvae.training import launch as start, loop, recovery, step
 from pvae.training.trainer import Trainer
 from pvae.util import digest, follows, group
 from pvae.util.threads import threads

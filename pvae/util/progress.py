@@ -39,8 +39,7 @@ class ProgressBar:
         in_notebook = "ipykernel" in sys.modules and find_spec("ipywidgets")  # rich draws on its widgets
         if self.show and (sys.stderr.isatty() or in_notebook):
             from rich.console import Console
-            from rich.progress import Progress as Bar
-            from rich.progress import TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar, TextColumn, TimeElapsedColumn
 
             label, note = (TextColumn(f"{{task.{field}}}", markup=False) for field in ("description", "fields[note]"))
             figures = (*Bar.get_default_columns()[1:], TimeElapsedColumn())

@@ -14,8 +14,7 @@ import pandas as pd
 import pytest
 import torch
 from scipy import sparse
-from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader, Dataset as TorchDataset, IterableDataset, Subset, TensorDataset
 
 import pvae
 from pvae.data import Dataset, Npy, TensorSource, load

@@ -13,8 +13,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 import pvae
 from pvae.component import from_table

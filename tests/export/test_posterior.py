@@ -18,8 +18,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import xarray
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 from pvae import __version__

@@ -43,8 +43,7 @@ from tests.cli_runner import TINY, run_cli
 from tests.faults.conftest import FEW_ROWS
 from tests.faults.injected import ASLEEP, disk_full, without_naps
 from tests.runs_shared import assert_same, fit, tiny
-from tests.training.pairs import Fragile as TwoNumbers
-from tests.training.pairs import fit_pair
+from tests.training.pairs import Fragile as TwoNumbers, fit_pair
 from tests.zoo_runs import hasty
 
 TESTS = Path(__file__).parents[1]

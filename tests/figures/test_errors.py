@@ -43,8 +43,7 @@ from pvae.analysis.samples.distances import distances
 from pvae.analysis.samples.fidelity import among, ratio_of, shares_of
 from pvae.analysis.samples.probe import _right
 from pvae.analysis.samples.quality import relative_sharpness, two_sample
-from tests.bounds import test_evidence as ppca
-from tests.bounds import test_gap as linear
+from tests.bounds import test_evidence as ppca, test_gap as linear
 from tests.decompose.pairs import channel, small, with_global
 from tests.samples.test_distances import kernel_of_normals
 from tests.soak.population import gaussian

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pvae.analysis.population import codes as rooms
-from pvae.analysis.population import sample
+from pvae.analysis.population import codes as rooms, sample
 from pvae.analysis.population.codes import CodeMixture, CodePrior, CodeTable, Grid, latent_classes
 from pvae.analysis.population.interval import Population, interval
 from pvae.analysis.population.sample import (

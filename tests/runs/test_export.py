@@ -24,8 +24,7 @@ from tensorboardX.record_writer import masked_crc32c
 from pvae.data import Dataset
 from pvae.errors import BusyError, DataError, DeclarationError, MissingExtraError, StorageError
 from pvae.experiment.experiment import Experiment
-from pvae.runs.export import exporting as module
-from pvae.runs.export import trackers
+from pvae.runs.export import exporting as module, trackers
 from pvae.runs.export.base import Exporter, safe_key
 from pvae.runs.export.exporting import KINDS, export, exporting
 from pvae.runs.export.trackers import MLflow, TensorBoard

@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from pvae.errors import BusyError, DataError, DeclarationError, Interrupted, OutputError
 from pvae.runs import find

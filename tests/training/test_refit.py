@@ -17,8 +17,7 @@ from pvae.analysis import gain, sample, surgery
 from pvae.errors import BusyError, CheckpointError, DataError, DeclarationError, Interrupted
 from pvae.experiment.experiment import Experiment
 from pvae.runs.run import Run
-from pvae.training import loop
-from pvae.training import resume as resumption
+from pvae.training import loop, resume as resumption
 from pvae.training.evaluation import evaluate
 from pvae.training.trainer import Trainer
 from tests.cli_runner import run_cli

@@ -15,9 +15,7 @@ import torch
 from scipy.special import rel_entr
 
 from pvae.analysis import collapse, evidence
-from pvae.analysis.truths import linear as lin
-from pvae.analysis.truths import structured
-from pvae.analysis.truths import truth as integrals
+from pvae.analysis.truths import linear as lin, structured, truth as integrals
 from pvae.analysis.truths.selfcheck import digits, selfcheck
 from pvae.analysis.truths.truth import Truth
 from pvae.data.dataset import load

@@ -17,8 +17,7 @@ import torch
 
 from pvae.data.sources.collections import MNIST_FILES
 from pvae.errors import DataError
-from pvae.upkeep import doctor as module
-from pvae.upkeep import machine
+from pvae.upkeep import doctor as module, machine
 from pvae.upkeep.clean import Cleaning, Removal
 from pvae.upkeep.doctor import CHECKS, doctor
 from pvae.upkeep.machine import CheckArguments

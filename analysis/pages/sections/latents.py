@@ -14,9 +14,7 @@ from pvae.analysis.pages.document.words import picture, section, table, text, ti
 from pvae.analysis.pages.plots import bars, base, clouds
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
-from pvae.analysis.samples.probe import RAW
-from pvae.analysis.samples.probe import groups as groups_of
-from pvae.analysis.samples.probe import probe as probe_of
+from pvae.analysis.samples.probe import RAW, groups as groups_of, probe as probe_of
 from pvae.pair.code_usage import SILENT
 from pvae.records import Record
 from pvae.training.evaluation import classified

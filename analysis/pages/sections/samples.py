@@ -16,8 +16,7 @@ from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples import encode, features, running, sample
 from pvae.analysis.samples.copying import Copying, copying
 from pvae.analysis.samples.fidelity import Fidelity
-from pvae.analysis.samples.quality import SampleQuality
-from pvae.analysis.samples.quality import sample_quality as quality_of
+from pvae.analysis.samples.quality import SampleQuality, sample_quality as quality_of
 from pvae.analysis.samples.score import score
 from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolate, traverse
 from pvae.util import seeds

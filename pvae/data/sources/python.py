@@ -11,8 +11,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import torch
 from scipy.sparse import issparse
-from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import DataLoader, Dataset as TorchDataset, IterableDataset
 
 from pvae.data.rows.cache import cache_folder, created, room, texts
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
