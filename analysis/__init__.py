@@ -4,7 +4,6 @@ The names are bound eagerly: some functions have the name of a folder or module,
 otherwise put in their place.
 """
 
-# mypy: implicit-reexport
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.audits.audit import Audit, audit
 from pvae.analysis.bounds.ais import Annealed, Bracket, ais, bracket
@@ -37,4 +36,14 @@ from pvae.analysis.samples.score import Scores, score
 from pvae.analysis.samples.traversal import Interpolation, Traversal, interpolate, traverse
 from pvae.analysis.truths.selfcheck import SelfCheck, selfcheck
 
-__all__ = sorted(name for name, value in globals().items() if callable(value))
+__all__ = [
+    "AggregatedPosterior", "Annealed", "Audit", "Bracket", "Calibration", "Code", "Collapse", "Copying", "CriticKL",
+    "Distances", "Encoding", "Estimate", "Evidence", "Features", "Fidelity", "Gain", "Gap", "Gradients", "Imputations",
+    "Interpolation", "LatentSurgery", "Paired", "Posterior", "PriorEvidence", "Probe", "RateDistortion",
+    "Reconstructions", "SampleQuality", "Samples", "Scores", "SelfCheck", "Surgery", "Traversal", "TwoSample", "ais",
+    "audit", "bracket", "calibration", "collapse", "compare", "copying", "critic", "data_copying", "distances",
+    "elbos", "encode", "evidence", "explore", "features", "fidelity", "frechet", "gain", "gap", "gradients", "impute",
+    "interpolate", "kernel_distance", "paired", "posterior", "prior_evidence", "probe", "rate_distortion",
+    "reconstruct", "report", "sample", "sample_quality", "score", "selfcheck", "sharpness", "surgery", "traverse",
+    "two_sample",
+]  # fmt: skip
