@@ -1,4 +1,4 @@
-"""Exceptions that pvae raises deliberately, each with the exit code that the command line returns for it."""
+"""Exceptions that pvae raises deliberately, each with the exit code of the command line, and texts of messages."""
 
 import re
 import tomllib
@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
-from pvae.words import near as near, text as _text
+from pvae.words import near as near, text as text
 
 _MEANINGS = tomllib.loads(Path(__file__).with_name("exit_codes.toml").read_text())
 EXIT_CODES: Mapping[int, str] = {int(code): meaning for code, meaning in _MEANINGS.items()}
@@ -34,7 +34,7 @@ class PvaeError(Exception):
     @classmethod
     def of(cls, name: str, /, **fields: Any) -> Self:
         """Return the error whose message is an entry of `pvae/<room>/words.toml`, with its fields filled in."""
-        return cls(_text(name, **fields))
+        return cls(text(name, **fields))
 
 
 class DeclarationError(PvaeError, exit_code=2):
@@ -116,7 +116,7 @@ ENTRY = re.compile(r"\w+\.\w+\.\w+")
 def refuse(problem: object, words: str | Sequence[str], error: type[Exception] = DataError, /, **fields: Any) -> None:
     """Raise a DataError if there is a problem; its message is `words`, or the text of that name with its fields."""
     if problem:
-        raise error(_text(words, **fields) if isinstance(words, str) and ENTRY.fullmatch(words) else words)
+        raise error(text(words, **fields) if isinstance(words, str) and ENTRY.fullmatch(words) else words)
 
 
 def misdeclared(problem: object, words: str | Sequence[str], /, **fields: Any) -> None:

@@ -8,10 +8,9 @@ import typer
 
 import pvae
 from pvae.cli.app import Shared, command, load_declaration
-from pvae.errors import misdeclared
+from pvae.errors import misdeclared, text
 from pvae.experiment import zoo
 from pvae.util.files import write_atomic
-from pvae.words import text
 
 
 @command("as_json", name="list")

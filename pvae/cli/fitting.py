@@ -13,11 +13,10 @@ import typer
 
 import pvae
 from pvae.cli.app import Shared, app, command, load_declaration, load_installed_plugins, rows_of, tell
-from pvae.errors import DataError, PvaeError
+from pvae.errors import DataError, PvaeError, text
 from pvae.runs import find, rundir
 from pvae.signals import end_with
 from pvae.util import files, progress
-from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.runs.run import Run

@@ -15,7 +15,7 @@ from pvae.data.dataset import Dataset, load
 from pvae.data.rows.rows import labels_may_be_missing
 from pvae.data.sources import base, collections
 from pvae.data.split import Split, chosen_labels
-from pvae.errors import DataError, DeclarationError, at, is_refused_draw, misdeclared
+from pvae.errors import DataError, DeclarationError, at, is_refused_draw, misdeclared, text
 from pvae.experiment import captions, zoo
 from pvae.experiment.plan import Covariate, Latent, Plan, Train, apply_overrides, side_columns
 from pvae.experiment.rules import findings
@@ -31,7 +31,6 @@ from pvae.objectives.elbo import TraceELBO
 from pvae.pair.pair import Pair
 from pvae.util import toml
 from pvae.util.memory import weighed
-from pvae.words import text
 
 D = TypeVar("D", Dataset, Split)
 

@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from pvae.component import Component, Ints, Names, Section, Table, from_table, table_at
 from pvae.data.rows.columns import CategoricalColumn, Column, ContinuousColumn, CountColumn, Levels
-from pvae.errors import refuse
+from pvae.errors import refuse, text
 from pvae.graph.frame import PADDING, UNKNOWN, Entry, Vocabulary, split
 from pvae.graph.site import Site, Space
 from pvae.guides.posteriors.base import ExactPosterior, NormalPosterior, Posterior
@@ -19,7 +19,6 @@ from pvae.nn.precision import Precision
 from pvae.nn.schedules import Adam, Constant, Optimizer, Schedule
 from pvae.objectives import base, elbo
 from pvae.util import digest, toml
-from pvae.words import text
 
 
 class Latent(Section):

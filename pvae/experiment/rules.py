@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pvae.component import Component
 from pvae.distributions.codes import MAX_STATES
-from pvae.errors import DeclarationError, near
+from pvae.errors import DeclarationError, near, text
 from pvae.experiment.captions import unscored
 from pvae.graph.site import OBSERVED, Values
 from pvae.guides.posteriors.base import Posterior
@@ -21,7 +21,6 @@ from pvae.nn.network import TableNetwork
 from pvae.objectives.em import EM
 from pvae.objectives.importance import IWAE
 from pvae.pair import Dependencies
-from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.experiment.experiment import Experiment

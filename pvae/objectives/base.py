@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from pvae.component import Component, Shape, Table
 from pvae.data import Split, streamed
-from pvae.errors import DeclarationError, refuse
+from pvae.errors import DeclarationError, refuse, text
 from pvae.models.graph import GraphModel
 from pvae.nn.precision import products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair import Dependencies, Pair, Terms
 from pvae.records import Record
-from pvae.words import text
 
 Weighed = tuple[Tensor, list[Tensor]]
 """Loss of a batch, and its metrics."""

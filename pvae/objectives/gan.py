@@ -10,14 +10,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pvae.data.streamed import Streamed
-from pvae.errors import DeclarationError, at
+from pvae.errors import DeclarationError, at, text
 from pvae.graph.frame import Frame
 from pvae.graph.site import OBSERVED
 from pvae.nn.network import MLP, Network, NetworkModule
 from pvae.objectives.base import Fitting, Objective, Parts, Stepper
 from pvae.pair import Pair, Terms, quiet, samples
 from pvae.util import seeds
-from pvae.words import text
 
 VALIDATION_ROWS = 1000
 """Number of rows processed at a time in validation."""

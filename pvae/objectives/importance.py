@@ -9,12 +9,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pvae.errors import DeclarationError, refuse
+from pvae.errors import DeclarationError, refuse, text
 from pvae.guides.posteriors.base import PosteriorModule
 from pvae.objectives.base import Objective, Weighed
 from pvae.objectives.elbo import minus_elbo, with_penalties, with_score_functions
 from pvae.pair import Estimator, Pair, Terms, sum_over
-from pvae.words import text
 
 
 def log_weights(terms: Terms, beta: Tensor | float) -> Tensor:

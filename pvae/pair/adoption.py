@@ -12,13 +12,12 @@ from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from pvae.errors import misdeclared
+from pvae.errors import misdeclared, text
 from pvae.pair.enumeration import needs_elimination
 from pvae.pair.layout import Layout, Traces, is_point, plates_of, read_layout, samples
 from pvae.pair.problems import Problem, ProgramError, guide_only, require_bound
 from pvae.pair.running import current_store, evaluating, modules_within, run, trace_of, whole_plates
 from pvae.pair.structure import Structure, Unpacked, read_structure, read_unpacked, unpack
-from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair

@@ -12,13 +12,12 @@ import pyro
 import torch
 from pyro.poutine.trace_struct import Trace
 
-from pvae.errors import DeclarationError, PvaeError, misdeclared
+from pvae.errors import DeclarationError, PvaeError, misdeclared, text
 from pvae.pair.densities import sum_over
 from pvae.pair.layout import is_enumerable, is_point, plates_around, samples
 from pvae.pair.running import current_store, evaluating, run, whole_plates
 from pvae.pair.structure import Unpacked, read_unpacked
 from pvae.records import Record
-from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair

@@ -13,7 +13,7 @@ from pvae.component import IMPORTED
 from pvae.data import Dataset, Split, load, new
 from pvae.data.rows.files import confined
 from pvae.data.sources.python import PassedData, TensorSource
-from pvae.errors import CheckpointError, DataError, DeclarationError, refuse
+from pvae.errors import CheckpointError, DataError, DeclarationError, refuse, text
 from pvae.experiment.experiment import Experiment, reading
 from pvae.experiment.plan import Plan, side_columns
 from pvae.objectives.base import named
@@ -23,7 +23,6 @@ from pvae.runs.applied import Applied
 from pvae.runs.rundir import TRANSFORMS, RunDirectory
 from pvae.runs.weights import attended, chosen, load_weights
 from pvae.util.files import digest, read_inside
-from pvae.words import text
 
 if TYPE_CHECKING:
     import pandas

@@ -11,14 +11,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
-from pvae.errors import DeclarationError, misdeclared, near
+from pvae.errors import DeclarationError, misdeclared, near, text
 from pvae.experiment import plan, zoo
 from pvae.experiment.experiment import Experiment
 from pvae.records import Record, replace
 from pvae.studies.sweep import FIRST, SECOND, Measure, Search, StudyFile, Sweep, find, validated
 from pvae.training.resume import stage_of
 from pvae.util import toml
-from pvae.words import text
 
 MAX_LISTED_PROBLEMS = 40
 """Largest number of problems that an error lists; it gives only the number of further ones."""

@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Group
 
 from pvae.data.sources.python import PassedData, as_array
-from pvae.errors import misdeclared, printable
+from pvae.errors import misdeclared, printable, text
 from pvae.records import Record
 from pvae.runs import RunDirectory, find
 from pvae.runs.run import Run
@@ -23,7 +23,6 @@ from pvae.studies.search import Searching
 from pvae.studies.tasks import CLAIMS, Shelf, Task, standing, tasks_of
 from pvae.util import StageProgress, silent
 from pvae.util.files import make_folder, write_together
-from pvae.words import text
 
 if TYPE_CHECKING:
     import pandas

@@ -10,9 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field
 
 from pvae.component import Names, Section, Table, from_table
-from pvae.errors import misdeclared
+from pvae.errors import misdeclared, text
 from pvae.util import toml
-from pvae.words import text
 
 STUDIES_FOLDER = Path(__file__).parent.parent / "analysis" / "studies"
 """Folder of the studies that come with pvae."""

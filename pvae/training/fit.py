@@ -12,7 +12,7 @@ import torch
 from pvae.data import Dataset, load
 from pvae.data.sources.python import TensorSource, is_bare
 from pvae.data.sources.tabular import FrameSource, Tabular
-from pvae.errors import DeclarationError, misdeclared, refuse
+from pvae.errors import DeclarationError, misdeclared, refuse, text
 from pvae.experiment.experiment import Experiment, reading
 from pvae.experiment.plan import Plan, Train
 from pvae.experiment.rules import refused
@@ -24,7 +24,6 @@ from pvae.runs.weights import attended
 from pvae.training.launch import begun_before, launch, pick_device
 from pvae.training.resume import resume, second_stage
 from pvae.util import group, memory
-from pvae.words import text
 
 BATCHES_LOOKED_AT = 100
 """Largest number of batches of each split on which a hand-written pair is run before its fit, to find all its sites."""

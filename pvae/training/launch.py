@@ -14,7 +14,7 @@ import torch
 
 from pvae.component import IMPORTED
 from pvae.data import Dataset
-from pvae.errors import DataError, DeclarationError, DeviceError, misdeclared, refuse
+from pvae.errors import DataError, DeclarationError, DeviceError, misdeclared, refuse, text
 from pvae.experiment.plan import Plan
 from pvae.nn.precision import resolved
 from pvae.objectives.base import ranked_by
@@ -25,7 +25,6 @@ from pvae.runs.run import Run
 from pvae.training import artefacts, evaluation, loop, step, trainer
 from pvae.util import follows, group, toml
 from pvae.util.provenance import UNCOUNTED, provenance, surroundings
-from pvae.words import text
 
 
 def launch(

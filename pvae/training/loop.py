@@ -10,7 +10,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from pvae.errors import Interrupted, PvaeError, StorageError, is_refused_draw
+from pvae.errors import Interrupted, PvaeError, StorageError, is_refused_draw, text
 from pvae.objectives.base import FITTED, named
 from pvae.pair.code_usage import code_usage
 from pvae.runs import checkpoint
@@ -21,7 +21,6 @@ from pvae.training.evaluation import ALERT_ROWS, accuracy, alerts, evaluate, hel
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import SIGNALS, ShardedBatch, Trainer, first_line, swapped
 from pvae.util import ProgressBar, group
-from pvae.words import text
 
 SHOWN_STEPS = 20
 """Number of steps between two updates of the progress bar."""

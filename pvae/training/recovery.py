@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pvae import errors
-from pvae.errors import CheckpointError, DeviceError, NonFiniteError, Stopped, StorageError, instead
+from pvae.errors import CheckpointError, DeviceError, NonFiniteError, Stopped, StorageError, instead, text
 from pvae.objectives.base import Loss
 from pvae.pair import Pair, log_prob, samples
 from pvae.runs import checkpoint, seal
@@ -20,7 +20,6 @@ from pvae.runs.weights import chosen, load_weights, require_same
 from pvae.training import step
 from pvae.training.trainer import State, Trainer, first_line
 from pvae.util.files import follows, write_atomic
-from pvae.words import text
 
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 """Seconds to wait before each further attempt to write the last checkpoint of a fit."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from pvae.data import Dataset
-from pvae.errors import CheckpointError, DataError, DeclarationError, misdeclared, refuse
+from pvae.errors import CheckpointError, DataError, DeclarationError, misdeclared, refuse, text
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Plan
 from pvae.objectives import base, elbo
@@ -22,7 +22,6 @@ from pvae.training import launch as start, loop, recovery, step
 from pvae.training.trainer import Trainer
 from pvae.util import digest, follows, group
 from pvae.util.threads import threads
-from pvae.words import text
 
 NOT_FROZEN = re.compile(r"latents\.\w+\.prior(\.|$)|train\.|objective\.|analysis\.|refit|(name|description|seed)$")
 """Keys that a second stage may change."""

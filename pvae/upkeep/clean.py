@@ -14,14 +14,13 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pvae.data.rows.cache import cache_folder
-from pvae.errors import CheckpointError, PvaeError
+from pvae.errors import CheckpointError, PvaeError, text
 from pvae.records import Record
 from pvae.runs import RunDirectory, checkpoint, list_runs
 from pvae.runs.find import RUN_ID, STALE_AFTER_SECONDS, folders, is_abandoned, is_run, leftovers
 from pvae.upkeep.verify import FILES, FOLDERS
 from pvae.util.checks import one_line
 from pvae.util.files import MIB, remove, walk
-from pvae.words import text
 
 Doomed = tuple[Path, str]
 """File or folder that can be removed, and the reason."""

@@ -16,12 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pvae.errors import near
+from pvae.errors import near, text
 from pvae.upkeep import machine
 from pvae.upkeep.machine import CheckArguments, pip
 from pvae.util.checks import Check, Checks, attempt
 from pvae.util.provenance import installed_version
-from pvae.words import text
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,11 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pvae.errors import DataError, PvaeError
+from pvae.errors import DataError, PvaeError, text
 from pvae.records import Record
 from pvae.util.checks import Check, Level
 from pvae.util.files import MIB, write_atomic
-from pvae.words import text
 
 if TYPE_CHECKING:
     from pvae.data.sources.collections import Collection

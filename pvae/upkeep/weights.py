@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pvae.errors import CheckpointError
+from pvae.errors import CheckpointError, text
 from pvae.pair.pair import Pair
 from pvae.runs import checkpoint
 from pvae.runs.run import Run
@@ -13,7 +13,6 @@ from pvae.runs.weights import chosen, load_weights
 from pvae.training import evaluation, recovery, trainer
 from pvae.util.checks import Check
 from pvae.util.provenance import surroundings
-from pvae.words import text
 
 ELBO_TOLERANCE = 1e-4
 """Largest accepted difference of a recomputed validation metric, relative to the larger of its size and 1 nat; other

@@ -20,10 +20,9 @@ from pvae.data.rows import cache, rows
 from pvae.data.rows.files import user_folder
 from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
-from pvae.errors import DataError, refuse
+from pvae.errors import DataError, refuse, text
 from pvae.records import Record
 from pvae.util import toml
-from pvae.words import text
 
 DOWNLOAD_PIECE_BYTES = 2**20
 CONNECT_AND_READ_SECONDS = (10, 60)

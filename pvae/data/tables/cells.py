@@ -18,10 +18,9 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
 from pvae.data.rows import cache, prepare, rows
 from pvae.data.rows.columns import Column, ContinuousColumn
-from pvae.errors import DataError, near, refuse
+from pvae.errors import DataError, near, refuse, text
 from pvae.graph.frame import split, word_numbers
 from pvae.records import Record, field
-from pvae.words import text
 
 Cells: TypeAlias = "pandas.Series[Any]"
 

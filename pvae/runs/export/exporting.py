@@ -8,11 +8,10 @@ from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
-from pvae.errors import PvaeError, StorageError, misdeclared, near, printable, refuse, require_extra
+from pvae.errors import PvaeError, StorageError, misdeclared, near, printable, refuse, require_extra, text
 from pvae.runs.export import base, trackers
 from pvae.runs.rundir import RunDirectory
 from pvae.util.files import follows
-from pvae.words import text
 
 SECONDS_BETWEEN_EXPORTS = 5.0
 """Shortest time (s) between two exports during a fit; a slow export is followed by a pause ten times as long."""
