@@ -34,7 +34,7 @@ PICTURE_BYTES, SIDE, ACROSS = 7 << 20, 48, 32
 
 
 def explore(
-    run: Run, *, split: str = "test", rows: int = POINTS, latent: str | None = None, samples: int = 10,
+    run: Run, *, split: str | Split = "test", rows: int = POINTS, latent: str | None = None, samples: int = 10,
     out: str | Path | None = None, seed: int = 0, on_progress: Progress = silent,
 ) -> Path:  # fmt: skip
     """Write an explorer of a run: one HTML file, which needs no network, to look around in its latents.
@@ -45,7 +45,7 @@ def explore(
 
     Arguments:
         run: a run with its data.
-        split: "train", "validation", "test" or "all".
+        split: "train", "validation", "test" or "all", or new rows (see `Run.rows`).
         rows: number of rows, chosen at random; at most `POINTS`.
         latent: name of the latent; default: the first of real numbers, else of codes, whose embeddings are mapped.
         samples: importance samples per row for log p(x).
@@ -65,7 +65,7 @@ def explore(
         >>> explore(example_run(), rows=50).name
         'explorer-test.html'
     """
-    part = run.data.whole() if split == "all" else run.data.split(split)
+    part = split if isinstance(split, Split) else run.data.whole() if split == "all" else run.data.split(split)
     first = encode.encode(run, part.rows[:1], mean=True, seed=seed)
     name, z, is_real = _mapped(run, first, latent)
     chosen = seeds.subset(len(part), max(1, min(rows, POINTS, NUMBERS // z.shape[1])), seed)
@@ -94,7 +94,7 @@ def explore(
         data["decoded"] = {"columns": _columns("coordinates", points), "data": display.told(display.of(means))}
     except UNFIT as error:
         data["why"] = str(error)
-    path = Path(out or run.files.analysis / f"explorer-{split}.html")
+    path = Path(out or run.files.analysis / f"explorer-{part.name}.html")
     write_atomic(path, _page(data, run=run, part=part, latent=name, count=len(z)))
     return path
 
@@ -200,10 +200,9 @@ def _sheet(images: Tensor) -> bytes:
 
 
 def _page(data: dict[str, Any], **about: Any) -> str:
-    engine = document.engine()
     folder = Path(document.__file__).parent / "templates"
     scripts = [(folder / name).read_text(encoding="utf-8") for name in ("vendor/echarts/echarts.min.js", "explorer.js")]
     hashes = (b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
     about["data"] = Markup(json.dumps(data, allow_nan=False).replace("<", "\\u003c"))
     about |= {"scripts": [*map(Markup, scripts)], "hashes": " ".join(f"'sha256-{found}'" for found in hashes)}
-    return engine.get_template("explorer.html.j2").render(about)
+    return document.engine().get_template("explorer.html.j2").render(about)

@@ -206,9 +206,9 @@ def report(
 @command("split", "out", "on_fitted")
 def explore(shared: Shared, run: str, latent: str | None = None, rows: int = 20_000, samples: int = 10) -> None:
     """Write one HTML file to look around in: a map of a latent, the data behind its points, what sliders decode."""
-    opened = shared.open(run)
+    opened, part = shared.open_rows(run)
     asked: dict[str, Any] = {"latent": latent, "rows": rows, "samples": samples, "out": shared.out, "seed": shared.seed}
-    path = shared.watched("explore", partial(pvae.analysis.explore, split=shared.split, **asked), opened)
+    path = shared.watched("explore", pvae.analysis.explore, opened, split=part, **asked)
     shared.answer({"run": str(opened.path), "file": str(path)}, f"explorer: {path}")
 
 

@@ -17,12 +17,13 @@ from typer import Argument, Option
 
 import pvae
 from pvae.errors import EXIT_CODES, misdeclared, printable
-from pvae.records import Record
+from pvae.records import Record, replace
 from pvae.util.progress import ProgressBar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from pvae.data.split import Split
     from pvae.experiment.experiment import Experiment
     from pvae.runs.run import Run
 
@@ -86,6 +87,16 @@ class Shared(Record):
         from pvae.training.launch import pick_device
 
         return opened.to(pick_device(device))
+
+    def open_rows(self, run: str) -> tuple[Run, Split]:
+        """Open a run, with the rows that it is applied to: new ones of `--data`, those of a split, or "all"."""
+        from pvae.cli.handwritten import is_pair_file
+
+        if self.data and not self.pair and not is_pair_file(run):
+            opened = replace(self, data=None).open(run, self.device)
+            return opened, opened.rows(self.data)
+        opened = self.open(run, self.device)
+        return opened, opened.data.whole() if self.split == "all" else opened.data.split(self.split)
 
     def open_as_it_is(self, text: str) -> Run:
         """Return a new run that holds a hand-written pair with its present weights, for a page on it."""

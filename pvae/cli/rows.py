@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pvae
@@ -62,15 +61,9 @@ def _apply(
     """
     from pvae.analysis.export.rows import write
     from pvae.analysis.samples.running import RowBlocks
-    from pvae.cli.handwritten import is_pair_file
     from pvae.util import seeds
 
-    is_new = bool(shared.data and not shared.pair and not is_pair_file(run))
-    opened, name = (replace(shared, data=None) if is_new else shared).open(run, shared.device), make.__name__
-    if is_new:
-        split = opened.rows(shared.data)
-    else:
-        split = opened.data.whole() if shared.split == "all" else opened.data.split(shared.split)
+    (opened, split), name = shared.open_rows(run), make.__name__
     stem, chosen = f"{name}-{split.name}", seeds.subset(len(split), shared.rows, shared.seed)
     path = shared.out or opened.files.analysis / (stem if picture else f"{stem}.csv")
     with shared.bar(name) as bar:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import re
+from base64 import b64decode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -29,6 +30,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.runs.run import Run
 from pvae.training.fit import kept_as_it_is
 from tests.browser import WATCH, WIDTHS, opened
+from tests.cli_runner import run_cli_json
 from tests.zoo_runs import FOLDER, tiny_run
 
 LABELS = ("<b>old</b>", "</script><script>alert(1)</script>", "=1+1")
@@ -376,6 +378,27 @@ def test_the_library_is_that_of_its_package() -> None:
         "README.md",
         "echarts.min.js",
     }
+
+
+def test_new_rows_of_a_file_are_mapped(tmp_path: Path) -> None:
+    run, new = people(), tmp_path / "new.csv"
+    pandas.DataFrame(
+        {
+            "age <i>": [20.0, 50.0, 35.5],
+            "visits": [1, 3, 2],
+            "town": ["Bern", "@Oslo", "Bern"],
+            "plate": ["a", "b", "b"],
+        }
+    ).to_csv(new, index=False)
+    asked = ["explore", str(run.path), "--data", str(new), "--samples", "2"]
+    page = Path(run_cli_json(*asked)["file"])
+    assert page == run.files.analysis / "explorer-new.html"
+    held = told(page)
+    ages = next(column for column in held["data"]["columns"] if column["name"] == "age <i>")
+    np.testing.assert_allclose(np.frombuffer(b64decode(ages["values"]), np.float32), [20.0, 50.0, 35.5], rtol=1e-6)
+    first = next(column for column in held["columns"] if column["name"] == "z[0]")
+    z = encode(run.pair, run.rows(new).rows, mean=True)["z"][:, 0]
+    np.testing.assert_allclose(np.frombuffer(b64decode(first["values"]), np.float32), z, rtol=1e-5)
 
 
 def test_progress_is_told_and_the_seed_decides(tmp_path: Path) -> None:
