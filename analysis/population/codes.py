@@ -257,8 +257,8 @@ class CodePrior(HonestPrior):
     weights of all components are fitted by EM to rows that are scored by the others.
     """
 
-    def __init__(self, grids: Sequence[Grid]) -> None:
-        self.grids = tuple(grids)
+    grids: Sequence[Grid]
+    """Grid of codes of each discrete latent, in the order of the values."""
 
     def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
         if train is not None:

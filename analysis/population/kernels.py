@@ -193,8 +193,8 @@ class FullPrior(HonestPrior):
     rows it is a `KernelPrior`.
     """
 
-    def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+    seed: int = 0
+    """Seed of the held-out rows, and of the fits of the mixture and the flow."""
 
     def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
         if train is None:

@@ -77,7 +77,7 @@ class HonestScores(NamedTuple):
 SCORES = ("log_r", "influence", "apart")
 
 
-class HonestPrior(ABC):
+class HonestPrior(Record, ABC):
     """Abstract way to make a prior r(z) from rows, and to score rows that it was not chosen with.
 
     Parameters of r (a width, weights, a discount) are never chosen on the fold of the rows that r is scored on.
@@ -126,14 +126,10 @@ ROWS_WEIGHED = 4000
 
 
 class RootPrior(HonestPrior):
-    """New priors of the latents without parents, r(roots) p(the others | roots): the others cancel in r / p.
+    """New priors of the latents without parents, r(roots) p(the others | roots): the others cancel in r / p."""
 
-    Arguments:
-        priors: one for each of the `parts` of the rows, independent of each other.
-    """
-
-    def __init__(self, priors: Sequence[HonestPrior]) -> None:
-        self.priors = tuple(priors)
+    priors: Sequence[HonestPrior]
+    """One prior for each of the `parts` of the rows, independent of each other."""
 
     def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
         known = [None] * len(self.priors) if train is None else train.parts
@@ -148,8 +144,8 @@ class RootPrior(HonestPrior):
 class GroupPrior(HonestPrior):
     """Priors r(z | y) made of the rows with the same covariate value; -inf for values of few rows."""
 
-    def __init__(self, prior: HonestPrior) -> None:
-        self.prior = prior
+    prior: HonestPrior
+    """Way to make the prior of each covariate value."""
 
     def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
         known = rows if train is None else train
@@ -171,8 +167,7 @@ class MixedPrior(HonestPrior):
     from pairs all weights are equal, as a fold alone does not tell them.
     """
 
-    def __init__(self, priors: Sequence[HonestPrior]) -> None:
-        self.priors = tuple(priors)
+    priors: Sequence[HonestPrior]
 
     def scored(self, rows: NewRows, fold: Tensor, train: NewRows | None = None) -> HonestScores:
         found = [prior.scored(rows, fold, train) for prior in self.priors]

@@ -54,11 +54,6 @@ def one_hots(x: Tensor, laws: Sequence[Law]) -> Tensor:
     return torch.cat(hot, -1).to(x.dtype)
 
 
-def most_probable(fn: Any) -> Tensor:
-    """Return the most probable level of each column, `(..., d)`."""
-    return fn.logits.argmax(-1).to(fn.logits.dtype)
-
-
 COUNTS, REAL = dist.constraints.nonnegative_integer, dist.constraints.real
 UNCHECKED: dict[str, Any] = {"validate_args": False}
 FAMILIES = {
@@ -75,7 +70,8 @@ FAMILIES = {
         dispersed(h, log_count, **UNCHECKED), lambda x, _: logged(x)),
     # The decoder gives the logits, of categories one for each level.
     "bernoulli": Family(dist.constraints.boolean, {}, lambda h, _: dist.Bernoulli(logits=h, **UNCHECKED)),
-    "categorical": Family(COUNTS, {}, lambda h, _: dist.Categorical(logits=h, **UNCHECKED), one_hots, most_probable),
+    "categorical": Family(COUNTS, {}, lambda h, _: dist.Categorical(logits=h, **UNCHECKED), one_hots,
+        lambda fn: fn.logits.argmax(-1).to(fn.logits.dtype)),
 }  # fmt: skip
 """Families of distributions by name, in the order of their columns in the decoder's output."""
 

@@ -69,12 +69,9 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
     if not build:
         shared.answer(found, f"{name}: ok")
         return
-    from pvae.experiment.experiment import reading
     from pvae.training.evaluation import evaluate
 
-    with reading(experiment):
-        data = pvae.data.load(experiment.source, data_dir=shared.data_dir, seed=experiment.seed)
-    data = experiment.conditioned(data)
+    data = experiment.conditioned(experiment.load_data(shared.data_dir))
     data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)
     pair, rows = experiment.build(data.shape), data.train.rows[:4]
     misdeclared(problems := pair.check(rows), [f"{name}: {problem}" for problem in problems])
@@ -90,12 +87,10 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
 @command("data_dir", "as_json")
 def show(shared: Shared, name: str, overrides: list[str] | None = None, pyro: bool = False) -> None:
     """Print a declaration with its graph, formulas, shapes and parameter counts, or as a Pyro script."""
-    from pvae.experiment.experiment import reading
     from pvae.experiment.readback import described, render
 
     experiment = load_declaration(name, overrides)
-    with reading(experiment):
-        shape = pvae.data.load(experiment.source, data_dir=shared.data_dir, seed=experiment.seed).shape
+    shape = experiment.load_data(shared.data_dir).shape
     if pyro:
         script = experiment.to_pyro(shape)
         shared.answer({"script": script}, script.rstrip())

@@ -195,6 +195,11 @@ class Experiment(Plan):
         """Declared data, read with the values beside x of which covariates and seen latents are made."""
         return self.data.with_side(side_columns(self.covariates, self.latents))
 
+    def load_data(self, data_dir: Path | None = None) -> Dataset:
+        """Return the declared data set as its source gives it, before `conditioned`; raises DataError."""
+        with reading(self):
+            return load(self.source, data_dir=data_dir, seed=self.seed)
+
     def entries(self) -> dict[str, Entry]:
         """Return the entries of a row behind its datum, by name: covariates, then latents that some rows observe.
 
@@ -263,13 +268,12 @@ class Experiment(Plan):
         """
         from pvae.experiment.pyro_script.programs import pyro_script
 
-        with reading(self):
-            return pyro_script(self, load(self.source, seed=self.seed).shape if x is None else x)
+        return pyro_script(self, self.load_data().shape if x is None else x)
 
     def _repr_html_(self) -> str:
-        from pvae.experiment.readback import experiment_html
+        from pvae.experiment.readback import formulas
 
-        return experiment_html(self)
+        return text("experiment.readback.html", experiment=self, formulas=formulas(self))
 
 
 def reading(plan: Plan) -> AbstractContextManager[None]:

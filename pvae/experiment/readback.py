@@ -102,8 +102,3 @@ def render(experiment: Experiment, x: Shape, pair: Pair) -> Group:
         f"guide   {found['guide']}", f"LaTeX   {found['model_latex']}", f"        {found['guide_latex']}",
     ]  # fmt: skip
     return Group(*(Text(line) for line in lines), latents, sizes)
-
-
-def experiment_html(experiment: Experiment) -> str:
-    """Return the HTML that a notebook shows of a declaration: formulas and TOML."""
-    return text("experiment.readback.html", experiment=experiment, formulas=formulas(experiment))

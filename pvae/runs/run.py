@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pvae.component import IMPORTED
-from pvae.data import Dataset, Split, load, new
+from pvae.data import Dataset, Split, new
 from pvae.data.rows.files import confined
 from pvae.data.sources.python import PassedData, TensorSource
 from pvae.errors import CheckpointError, DataError, DeclarationError, refuse, text
@@ -133,8 +133,8 @@ class Run(Applied):
             data = self._passed(data)
         refuse(self.lacks_data, "runs.run.no_data", path=self.path, said=self.files.manifest.get("origin"))
         if data is None:
-            with confined(self.foreign), reading(self.plan):
-                data = load(self.experiment.source, data_dir=self._data_dir, seed=self.plan.seed)
+            with confined(self.foreign):
+                data = self.experiment.load_data(self._data_dir)
         if (wanted := self.files.manifest.get("data", {}).get("fingerprint")) and data.fingerprint != wanted:
             raise DataError.of("runs.run.other_data", path=self.path, wanted=str(wanted), found=data.fingerprint)
         return (self.plan.conditioned(data) if isinstance(self.plan, Experiment) else data).to(self._device)

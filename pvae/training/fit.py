@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pvae.data import Dataset, load
+from pvae.data import Dataset
 from pvae.data.sources.python import TensorSource, is_bare
 from pvae.data.sources.tabular import FrameSource, Tabular
 from pvae.errors import DeclarationError, misdeclared, refuse, text
@@ -169,7 +169,7 @@ def _declared(
     """Return the data set to fit, the pair built for it, and the declaration with the source of data passed in."""
     with reading(plan):
         if data is None:
-            dataset = load(plan.source, data_dir=Path(data_dir) if data_dir else None, seed=plan.seed)
+            dataset = plan.load_data(Path(data_dir) if data_dir else None)
         else:
             plan = plan.model_copy(update={"data": passed_source(plan)})
             dataset = Dataset.of({"x": data, **covariates} if covariates else data, plan.source)  # type: ignore[arg-type]
