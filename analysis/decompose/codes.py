@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pvae.distributions import MAX_STATES, CertainCodes, Codes
+from pvae.distributions import MAX_STATES, CertainCodes, Codes, Members
 from pvae.pair import Pair, SiteShape, is_masked, log_prob, members, samples, sum_over, tiled
 from pvae.records import Record
 
@@ -129,7 +129,17 @@ def _log_sum(pair: Pair, x: Tensor, values: Mapping[str, tuple[SiteShape, Tensor
     return total
 
 
-def codes_kl(q: Codes, p: Codes) -> Tensor:
-    """Return KL(q || p) of factorised codes, `(n,)`, nats; infinite where a code possible under q has p = 0."""
-    found = (q.logits.exp() * (q.logits - p.logits)).sum((1, 2))
+def codes_kl(q: Members | None, p: Members | None) -> Tensor | None:
+    """Return KL(q || p) of each of P independent codes, `(n, P)`, nats; None for others than codes.
+
+    It is infinite where a code possible under q has p = 0.
+    """
+    if not isinstance(p, Codes) or not isinstance(q, Codes | CertainCodes):
+        return None
+    if (q.positions, q.states) != (p.positions, p.states):
+        return None
+    if isinstance(q, CertainCodes):
+        found = -p.logits.expand(len(q), -1, -1).gather(2, q.index.unsqueeze(-1)).squeeze(-1)
+    else:
+        found = (q.logits.exp() * (q.logits - p.logits)).sum(2)
     return torch.where(found > IMPOSSIBLE_NATS, torch.inf, found)

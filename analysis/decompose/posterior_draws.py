@@ -45,6 +45,8 @@ class LatentDraw:
     """Mean and standard deviation of every coordinate of a diagonal or full-rank normal posterior; None for others."""
     kl: Tensor | None
     """Closed-form KL(q || p) of every row, `(n,)`, nats; None where torch has no closed form."""
+    code_kl: Tensor | None = None
+    """Exact KL(q || p) of every code, `(n, P)`, nats; None unless the codes are independent in q and p."""
     point: bool = False
     """True if the guide sets the latent to a point (Delta): `log_q` is then 0, in a flow minus a log determinant."""
     present: Tensor | None = None
@@ -76,6 +78,13 @@ class LatentDraw:
     def normal_prior(self) -> Normals | None:
         """Means and standard deviations of a diagonal normal prior; None for other priors."""
         return self.p if isinstance(self.p, Normals) else None
+
+    @property
+    def number_kl(self) -> Tensor | None:
+        """Closed-form KL(q || p) of every number of `value`, `(n, D)`, nats; None where unknown."""
+        found = self.coordinate_kl if self.code_kl is None else self.code_kl
+        found = self.kl[:, None] if found is None and self.kl is not None else found
+        return None if found is None or found.shape != self.value.shape else found
 
     @property
     def coordinate_kl(self) -> Tensor | None:
@@ -132,13 +141,15 @@ def _latent(q: Any, p: Any, layout: Layout, n: int, point: bool = False) -> Late
     posterior = _double(members(q, layout, n))
     prior = None if p is None else _double(shared_codes(p, layout) or members(p, layout, n))
     log_p = torch.zeros_like(value[:, 0]) if p is None else _score(p, prior, value, layout)
-    certain = isinstance(posterior, CertainCodes)
+    certain, each = isinstance(posterior, CertainCodes), codes_kl(posterior, prior)
+    kl = _double(closed_kl(q, p, layout, 0, 1)) if p is not None and each is None and not certain else None
     normal = Normals(posterior.loc, posterior.scale) if isinstance(posterior, FullRankNormals) else posterior
     return LatentDraw(
         value=value, log_q=_score(q, posterior, value, layout), log_p=log_p, q=posterior,
         p=None if isinstance(prior, Codes) else prior, normal=normal if isinstance(normal, Normals) else None,
-        kl=None if p is None else -log_p if certain else _closed(q, p, posterior, prior, layout), point=point,
-        present=presence(q, p, layout, n), tally=tally(posterior, prior, **described(q)), prior=shared_prior(prior),
+        kl=-log_p if certain and p is not None else kl if each is None else each.sum(1), code_kl=each, point=point,
+        present=presence(q, p, layout, n), tally=tally(posterior, prior, **described(q)),
+        prior=shared_prior(prior),
     )  # fmt: skip
 
 
@@ -158,13 +169,6 @@ def _score(node: Any, known: Members | None, value: Tensor, layout: Layout) -> T
     """Return the log density of a site's value per row, float64, from float64 parameters where these are known."""
     weighed = is_masked(node) or not (node["scale"].__class__ is float and node["scale"] == 1.0)
     return log_prob(node, layout, 0).double() if known is None or weighed else known.log_prob(value)
-
-
-def _closed(q: Any, p: Any, posterior: Members | None, prior: Members | None, layout: Layout) -> Tensor | None:
-    """Return the closed-form KL(q || p) of every row, nats, float64; None where torch has no closed form."""
-    if isinstance(posterior, Codes) and isinstance(prior, Codes):
-        return codes_kl(posterior, prior)
-    return _double(closed_kl(q, p, layout, 0, 1))
 
 
 def _log_ratio(q: Any, p: Any) -> float:
@@ -211,9 +215,9 @@ def _codes(table: JointStates, n: int, nodes: Sequence[Any]) -> LatentDraw:
     """Return the joint state of all enumerated sites as one discrete latent, with its exact posterior."""
     weights, prior = (t.double().reshape(-1, n).T[:, None] for t in (table.joint, table.latent))
     q, p = Codes(weights), Codes(prior)
-    value, counted = q.sample(), _tally_of_states(q, p, nodes)
-    known: dict[str, Any] = {"q": q, "p": None, "normal": None, "kl": codes_kl(q, p), "prior": shared_prior(p)}
-    return LatentDraw(value, q.log_prob(value), p.log_prob(value), tally=counted, **known)
+    value, counted, each = q.sample(), _tally_of_states(q, p, nodes), codes_kl(q, p)
+    known: Any = {"kl": None if each is None else each.sum(1), "code_kl": each, "prior": shared_prior(p)}
+    return LatentDraw(value, q.log_prob(value), p.log_prob(value), q, None, None, tally=counted, **known)
 
 
 def _tally_of_states(q: Codes, p: Codes, nodes: Sequence[Any]) -> Tally | None:

@@ -49,7 +49,7 @@ class PosteriorDraws(Record, eq=False, repr=False):
         Returns:
             `mean`; `sd` over data and samples; `sd_of_means`, the standard deviation over data of the mean over samples
             (NaN for a global latent); the ends of the narrowest interval; `kl`, nats, the mean over data of the
-            coordinate's closed-form KL(q || p) (NaN where there is none).
+            closed-form KL(q || p) of the coordinate or code (NaN where there is none).
 
         Raises:
             DataError: `hdi` lies outside (0, 1).

@@ -107,7 +107,7 @@ class PosteriorExport:
         for name, latent in part.latents.items():
             kept = self.values[name][at]
             kept[...] = numpy_of(latent.value).reshape(kept.shape)
-            if name in self.kl and (kl := latent.coordinate_kl) is not None:
+            if name in self.kl and (kl := latent.number_kl) is not None:
                 mean = self.kl[name][rows]
                 mean += numpy_of(kl).reshape(mean.shape) / self.draws
 
@@ -256,7 +256,7 @@ def posterior(
       is of another family, is left out; the attribute `missing_<name>` gives the reason.
     - `diagnostics`, `(datum)`: `elbo` and `log_evidence` (the importance-weighted bound over the samples), lower bounds
       in nats; `ess` of the weights, at most `draws`; `khat` of their tail, see `weights.pareto_k`; `<name>_kl` `(datum,
-      ...)`, the closed-form KL(q || p) of every coordinate, nats, averaged over samples of the latents it reads.
+      ...)`, the closed-form KL(q || p) of every number, nats, averaged over samples of the latents it reads.
     - `prior`: samples of p(z), `(chain, draw, ...)`.
     - `posterior_predictive`: samples of p(x|z) `(chain, draw, datum_predictive, ...)` at the first samples of the first
       rows; `observed_data`: the data of these rows.

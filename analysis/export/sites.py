@@ -13,6 +13,7 @@ import xarray
 from torch import Tensor
 
 from pvae.analysis.aggregate.entry import quiet
+from pvae.analysis.decompose.posterior_draws import draw_chunk
 from pvae.distributions.codes import Certain
 from pvae.pair import Layout, Pair, numbers_of, samples, site_shape, unwrapped
 from pvae.records import Record, field
@@ -144,8 +145,8 @@ class ExportedSite(Record, eq=False):
     hidden: str = ""
     """Reason why the parameters of the posterior are not exported; empty if they are."""
     closed: bool = False
-    """True for a latent with a closed-form KL(q || p) per coordinate: q and p are normal, and the prior does not depend
-    on latents that the guide infers from this one."""
+    """True for a latent with a closed-form KL(q || p) of each of its numbers: q and p are normal, or independent codes,
+    and the prior does not depend on latents that the guide infers from this one."""
 
     @property
     def dims(self) -> tuple[str, ...]:
@@ -179,6 +180,7 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
     x = x[:TRACED_ROWS]
     with quiet(pair, x, 0):
         guide, model = (samples(trace) for trace in pair.traces(x))
+        exact = {name for name, z in draw_chunk(pair, x).latents.items() if z.number_kl is not None}
     layout, count, dependencies = pair.layout, len(x), pair.dependencies(x)
     named = ((layout.latents, guide), (layout.shared, guide), (layout.observed, model))
     values, shared, observed = ({z: value_of(nodes[z], layout, count) for z in names} for names, nodes in named)
@@ -191,10 +193,10 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
         node, found = guide[name], parameters_of(guide[name], layout, count)
         why = _why_hidden(node, found, bool(dependencies.guide.get(name)))
         shown = {} if why else {key: numpy_of(t[0]) for key, t in found.items()}
-        closed = name in model and _is_normal(node) and _is_normal(model[name]) and name not in dependencies.bottom_up
+        closed = name in exact - dependencies.bottom_up
         latents.append(ExportedSite(name, names[name], value, shown, why, closed))
     no_guide = "the model sums it out; it has no guide"
-    latents += [ExportedSite(name, names[name], value, hidden=no_guide) for name, value in states.items()]
+    latents += [ExportedSite(n, names[n], value, hidden=no_guide, closed=n in exact) for n, value in states.items()]
     whole_sites, seen = (tuple(ExportedSite(z, names[z], v) for z, v in found.items()) for found in (shared, observed))
     return ExportedSites(tuple(latents), whole_sites, seen, summed)
 
@@ -213,10 +215,6 @@ def whole(node: Mapping[str, Any]) -> np.ndarray:
     """Return the value of a global latent, without plates of size one."""
     fn = node["fn"]
     return numpy_of(node["value"].reshape((*(size for size in fn.batch_shape if size > 1), *fn.event_shape)))
-
-
-def _is_normal(node: Mapping[str, Any]) -> bool:
-    return isinstance(unwrapped(node["fn"]), torch.distributions.Normal) and node["mask"] is None
 
 
 def _why_hidden(node: Mapping[str, Any], found: Mapping[str, Tensor], reads_latents: bool) -> str:

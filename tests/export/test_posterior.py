@@ -311,10 +311,48 @@ def test_latents_that_the_model_sums_out_have_draws_and_no_weights(awkward, tmp_
     assert found["posterior"].code.dtype == np.int64
     assert set(found["sample_stats"].data_vars) == {"log_q", "log_p"}
     assert found["sample_stats"].attrs["missing_log_weight"] == "the model sums out code"
-    assert set(found["diagnostics"].data_vars) == {"elbo"}
+    assert set(found["diagnostics"].data_vars) == {"elbo", "code_kl"}
+    assert found.summary().loc["code", "kl"] == pytest.approx(float(found["diagnostics"].code_kl.mean()), abs=1e-12)
     assert "missing_code" in found["guide"].attrs
     assert_same(found, PosteriorDraws.load(found.save(tmp_path / "p.nc")))
     assert found.to_arviz() is not None
+
+
+class Grids(nn.Module):
+    """A grid of codes whose prior reads bits, and the bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode, self.prior, self.decode = nn.Linear(4, 2 * CODES + 2), nn.Linear(2, CODES), nn.Linear(2, 4)
+
+    def model(self, x: Tensor) -> None:
+        with pyro.plate("data", len(x)):
+            bits = pyro.sample("bits", dist.Bernoulli(torch.tensor([0.3, 0.8])).to_event(1))
+            code = pyro.sample("code", dist.Categorical(logits=self.prior(bits)[:, None].expand(-1, 2, -1)).to_event(1))
+            pyro.sample("x", dist.Normal(self.decode(bits + code), 1.0).to_event(1), obs=x)
+
+    def guide(self, x: Tensor) -> None:
+        h = self.encode(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("bits", dist.Bernoulli(logits=h[:, :2]).to_event(1))
+            pyro.sample("code", dist.Categorical(logits=h[:, 2:].reshape(-1, 2, CODES)).to_event(1))
+
+
+def test_kls_of_codes_and_bits_are_those_of_torch(awkward):
+    module, kl = Grids(), torch.distributions.kl_divergence
+    run = hand_written(awkward, module, awkward.data)
+    found = run.posterior(draws=3, rows=9)
+    x = run.data.test.x[found["posterior"].datum.values.tolist()]
+    with torch.no_grad():
+        guide = samples(run.pair.guide_trace(x))
+        bits = kl(guide["bits"]["fn"].base_dist, dist.Bernoulli(torch.tensor([0.3, 0.8]).expand(len(x), 2)))
+        values = torch.tensor(found["posterior"].bits.values.copy())[0]
+        priors = [dist.Categorical(logits=module.prior(value)[:, None].expand(-1, 2, -1)) for value in values]
+        codes = torch.stack([kl(guide["code"]["fn"].base_dist, p) for p in priors]).mean(0)
+    assert found["diagnostics"].bits_kl.values == pytest.approx(bits.numpy(), abs=1e-5)
+    assert found["diagnostics"].code_kl.values == pytest.approx(codes.numpy(), abs=1e-5)
+    means = [*bits.mean(0).tolist(), *codes.mean(0).tolist()]
+    assert found.summary()["kl"].to_list() == pytest.approx(means, abs=1e-5)
 
 
 RESERVED = ("chain", "draw", "datum", "z", "z_dim", "z_dim_0")
@@ -453,7 +491,7 @@ def test_summary_of_awkward_latents(awkward):
     frame = awkward.posterior(draws=DRAWS).summary(hdi=0.5)
     assert {"hdi_25%", "hdi_75%"} <= set(frame.columns)
     assert len(frame) == 1 + 6 + 1 + 4
-    assert frame["kl"].notna().sum() == 1
+    assert frame["kl"].notna().sum() == 2
     assert frame["sd_of_means"].isna().sum() == 4
 
 
