@@ -133,8 +133,8 @@ class Covariate(Section):
     """A text (prompt) for each label; the model reads its words, and after training any prompt of the same
     vocabulary."""
     text: bool = False
-    """A text (caption) for each row. The model reads its first `length` words (each by its first ten characters), and
-    the unknown word in place of those outside the vocabulary of the training rows."""
+    """A text (caption) for each row. The model reads its first `length` words, and the unknown word for those outside
+    the vocabulary of the training rows."""
     length: int | None = Field(default=None, gt=0, le=10_000)
     """Number of words of a caption, 32 by default: shorter ones are padded, longer ones cut, which notes say."""
     vocabulary: int | None = Field(default=None, gt=2, le=100_000)

@@ -1,11 +1,13 @@
 """Layout of a row of data: the data point, then covariates and the observed values of latents; vocabularies."""
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from math import prod
 from typing import Literal, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,13 +62,19 @@ def split(text: str) -> list[str]:
 def word_numbers(words: Sequence[str], length: int) -> list[int]:
     """Return an integer below 2^53 for each of the first `length` words of `split`, then 0, the padding word.
 
-    It is the base-36 number of 1 and the first ten characters: a table of float64 holds words without a vocabulary.
+    It is the base-36 number of 1 and `short(word)`: a table of float64 holds words without a vocabulary.
 
     Example:
         >>> word_numbers(["7", "07"], 3)
         [43, 1303, 0]
     """
-    return [int(f"1{word[:10]}", 36) if word else 0 for word in words[:length]] + [0] * (length - len(words))
+    return [int(f"1{short(word)}", 36) if word else 0 for word in words[:length]] + [0] * (length - len(words))
+
+
+def short(word: str) -> str:
+    """Return a word of at most ten characters; of a longer one its first two, and eight digits of a hash of all."""
+    found = np.base_repr(int.from_bytes(hashlib.sha256(word.encode()).digest()[:5]), 36).lower()
+    return word if len(word) <= 10 else word[:2] + found.zfill(8)
 
 
 class Entry(Record):

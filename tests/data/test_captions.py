@@ -72,6 +72,21 @@ def test_captions_are_encoded_by_the_words_of_the_training_rows():
     assert [note for note in data.notes if "cut" in note] == ["column 'caption': texts are cut to 3 words"]
 
 
+def test_long_words_that_start_alike_are_told_apart(tmp_path):
+    long = ["photosynthesis", "photosynthetic", "photosynthates", "photosynth"]
+    pandas.DataFrame({"a": range(8), "said": long * 2}).to_csv(tmp_path / "x.csv", index=False)
+    table = {"source": "csv", "path": str(tmp_path / "x.csv"), "columns": {"a": "continuous"}}
+    splits = {"splits": {"train": [0, 4], "validation": [4, 6], "test": [6, 8]}}
+    likelihood = {"decoder": {"network": {"kind": "mlp", "hidden": [8]}, "likelihood": {"kind": "columns"}}}
+    from_csv = load(experiment(table | splits, **likelihood).source)
+    passed = Dataset.of({"x": x[:8], "said": long * 2}, experiment({"source": "tensor", **splits}).source)
+    for data in (from_csv, load(experiment(table | splits, **likelihood).source), passed):
+        assert words_of(data) == {"caption": (PADDING, UNKNOWN, *sorted(long))}
+        found = torch.cat([data.train.side["caption[0]"], data.validation.side["caption[0]"]])
+        assert found.tolist() == [4, 5, 3, 2, 4, 5]
+    assert passed.transforms.given("caption", "photosynthetic chlorophyll").tolist() == [5, 1, 0]
+
+
 def test_captions_come_from_every_kind_of_source(tmp_path):
     frame = pandas.DataFrame({"a": x[:, 0, 0], "b": x[:, 1, 1], "said": said()})
     array = np.ascontiguousarray(frame[["a", "b"]], np.float32)

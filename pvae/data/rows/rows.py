@@ -43,6 +43,7 @@ class Rows(Record, eq=False):
         masked: True if values of x may be missing, NaN; of a table the columns say so.
         read: matrix (`layer`) and column of labels (`labels`) that were read of an AnnData object or file; else empty.
         side: values beside x, of which covariates are made, as a table (n, columns) of its own; None if there are none.
+        words: long words of the texts of a table by their short forms, see `graph.frame.short`.
         made_of: digest of what x is computed from, in place of its values in the fingerprint; empty if x is read.
 
     Raises:
@@ -63,6 +64,7 @@ class Rows(Record, eq=False):
     masked: bool = False
     side: "Rows | None" = None
     made_of: str = ""
+    words: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         x, y, name = self.x, self.y, self.name

@@ -84,7 +84,7 @@ class TableFile(Tabular, base.FileData):
         if self.label is not None:
             y, more["label_names"] = in_order(kept.arrays["y"][:], kept.notes["labels"])
         if self.side:
-            more["side"] = side.beside_rows(kept.arrays["side"][:], self.side, str(path))
+            more["side"] = side.beside_rows(kept.arrays["side"][:], self.side, str(path), kept.notes["words"])
         return self.to_rows(files.held(kept.arrays["x"], self.stream, str(path)), y, str(path), **more)
 
     def _decode(self, writer: cache.Writer, path: Path) -> None:
@@ -95,7 +95,7 @@ class TableFile(Tabular, base.FileData):
                 (writer.append_texts if name == "id" else writer.append)(name, part)
             rows += len(found["x"])
         refuse(not rows, f"{path}: expected rows below the names of the columns; got none.")
-        writer.notes |= {"labels": list(decoder.labels), "notes": decoder.notes}
+        writer.notes |= {"labels": list(decoder.labels), "notes": decoder.notes, "words": decoder.words}
 
 
 class CSV(TableFile):
@@ -158,5 +158,5 @@ class FrameSource(Tabular, python.PassedData):
         y, words = in_order(found["y"], list(decoder.labels)) if "y" in found else (None, None)
         more: dict[str, Any] = {"label_names": words, "notes": decoder.notes, "table": self.columns}
         if self.side:
-            more["side"] = side.beside_rows(found["side"], self.side, "data")
+            more["side"] = side.beside_rows(found["side"], self.side, "data", decoder.words)
         return joined({"train": (found["x"], y)}, self.split_seed, "data", ids=found.get("id"), **more)

@@ -19,7 +19,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from pvae.data.rows import cache, prepare, rows
 from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.errors import DataError, near, refuse, text
-from pvae.graph.frame import split, word_numbers
+from pvae.graph.frame import short, split, word_numbers
 from pvae.records import Record, field
 
 Cells: TypeAlias = "pandas.Series[Any]"
@@ -193,6 +193,8 @@ class CellDecoder:
     """Integer code of every label found so far, by the label's text, in order of appearance."""
     notes: tuple[str, ...] = ()
     """Remarks for the user: columns that are not declared and not read, and undeclared levels that count as missing."""
+    words: dict[str, str] = field(default_factory=dict)
+    """Words of texts that are longer than the ten characters of `short`, by what it makes of them."""
 
     @property
     def names(self) -> list[str]:
@@ -280,6 +282,7 @@ class CellDecoder:
             raise self._wrong(at, name, "a text", got, where, "Leave the row out, or fill it in.")
         if any(len(found) > length for found in words if found):
             self.notes = tuple(dict.fromkeys([*self.notes, f"column {name!r}: texts are cut to {length} words"]))
+        self.words |= {short(word): word for found in words for word in found or () if len(word) > 10}
         return np.array([word_numbers(found or (), length) for found in words], np.float64).reshape(-1, length)
 
     def _coded(self, cells: Cells, name: str, column: Column, where: Where) -> prepare.Floats:

@@ -40,15 +40,17 @@ def side_rows(raw: Mapping[Any, Any], columns: Mapping[str, Column], rows: int, 
         table |= dict.fromkeys(parts, column.model_copy(update={"of": None}))
     decoder = CellDecoder({}, None, NA, origin, side=table)
     values = decoder.decode(pandas.DataFrame(cells), "row {}".format)
-    return beside_rows(values["side"], table, origin, decoder.notes) if table else None
+    return beside_rows(values["side"], table, origin, decoder.words, decoder.notes) if table else None
 
 
-def beside_rows(x: Floats, columns: Mapping[str, Column], origin: str, notes: Sequence[str] = ()) -> Rows:
+def beside_rows(
+    x: Floats, columns: Mapping[str, Column], origin: str, words: Mapping[str, str], notes: Sequence[str] = ()
+) -> Rows:
     """Return decoded values beside x `(n, numbers)` as a table; of a text `name[0]` .. `name[length - 1]`."""
     sizes = {name: getattr(column, "text", None) for name, column in columns.items()}
     names = {name: [f"{name}[{i}]" for i in range(size[0])] if size else [name] for name, size in sizes.items()}
     table = {key: columns[name] for name, keys in names.items() for key in keys}
-    return Rows(x, None, {}, name=origin, table=table, notes=tuple(notes))
+    return Rows(x, None, {}, name=origin, table=table, words=words, notes=tuple(notes))
 
 
 def notes_of(rows: Rows) -> tuple[str, ...]:
@@ -67,8 +69,8 @@ def vocabularies(rows: Rows, train: Part) -> dict[str, tuple[str, ...]]:
         _, size = getattr(rows.table[f"{name}[0]"], "text", (0, 0))
         numbers, times = np.unique(rows.x[np.asarray(train)][:, places], return_counts=True)
         words = {np.base_repr(int(n), 36)[1:].lower(): int(t) for n, t in zip(numbers, times, strict=True) if n}
-        ranked = sorted(words, key=lambda word: (-words[word], word))
-        found[name] = (PADDING, UNKNOWN, *ranked[: size - 2])
+        ranked = sorted((-count, rows.words.get(word, word)) for word, count in words.items())
+        found[name] = (PADDING, UNKNOWN, *(word for _, word in ranked[: size - 2]))
     return found
 
 
