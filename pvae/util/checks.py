@@ -6,21 +6,12 @@ from typing import Any, Literal, Self
 from rich.table import Column, Table
 from rich.text import Text
 
-from pvae.errors import PvaeError, printable
+from pvae.errors import PvaeError, printable, text
 from pvae.records import Record, field
 
 Level = Literal["ok", "warning", "failed"]
 
 _STYLES = {"ok": "", "warning": "yellow", "failed": "bold red"}
-_ADVICE: tuple[tuple[type[Exception], str], ...] = (
-    (PvaeError, ""),
-    (Warning, "Python turns warnings into errors here: leave out -W error and PYTHONWARNINGS."),
-    (ImportError, "Install pvae again: pip install --force-reinstall pvae-pyro."),
-    (MemoryError, "Free some memory and look again."),
-    (OSError, "See to that file or folder: does it exist, is it yours, is the disk full?"),
-    (Exception, "This should not happen: report it with these lines."),
-)
-"""Advice for an error that a check raises, by its class; the message of a `PvaeError` contains advice."""
 
 
 def one_line(text: str) -> str:
@@ -115,7 +106,7 @@ def attempt(name: str, check: Callable[[], Iterable[Check] | None]) -> list[Chec
     try:
         found += check() or ()  # one by one: what was found before an error is kept
     except Exception as problem:
-        text = str(problem) if isinstance(problem, PvaeError) else f"{type(problem).__name__}: {problem}"
-        advice = next(advice for kind, advice in _ADVICE if isinstance(problem, kind))
-        found.append(Check(name, "failed", text, advice))
+        said = str(problem) if isinstance(problem, PvaeError) else f"{type(problem).__name__}: {problem}"
+        advice = text("util.checks.advice", classes=[kind.__name__ for kind in type(problem).__mro__])
+        found.append(Check(name, "failed", said, advice))
     return found

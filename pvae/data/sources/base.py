@@ -15,7 +15,7 @@ from pydantic import Field
 
 from pvae.component import Component, Ints, Section, Table
 from pvae.data.rows import columns, files, prepare, rows
-from pvae.errors import DataError
+from pvae.errors import DataError, text
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
 """Range of rows ``[start, stop)`` of a source; a list of two integers is accepted."""
@@ -125,18 +125,6 @@ class FileData(Data):
         return rows.joined({"train": (x, y)}, self.split_seed, name, largest=self.largest, masked=self.masked, **more)
 
 
-SIGNATURES: Mapping[bytes, str] = {
-    b"PK\x03\x04": "a zip archive (npz, xlsx)",
-    b"\x93NUMPY": "a NumPy array (npy)",
-    b"\x89HDF": "an HDF5 file (hdf5, h5ad, mat)",
-    b"MATLAB": "a MATLAB file (mat; of 7.3 also hdf5)",
-    b"PAR1": "a Parquet file (parquet)",
-    b"\x1f\x8b": "compressed with gzip (csv, idx)",
-    **{bytes([0, 0, kind]): "an IDX file (idx)" for kind in (8, 9, 11, 12, 13, 14)},
-}
-"""Kinds of files by their first bytes, with the sources that read them."""
-
-
 @contextmanager
 def named(data: Data, data_dir: Path | None) -> Iterator[None]:
     """Add to a DataError of a source in the context the path of its file, and its kind by its first bytes."""
@@ -157,4 +145,4 @@ def signature(path: Path) -> str:
     if path.is_file():  # a pipe would be waited for
         with suppress(OSError), path.open("rb") as file:
             start = file.read(8)
-    return next((kind for magic, kind in SIGNATURES.items() if start.startswith(magic)), "")
+    return text("data.sources.signature", start=start.hex())
