@@ -11,8 +11,7 @@ from pvae.analysis.bounds.accumulate import accumulate_weights
 from pvae.analysis.bounds.weights import Evidence, PriorEvidence, log_weights, one_by_one, side_by_side
 from pvae.analysis.decompose.codes import log_evidence
 from pvae.analysis.figures.estimate import exact_mean, refuse, scaled
-from pvae.pair import PARTICLES, Pair, PairData, Terms, full_size, is_point, log_prob, sum_over
-from pvae.pair.layout import samples as sample_sites
+from pvae.pair import PARTICLES, Pair, PairData, Terms, full_size, is_point, log_prob, samples as sample_sites, sum_over
 from pvae.util.progress import Progress, silent
 
 
