@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas
 import torch
 
@@ -24,6 +25,7 @@ import pvae
 from pvae import Run
 from pvae.analysis import surgery
 from pvae.analysis.pages.plots import base, pictures
+from pvae.analysis.samples.encode import reconstruct
 from pvae.analysis.samples.quality import sample_quality
 from pvae.analysis.samples.sample import sample
 from pvae.pair.code_usage import code_usage
@@ -63,8 +65,17 @@ def row_of(run: Run, first: Run | None, rows: int, *, samples: bool) -> dict[str
     return row
 
 
-def study(name: str, out: Path, rows: int, root: str) -> None:
-    """Fit the cases of a study whose rows the table has not, and add a row of each to it."""
+def first_of(run: Run, root: str) -> Run | None:
+    """Return the first stage of a run; None if it is one itself."""
+    parent = (run.files.manifest.get("parent") or {}).get("run")
+    return None if parent is None else Run.load(parent, root=root)
+
+
+def study(name: str, out: Path, rows: int, root: str, picture: Path | None = None) -> None:
+    """Fit the cases of a study whose rows the table has not, and add a row of each to it.
+
+    `picture` is the folder of an image of test data, their reconstructions and samples of each case, as means.
+    """
     torch.set_num_threads(1)
     table: list[Any] = pandas.read_csv(out).to_dict("records") if out.exists() else []
     for case in (case for case in Declared.load(name).cases if case.stage == FIRST):
@@ -72,12 +83,21 @@ def study(name: str, out: Path, rows: int, root: str) -> None:
             continue
         cpu = time.process_time()
         run = pvae.fit(case.experiment, run_dir=root, progress=False)
-        spent = time.process_time() - cpu
-        first = Run.load(run.files.manifest["parent"]["run"], root=root)
+        spent, first = time.process_time() - cpu, first_of(run, root)
         row = {"case": case.label, "seed": case.seed, "cpu_seconds": round(spent, 1)}
         table.append(row | row_of(run, first, rows, samples=False))
         pandas.DataFrame(table).round(4).to_csv(out, index=False)
         print(pandas.DataFrame(table[-1:]).T.to_string(), flush=True)
+    if picture:
+        runs = {row["case"]: Run.load(row["run"], root=root) for row in table}
+        x = next(iter(runs.values())).data.test.x
+        x = x[subset(len(x), 10, 0)]
+        images = {"data": x.numpy()}
+        for label, run in runs.items():
+            images[f"{label}, reconstructed"] = reconstruct(run, x).x.numpy()
+            images[f"{label}, samples"] = sample(run, 10, mean=True).x.numpy()
+        figure = pictures.gallery(np.stack([*images.values()]), 0.0, 1.0, [*images])
+        (picture / f"{Path(name).stem}.png").write_bytes(base.png(figure))
 
 
 def main() -> None:
@@ -91,12 +111,11 @@ def main() -> None:
     parser.add_argument("--pictures", type=Path)
     asked = parser.parse_args()
     if asked.study:
-        study(asked.study, asked.out, asked.rows, asked.root)
+        study(asked.study, asked.out, asked.rows, asked.root, asked.pictures)
     table = []
     for name in asked.runs:
         run = Run.load(name, root=asked.root)
-        parent = (run.files.manifest.get("parent") or {}).get("run")
-        first = None if parent is None else Run.load(parent, root=asked.root)
+        first = first_of(run, asked.root)
         table.append(row_of(run, first, asked.rows, samples=first is not None))
         pandas.DataFrame(table).round(4).to_csv(asked.out, index=False)
         print(pandas.DataFrame(table[-1:]).T.to_string(), flush=True)
