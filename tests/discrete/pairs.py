@@ -117,6 +117,7 @@ ENGINES = {
         moves=True,
     ),
 }
+QUANTISERS = {name: engine for name, engine in ENGINES.items() if engine.certain and "noise" not in name}
 every_engine = pytest.mark.parametrize("engine", ENGINES.values(), ids=list(ENGINES))
 
 

@@ -23,6 +23,7 @@ from pvae.runs import checkpoint
 from pvae.runs.run import Run
 from pvae.util import group
 from pvae.util.files import follows
+from tests.discrete import pairs
 from tests.training.pairs import Fragile
 from tests.zoo_runs import declared
 
@@ -38,6 +39,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "bernoulli_vae": ("train.alternate=1",),
     "gumbel_softmax_vae": ("train.nonfinite=skip",),
     "vq_vae": ("latents.c.posterior.restart=0.5",),
+    "rvq": ("latents.c.posterior.dropout=0.5",),
     "autoencoder": (),
     "em_mixture": (),
     "semi_supervised": ("data.labelled=100",),
@@ -51,6 +53,8 @@ ANALYSED = ("vae", "hvae")
 def fitted(name: str, folder: Path) -> Run:
     """Return a fit of three epochs in four shards: of a zoo entry made tiny, or of a hand-written pair."""
     few = ["train.epochs=3", "train.shards=4"]
+    if name in pairs.QUANTISERS:
+        return pairs.fitted(pairs.small(pairs.QUANTISERS[name].latent).with_overrides(*few), folder)
     if name == "handwritten":
         x = torch.randn(60, 2, generator=torch.Generator().manual_seed(1))
         return pvae.fit(Fragile().pair(), *few, "train.batch_size=25", data=x, run_dir=folder, progress=False)

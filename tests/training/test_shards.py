@@ -20,6 +20,7 @@ from pvae.errors import DeclarationError, Stopped
 from pvae.experiment.experiment import Experiment
 from pvae.util import group
 from pvae.util.group import Shards
+from tests.discrete.pairs import QUANTISERS
 from tests.training.sharded_fits import ANALYSED, OWN_DATA, SYSTEMS, figures, fitted, left_by
 from tests.zoo_runs import declared
 
@@ -33,9 +34,9 @@ def torchrun(processes: int, *arguments: str | Path, **options: Any) -> subproce
     return subprocess.run([*command, *map(str, arguments)], env=env, capture_output=True, text=True, **options)
 
 
-def left_by_many(processes: int, folder: Path) -> dict[str, Any]:
-    """Weights and metrics of every system, left by several processes."""
-    done = torchrun(processes, "tests.training.sharded_fits", folder, timeout=300 * processes)
+def left_by_many(processes: int, folder: Path, *names: str) -> dict[str, Any]:
+    """Weights and metrics of these fits, or of every system, left by several processes."""
+    done = torchrun(processes, "tests.training.sharded_fits", folder, *names, timeout=300 * processes)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.strip().splitlines()[-1])
 
@@ -57,6 +58,15 @@ def found_by_one(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_two_processes_leave_the_bits_of_one(name: str, by_two: dict[str, Any], tmp_path: Path) -> None:
     """Weights, averages, optimiser, codebooks, sums and metrics."""
     assert left_by(fitted(name, tmp_path)) == by_two[name]
+
+
+@pytest.mark.slow
+def test_two_processes_leave_the_codebooks_of_one(tmp_path: Path) -> None:
+    """Every quantiser of codes; its fast twins are the fits of a VQ-VAE and of residual codes above."""
+    (tmp_path / "two").mkdir()
+    by_two = left_by_many(2, tmp_path / "two", *QUANTISERS)
+    for name in QUANTISERS:
+        assert left_by(fitted(name, tmp_path)) == by_two[name], name
 
 
 @pytest.mark.slow
