@@ -31,16 +31,20 @@ CPU = torch.device("cpu")
 Variant = Callable[[Tensor], object]
 
 
+def up(channels: int, to: int) -> nn.Module:
+    """Convolution that doubles the sides of an image."""
+    return nn.ConvTranspose2d(channels, to, 3, stride=2, padding=1, output_padding=1)
+
+
 class HandWritten(nn.Module):
     """The VAE in plain PyTorch: three strided convolutions each way, a discretised logistic of 256 values."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        side, up = size // 8, {"stride": 2, "padding": 1, "output_padding": 1}
+        side = size // 8
         self.decoder = nn.Sequential(
             nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64 * side**2), nn.ReLU(), nn.Unflatten(1, (64, side, side)),
-            nn.ConvTranspose2d(64, 64, 3, **up), nn.ReLU(), nn.ConvTranspose2d(64, 32, 3, **up), nn.ReLU(),
-            nn.ConvTranspose2d(32, 6, 3, **up),
+            up(64, 64), nn.ReLU(), up(64, 32), nn.ReLU(), up(32, 6),
         )  # fmt: skip
         self.encoder = nn.Sequential(
             nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 64, 3, 2, 1),
