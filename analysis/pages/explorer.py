@@ -66,8 +66,7 @@ def explore(
         'explorer-test.html'
     """
     part = split if isinstance(split, Split) else run.data.whole() if split == "all" else run.data.split(split)
-    first = encode.encode(run, part.rows[:1], mean=True, seed=seed)
-    name, z, is_real = _mapped(run, first, latent)
+    name, z, is_real = _mapped(run, encode.encode(run, part.rows[:1], mean=True, seed=seed), latent)
     chosen = seeds.subset(len(part), max(1, min(rows, POINTS, NUMBERS // z.shape[1])), seed)
     asked: dict[str, Any] = {"run": run, "split": part, "chosen": chosen, "seed": seed}
     display = Display(run, part, chosen)

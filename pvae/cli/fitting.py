@@ -47,8 +47,8 @@ def resume(shared: Shared, run: str, overrides: list[str] | None = None, allow_c
     if opened.status.get("state") != "finished" or overrides or second:
         _finish(shared, pvae.resume(opened, *(overrides or ()), allow_changes=allow_changes, **shared.fitting()))
         return
-    said = text("cli.fitting.finished", run=opened, export=shared.export)
-    tell(said, err=shared.as_json)  # standard output then holds JSON alone
+    # standard output holds JSON alone under --json
+    tell(text("cli.fitting.finished", run=opened, export=shared.export), err=shared.as_json)
     shared.answer(_facts(opened))
     _require_no_alerts(shared, opened)
 

@@ -153,8 +153,7 @@ def in_use(share: Tensor) -> Tensor:
 
 def codebook_of(pair: Pair, name: str) -> Table | None:
     """Return the codebook of a latent; None if its codes are read as one-hots, or the pair is hand-written."""
-    books = dict(pair.model.codebooks) if isinstance(pair.model, GraphModel) else {}
-    return books.get(name)  # type: ignore[return-value]
+    return dict(pair.model.codebooks).get(name) if isinstance(pair.model, GraphModel) else None  # type: ignore[return-value]
 
 
 def tally(q: Members | None, p: Members | None = None, **described: Any) -> Tally | None:

@@ -81,8 +81,7 @@ class Searching:
         from optuna import Trial, samplers
         from optuna.trial import TrialState, create_trial
 
-        seed = (self.search.seed + number) % 2**32
-        self.study.sampler = samplers.TPESampler(seed=seed, constant_liar=True)
+        self.study.sampler = samplers.TPESampler(seed=(self.search.seed + number) % 2**32, constant_liar=True)
         while (found := self.trial(number)) is None:
             self.study.add_trial(create_trial(state=TrialState.RUNNING, user_attrs={"task": number}))
         return Trial(self.study, found._trial_id)

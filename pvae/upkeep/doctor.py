@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from importlib.metadata import requires
@@ -144,7 +145,8 @@ def plots(_: CheckArguments) -> Iterator[Check]:
 def arviz(_: CheckArguments) -> Iterator[Check]:
     """Yield a check that warns if ArviZ cannot be imported or has an unsupported version."""
     try:
-        import arviz
+        with warnings.catch_warnings(action="ignore"):  # what it announces on its first import of the day
+            import arviz
     except Exception as problem:  # of any class: versions that do not fit each other clash
         found = f"import arviz: {type(problem).__name__}: {problem}; Posterior.to_arviz will not work"
         advice = text("upkeep.doctor.import_failed", kind=type(problem).__name__, install=pip(ARVIZ_REQUIREMENT))

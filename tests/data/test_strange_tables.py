@@ -315,6 +315,17 @@ def test_what_is_proposed_can_be_loaded(tmp_path, form, seed):
     assert data.shape == (len(found.declaration["data"]["columns"]),)
 
 
+def test_a_word_of_its_own_in_every_row_names_it(tmp_path):
+    words = [f"P-{i:03}" for i in range(ROWS)]
+    found = guess(csv_of(tmp_path, words))
+    assert found.declaration["data"]["id"] == "v"
+    assert "data.id" in found.left_out["v"]
+    data = load(declared(found.declaration["data"]))
+    assert sorted(name for split in data.splits for name in (split.ids if split.ids is not None else ())) == words
+    assert "id" not in guess(csv_of(tmp_path, [*words[1:], ""])).declaration["data"]
+    assert "id" not in guess(csv_of(tmp_path, [*words[1:], words[1]])).declaration["data"]
+
+
 def test_a_proposal_passes_the_check_of_the_command_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = [f"{i % 28 + 1:02}.03.2020;{1000 + 13 * i}.{i % 100:02};NULL" for i in range(ROWS)]
@@ -322,4 +333,5 @@ def test_a_proposal_passes_the_check_of_the_command_line(tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("Datum;Umsatz;leer\n" + "\n".join(lines) + "\n")
     (tmp_path / "t.toml").write_text(run_cli("columns", "t.csv")[0])
     run_cli("check", "t.toml", "--build")
+    assert pvae.Experiment.load(str(tmp_path / "t.toml")).train.epochs == 400
     assert pvae.Experiment.load(str(tmp_path / "t.toml")).data.model_dump()["decimal"] == ","

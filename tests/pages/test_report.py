@@ -251,11 +251,14 @@ def test_a_table_is_shown_column_by_column_in_its_units(tmp_path):
     twice = 2 * size
     size[0] = 400.0
     frame = pandas.DataFrame({"size": size, "<b>twice</b>": twice, "kind": kind, "odd": odd})
+    frame["name"] = [f"<i>{i}</i>" for i in range(300)]
+    frame["day"] = [f"2020-01-{1 + i % 28:02}" for i in range(300)]
     frame.to_csv(path := tmp_path / "table.csv", index=False)
     columns_of: dict[str, Any] = dict.fromkeys(("size", "<b>twice</b>", "odd"), {"type": "continuous"})
     columns_of |= {"kind": {"type": "categorical", "levels": ["large", "small"]}}
+    columns_of["day"] = {"type": "continuous", "time": "days"}
     splits = {"train": [0, 240], "validation": [240, 270], "test": [270, 300]}
-    declared = {"source": "csv", "path": str(path), "columns": columns_of, "splits": splits}
+    declared = {"source": "csv", "path": str(path), "columns": columns_of, "splits": splits, "id": "name"}
     plan = Experiment.from_dict(
         {"latents": {"z": {"dim": 2}}, "decoder": {"likelihood": {"kind": "columns"}}, "data": declared}
     ).with_overrides("train.epochs=2")
@@ -264,11 +267,12 @@ def test_a_table_is_shown_column_by_column_in_its_units(tmp_path):
     values = exam.in_units(exam.observed)
     assert values["kind"].isin(["large", "small"]).all()
     assert 100 < values["size"].median() < 200
+    assert values["day [days]"].between(18_261.9, 18_289.1).all()  # 2020-01-01 is day 18 262 since 1970
     page = assert_harmless(brief(run, split="train"))
     found, cells = page.text, numbers_of(run)["cells"]
-    assert "all 4 columns" in found
+    assert "all 5 columns" in found
     assert "<b>twice</b>" in found
-    assert cells[0]["column"] == "size"
+    assert (cells[0]["row"], cells[0]["column"]) == ("<i>0</i>", "size")
     assert float(cells[0]["value"]) == pytest.approx(400, abs=1)
     tiles = columns.beside(values, values.assign(odd=20.0))
     assert tiles.axes[0].get_title(loc="left") == "odd"

@@ -173,6 +173,10 @@ class Examination:
         """Data of the rows `x`, `(n, *shape)`, without covariates."""
         return self.part.observed(self.x)
 
+    def name_of(self, row: Tensor) -> str:
+        """Return the id of a row of the reported split, or its number there if the data have no ids."""
+        return str(int(row) if self.part.ids is None else self.part.ids[int(row)])
+
     @property
     def is_table(self) -> bool:
         """True for rows of at least three values, `(D,)`, whose samples are compared column by column."""
@@ -182,7 +186,8 @@ class Examination:
         """Return rows of data or samples `(n, D)` as a data frame with named columns, in the units of the data."""
         known = self.run.transforms
         if known.columns:
-            return known.to_frame(x)
+            times = {name: f"{name} [{t}]" for name, c in known.columns.items() if (t := getattr(c, "time", None))}
+            return known.to_frame(x).rename(columns=times)
         names = known.features or [f"x[{i}]" for i in range(x.shape[1])]
         return pandas.DataFrame(known.values(x), columns=list(names))
 
@@ -233,8 +238,8 @@ class Examination:
     @cached_property
     def evidence(self) -> Evidence | None:
         """Importance-weighted bounds on log p(x), nats; None if undefined, as for delta posteriors, or failed."""
-        certain = all(latent.certain for latent in self.drawn.latents.values())  # all samples are then equal
-        samples = 1 if certain else self.evidence_samples
+        # all samples of certain latents are equal
+        samples = 1 if all(latent.certain for latent in self.drawn.latents.values()) else self.evidence_samples
         rows, part = self.evidence_rows.x, "importance sampling"
         return self.attempt("evidence", evidence, self.pair, rows, samples=samples, seed=self.seed, part=part)
 

@@ -134,7 +134,7 @@ def guide(exam: Examination) -> Iterator[Part]:
         data = base.array(exam.part.observed(rows.x[order.tolist()]))
         made = pictures.gallery(data[None], *exam.scale_of_grey, column_names=[f"{khat[i]:.2f}" for i in order])
         yield picture("guide.worst_inferred", made, count=len(order))
-    worst = [(str(int(rows.chosen[i])), float(khat[i]), float(bound.ess[i]), float(bound.log_p[i])) for i in order]
+    worst = [(exam.name_of(rows.chosen[i]), float(khat[i]), float(bound.ess[i]), float(bound.log_p[i])) for i in order]
     yield table("guide.worst_inferred", worst, digits=(3, 2, 1, 3), split=exam.split, rows=rows, bound=bound)
     yield tile("guide.above_limit", bound=bound)
     if bound.khat_share > UNRELIABLE:

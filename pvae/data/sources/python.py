@@ -210,8 +210,7 @@ def _parted(item: Any, where: str) -> tuple[np.ndarray, Any]:
         x, y = (*item, None)[:2]
     else:
         x, y = item, None
-    array = np.asarray(as_array(x, where))
-    return array, y.item() if isinstance(y, torch.Tensor) and y.numel() == 1 else y
+    return np.asarray(as_array(x, where)), y.item() if isinstance(y, torch.Tensor) and y.numel() == 1 else y
 
 
 # AnnData

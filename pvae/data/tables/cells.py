@@ -96,8 +96,7 @@ def moments(cells: Cells, form: str | None) -> tuple[prepare.Floats, bool]:
         if spans.notna().any():
             return np.asarray(spans.dt.total_seconds(), np.float64), True
     dates = pandas.to_datetime(given, errors="coerce", utc=True, format=form or "ISO8601")
-    seconds = (dates - pandas.Timestamp(0, tz="UTC")).dt.total_seconds()
-    return np.asarray(seconds, np.float64), False
+    return np.asarray((dates - pandas.Timestamp(0, tz="UTC")).dt.total_seconds(), np.float64), False
 
 
 def _moment(value: Any) -> Any:

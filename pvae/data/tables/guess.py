@@ -88,11 +88,14 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
     columns = {name: kind for name, kind in kinds.items() if not isinstance(kind, str)}
     left |= {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
     refuse(not columns, f"{path}: expected a column that varies; got {listed(list(left))}.")
+    if names := [name for name in kinds if name in left and cells[name].nunique() == len(cells) > 1]:
+        found["id"], left[names[0]] = names[0], "another word in every row: taken as their names, data.id"
     declaration = {
         "name": where.name.split(".")[0] or "table",
         "data": {**found, "columns": columns},
         "latents": {"z": {"dim": max(1, min(10, len(columns) // 2))}},
         "decoder": {"likelihood": {"kind": "columns"}},
+        "train": {"epochs": max(20, min(400, 300_000 // len(cells)))},  # 3000 steps of 100 rows
     }
     return Guess(declaration, left, len(cells))
 
@@ -102,7 +105,6 @@ CSV_DEFAULTS: Found = {"separator": ",", "encoding": "utf-8", "header": True}
 
 def _layout(path: Path) -> Found:
     """Return the encoding, the separator and whether there is a header of a text table, from its first lines."""
-    encoding = "utf-8"
     for encoding in ("utf-8", "utf-16", "cp1252", "latin-1"):
         try:
             with opened_text(path, encoding) as file:
