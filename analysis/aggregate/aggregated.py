@@ -15,8 +15,7 @@ from pvae.analysis.figures.estimate import jackknife, misdeclared, refuse
 from pvae.distributions.base import Size
 from pvae.distributions.exponential import Members
 from pvae.pair import Pair, Undrawn
-from pvae.records import Record, replace
-from pvae.util import seeds
+from pvae.util import Record, replace, seeds
 
 MEMORY = 2**29
 """Default number of bytes that an aggregated posterior may take in addition to the data and the scored values."""

@@ -11,8 +11,7 @@ from torch import Tensor
 from pvae.analysis.aggregate.entry import quiet
 from pvae.distributions import CertainCodes, Members, Product, product
 from pvae.pair import Pair, Undrawn, densities, samples
-from pvae.records import Record
-from pvae.util import group
+from pvae.util import Record, group
 
 TILE_ROWS, TILE_COLUMNS = 512, 2048
 """Largest number of values, and of components, in one tile of the matrix product that scores values."""

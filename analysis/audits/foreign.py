@@ -13,7 +13,7 @@ from pvae.analysis.figures.estimate import refuse
 from pvae.component import Shape
 from pvae.distributions import Certain, base, code_grid
 from pvae.pair import running, unwrapped
-from pvae.records import Record
+from pvae.util import Record
 
 LikelihoodName = Literal["normal", "bernoulli", "discretized_logistic"]
 """Name of a likelihood around the mean that a decoder gives."""

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from pvae.analysis.bounds.weights import WeightSampler, pareto_k, squared_error, tail_length
 from pvae.analysis.figures.estimate import Estimate, over_noisy_rows
-from pvae.records import Record
-from pvae.util import Progress, group, seeds
+from pvae.util import Progress, Record, group, seeds
 
 CURVE_POINTS = 10
 """Largest number of sample sizes K at which the bounds L_K are computed, apart from K = 1."""

@@ -14,8 +14,7 @@ from pvae.analysis.bounds.weights import WeightSampler, log_weights, one_by_one
 from pvae.analysis.figures.estimate import CONSERVATIVE, Estimate, Figures, Kind, over_draws, over_noisy_rows, refuse
 from pvae.nn.schedules import LeanAdam
 from pvae.pair import Pair, PairData
-from pvae.records import Record, replace
-from pvae.util import Progress, group, seeds, silent
+from pvae.util import Progress, Record, group, replace, seeds, silent
 
 LEARNING_RATE = 0.1
 """Initial learning rate of Adam, in standard deviations of the guide; it falls to zero along a half cosine."""

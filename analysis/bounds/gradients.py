@@ -18,9 +18,8 @@ from pvae.distributions.relaxed import Discretised
 from pvae.errors import DeclarationError
 from pvae.objectives import base, elbo
 from pvae.pair import Pair, evaluating
-from pvae.records import Record
 from pvae.runs.run import Run
-from pvae.util import Progress, plain, seeds, silent
+from pvae.util import Progress, Record, plain, seeds, silent
 
 MOST_STATES = 4096
 """Largest number of joint states of codes over which a gradient is summed."""

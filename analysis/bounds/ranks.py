@@ -9,7 +9,7 @@ from scipy.special import ndtr, ndtri, owens_t
 from scipy.stats import chi2
 
 from pvae.analysis.figures.estimate import Estimate
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 
 LEVEL = 0.05
 """Proportion of exact posteriors for which any coordinate, or all of them jointly, is not called fine."""

@@ -12,9 +12,8 @@ from rich.text import Text
 from pvae.analysis.decompose import result, surgery
 from pvae.analysis.figures.estimate import refuse
 from pvae.experiment import captions, experiment
-from pvae.records import Record, field
 from pvae.runs.run import Run
-from pvae.util import Progress, plain, seeds, silent
+from pvae.util import Progress, Record, field, plain, seeds, silent
 
 RATE_COLUMNS = ("run", "rate", "rate_error", "distortion", "distortion_error", "elbo", "elbo_error", "n")
 

@@ -13,7 +13,7 @@ from pvae.analysis.aggregate.entry import require_counts, require_room
 from pvae.analysis.figures.estimate import refuse, text, texts
 from pvae.errors import DataError
 from pvae.pair import PARTICLES, Layout, Pair, SiteShape, log_prob, samples, site_shape, sum_over, unwrapped
-from pvae.records import Record
+from pvae.util import Record
 
 Start = Literal["guide", "prior"]
 PILOT_CHAINS = 8

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pvae.distributions import MAX_STATES, CertainCodes, Codes, Members
 from pvae.pair import Pair, SiteShape, is_masked, log_prob, members, samples, sum_over, tiled
-from pvae.records import Record
+from pvae.util import Record
 
 NUMBERS_AT_ONCE = 2**22
 """Largest number of tensor elements in one block of a computation."""

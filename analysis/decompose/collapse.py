@@ -13,7 +13,7 @@ from pvae.analysis.decompose.posterior_draws import LatentDraw, draw
 from pvae.analysis.figures.estimate import text, texts
 from pvae.nn.codebook import Table
 from pvae.pair import SILENT, Pair, Tally, codebook_of, in_use, perplexity, revival, silence
-from pvae.records import Record
+from pvae.util import Record
 
 THRESHOLDS = tuple(round(10 ** (exponent / 4), 7) for exponent in range(-16, 1))
 """Variances at which the active coordinates are counted: 1e-4 to 1, four per decade."""

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from pvae.analysis.figures.estimate import Estimate, Explained, Figures, Row, annotated, exact, merged, scaled, text
 from pvae.analysis.population.interval import ON_NEW_DATA, Population
-from pvae.records import Record, field, replace
+from pvae.util import Record, field, replace
 
 SURGERY_TERMS = ("elbo", "reconstruction", "kl", "mutual_information", "marginal_kl")
 

@@ -21,8 +21,7 @@ from pvae.data import Dataset
 from pvae.errors import instead
 from pvae.experiment.plan import Plan
 from pvae.pair import Pair, PairData
-from pvae.records import Record, replace
-from pvae.util import Progress, plain, seeds, silent
+from pvae.util import Progress, Record, plain, replace, seeds, silent
 
 CLASSES_AT_MOST = 1000
 """Largest number of distinct class labels that `surgery` accepts."""

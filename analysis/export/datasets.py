@@ -12,7 +12,7 @@ import pandas
 import xarray
 
 from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, instead, near, refuse
-from pvae.records import Record
+from pvae.util import Record
 from pvae.util.files import read_inside, replaced, write_atomic
 
 GROUP_NAMES = (

@@ -17,8 +17,7 @@ from pvae.analysis.export.sites import numpy_of
 from pvae.data.new import FittedTransforms
 from pvae.data.split import Split
 from pvae.errors import misdeclared, require_extra
-from pvae.records import Record, field
-from pvae.util import follows
+from pvae.util import Record, field, follows
 from pvae.util.files import replaced
 
 Part = Mapping[str, torch.Tensor]

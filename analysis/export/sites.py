@@ -16,7 +16,7 @@ from pvae.analysis.aggregate.entry import quiet
 from pvae.analysis.decompose.posterior_draws import draw_chunk
 from pvae.distributions.codes import Certain
 from pvae.pair import Layout, Pair, numbers_of, samples, site_shape, unwrapped
-from pvae.records import Record, field
+from pvae.util import Record, field
 
 Variable = tuple[tuple[str, ...], np.ndarray, dict[str, Any]]
 """Variable of an xarray Dataset: names of its dims, values, attributes."""

@@ -18,7 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pvae.errors import DataError, DeclarationError, PvaeError
-from pvae.records import Record
+from pvae.util import Record
 from pvae.util.files import plain
 from pvae.words import Catalogue
 

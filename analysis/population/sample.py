@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pvae.distributions.exponential import Members
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 
 FOLDS = 3
 """Number of folds of the rows, in a circle: any two rows are in one fold or in neighbours, and the third knows

@@ -10,9 +10,8 @@ from pvae.analysis.aggregate.entry import accept
 from pvae.analysis.export.sites import parameters_of, rows_of
 from pvae.analysis.samples import running, sample
 from pvae.pair import JointStates, Layout, Pair, log_prob, read_joint_states, samples, sum_over, unwrapped
-from pvae.records import Record
 from pvae.runs.run import Run
-from pvae.util import Progress, seeds, silent
+from pvae.util import Progress, Record, seeds, silent
 
 
 class LatentCode(Record, eq=False):

@@ -11,8 +11,7 @@ from pvae.component import Shape
 from pvae.nn.conv import Conv
 from pvae.nn.network import MLP, NetworkModule
 from pvae.nn.schedules import LeanAdam
-from pvae.records import Record
-from pvae.util import seeds
+from pvae.util import Record, seeds
 
 EXPOSURES = 40_000
 """Smallest number of training rows that a classifier sees, counted over all its epochs (at least two)."""

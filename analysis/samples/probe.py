@@ -14,9 +14,8 @@ from pvae.analysis.figures.estimate import Estimate, Figures, Row, annotated, ov
 from pvae.analysis.samples import encode, features, running
 from pvae.data.split import Split
 from pvae.errors import DataError
-from pvae.records import Record
 from pvae.runs.run import Run
-from pvae.util import Progress, seeds, silent
+from pvae.util import Progress, Record, seeds, silent
 
 PROBE_ROWS = 10_000
 """Largest number of rows whose labels the classifiers predict."""

@@ -23,9 +23,8 @@ from pvae.distributions.relaxed import twin
 from pvae.errors import DeclarationError, near
 from pvae.graph.site import OBSERVED
 from pvae.pair import Layout, Pair, unwrapped
-from pvae.records import Record
 from pvae.runs.run import Run
-from pvae.util import Progress, group, seeds, silent
+from pvae.util import Progress, Record, group, seeds, silent
 
 T = TypeVar("T")
 

@@ -15,9 +15,8 @@ from pvae.analysis.samples import encode, running
 from pvae.analysis.samples.sample import Covariates, Template, prior_latents
 from pvae.distributions.exponential import Normals
 from pvae.pair import Pair, log_prob, members, samples, sum_over, unwrapped
-from pvae.records import Record, field
 from pvae.runs.run import Run
-from pvae.util import Progress, seeds, silent
+from pvae.util import Progress, Record, field, seeds, silent
 
 PRIOR_DRAWS = 1000
 """Number of prior samples that estimate the mean and standard deviation of a prior that is not a single normal."""

@@ -12,7 +12,7 @@ from scipy.stats import multivariate_normal
 
 from pvae.analysis.truths import truth
 from pvae.analysis.truths.truth import FloatArray, Programs, Truth
-from pvae.records import Record
+from pvae.util import Record
 
 
 class LinearGaussian(Record, eq=False):

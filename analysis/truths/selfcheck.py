@@ -18,8 +18,7 @@ from pvae.analysis.decompose.surgery import surgery
 from pvae.analysis.figures.estimate import Estimate, refuse, text, texts
 from pvae.analysis.truths import linear, structured
 from pvae.analysis.truths.truth import EstimatorName, FloatArray, Truth
-from pvae.records import Record, replace
-from pvae.util import StageProgress, plain, silent, threads
+from pvae.util import Record, StageProgress, plain, replace, silent, threads
 
 
 def digits(n: int | None = 1000) -> tuple[FloatArray, np.ndarray]:

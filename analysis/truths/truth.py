@@ -11,7 +11,7 @@ from scipy.stats import multivariate_normal, norm
 from torch import Tensor, nn
 
 from pvae.pair.pair import Pair
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 
 FloatArray = np.typing.NDArray[np.floating[Any]]
 EstimatorName = Literal["surgery", "evidence", "prior_evidence", "ais", "bracket", "gap"]

@@ -17,7 +17,7 @@ from typer import Argument, Option
 
 import pvae
 from pvae.errors import EXIT_CODES, misdeclared, printable
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 from pvae.util.progress import ProgressBar
 
 if TYPE_CHECKING:

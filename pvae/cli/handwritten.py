@@ -15,7 +15,7 @@ from pvae.data.rows.files import broken_as
 from pvae.data.split import Split
 from pvae.errors import DataError, DeclarationError, misdeclared, refuse
 from pvae.pair.pair import Pair
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 
 PAIR_FILE = re.compile(r"(?P<file>.+\.py):(?P<names>[A-Za-z_]\w*(,[A-Za-z_]\w*)*)", re.ASCII)
 """A pair on the command line: a Python file and the name of a `Pair` in it, or the names of several objects."""

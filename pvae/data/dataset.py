@@ -23,7 +23,7 @@ from pvae.data.split import Split, fingerprint_of, together
 from pvae.data.tables.side import notes_of
 from pvae.errors import DataError, misdeclared, near, refuse
 from pvae.graph.frame import Entry
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 
 
 class Dataset(Record, eq=False):

@@ -13,8 +13,7 @@ from pvae.data.rows.rows import Part, chunks
 from pvae.data.streamed import Streamed, WindowOrder
 from pvae.errors import DataError, refuse
 from pvae.graph.frame import Entry
-from pvae.records import Record, field, replace
-from pvae.util import group, seeds
+from pvae.util import Record, field, group, replace, seeds
 
 
 class Split(Record, eq=False):

@@ -20,8 +20,7 @@ from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, kept_missing, require_unit
 from pvae.data.rows.rows import NEW, SPLITS, Part, rows_of
 from pvae.errors import DataError
-from pvae.records import Record, replace
-from pvae.util import group, seeds
+from pvae.util import Record, group, replace, seeds
 
 BLOCK_BYTES = 2**21
 WINDOW = 64

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pvae.distributions.base import Batched, Size
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 
 Scorer = Callable[[Tensor, Tensor], None]
 """Function that writes log q_j(z_i) of m values `(m, D)` under n members into a given tensor `(m, n)`, nats."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from pvae.component import Shape
 from pvae.errors import DataError, misdeclared, refuse
 from pvae.graph.site import one_hot
-from pvae.records import Record, field
+from pvae.util import Record, field
 
 PADDING = ""
 """Padding word, token 0, that fills prompts shorter than the longest."""

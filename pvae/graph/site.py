@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pvae.component import Shape
 from pvae.errors import DeclarationError
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 
 if TYPE_CHECKING:
     from pvae.graph.frame import Frame

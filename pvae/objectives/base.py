@@ -16,7 +16,7 @@ from pvae.models.graph import GraphModel
 from pvae.nn.precision import products_in
 from pvae.nn.schedules import Constant, Schedule
 from pvae.pair import Dependencies, Pair, Terms
-from pvae.records import Record
+from pvae.util import Record
 
 Weighed = tuple[Tensor, list[Tensor]]
 """Loss of a batch, and its metrics."""

@@ -16,8 +16,7 @@ from pvae.models.priors.base import WeightsModule
 from pvae.nn.network import TableModule
 from pvae.objectives import base, elbo
 from pvae.pair import Pair, Terms, read_joint_states, samples
-from pvae.records import Record
-from pvae.util import seeds
+from pvae.util import Record, seeds
 
 MIN_COUNT = 1e-8
 """Smallest sum of responsibilities of a component that is not considered empty."""

@@ -17,8 +17,7 @@ from pvae.nn.codebook import Table
 from pvae.pair import densities, running
 from pvae.pair.layout import Layout, samples, unwrapped
 from pvae.pair.pair import Pair
-from pvae.records import Record
-from pvae.util import seeds
+from pvae.util import Record, seeds
 from pvae.words import text
 
 DEAD = 1e-3

@@ -12,8 +12,7 @@ from pvae.distributions import Certain, Discretised
 from pvae.pair import densities, running
 from pvae.pair.layout import Layout, is_point, samples, unwrapped
 from pvae.pair.structure import ROWS_OF_A_BATCH, Structure, unpack
-from pvae.records import Record
-from pvae.util import seeds
+from pvae.util import Record, seeds
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair

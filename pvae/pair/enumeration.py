@@ -17,7 +17,7 @@ from pvae.distributions import IMPOSSIBLE, MAX_STATES, log_density
 from pvae.errors import DeclarationError, misdeclared
 from pvae.pair.densities import log_prob, plate_scale, sum_over
 from pvae.pair.layout import Layout, plates_around, samples
-from pvae.records import Record
+from pvae.util import Record
 
 
 class JointStates(Record):

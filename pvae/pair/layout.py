@@ -12,7 +12,7 @@ from torch import Tensor
 from pvae.component import Shape
 from pvae.distributions import Certain, is_relaxed, twin, unwrapped as unwrapped
 from pvae.errors import DeclarationError, misdeclared
-from pvae.records import Record
+from pvae.util import Record
 
 RECORDS = frozenset({"_deterministic", "_embedded"})
 """Marks of sites that only record a value: `pyro.deterministic`, and the codebook vector of a nearest code (VQ)."""

@@ -14,7 +14,7 @@ from pvae.pair.layout import is_point, samples, unwrapped
 from pvae.pair.running import modules_within, run_one
 from pvae.pair.structure import unpack
 from pvae.pair.terms import Nodes, Terms, terms_of
-from pvae.records import Record, replace
+from pvae.util import Record, replace
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair

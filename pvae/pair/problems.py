@@ -17,7 +17,7 @@ from pvae.pair.densities import sum_over
 from pvae.pair.layout import is_enumerable, is_point, plates_around, samples
 from pvae.pair.running import current_store, evaluating, run, whole_plates
 from pvae.pair.structure import Unpacked, read_unpacked
-from pvae.records import Record
+from pvae.util import Record
 
 if TYPE_CHECKING:
     from pvae.pair.pair import Pair

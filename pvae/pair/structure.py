@@ -15,7 +15,7 @@ from pvae.component import Shape
 from pvae.distributions import Certain, LogOneHot, Rounded, twin
 from pvae.errors import instead, refuse
 from pvae.pair.layout import Layout, SiteShape, Traces, is_point, joined, samples, unwrapped
-from pvae.records import Record, field, replace
+from pvae.util import Record, field, replace
 
 ROWS_OF_A_BATCH = 1000
 """Largest number of rows in one batch of an analysis."""

@@ -14,7 +14,7 @@ from pvae.errors import DeclarationError, misdeclared
 from pvae.pair.densities import closed_kl, full_size, log_prob, plate_scale, priced_kl, share, sum_over
 from pvae.pair.enumeration import Expectations, eliminated, read_joint_states, require_expectable
 from pvae.pair.layout import Layout, Traces, is_point, samples
-from pvae.records import Record, field, replace
+from pvae.util import Record, field, replace
 
 Nodes = Mapping[str, Mapping[str, Any]]
 """Sites of a trace by name."""

@@ -21,9 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pvae.errors import CheckpointError, DataError, StorageError, instead, misdeclared, refuse
-from pvae.records import Record, field
 from pvae.runs import find, rundir
-from pvae.util import files
+from pvae.util import Record, field, files
 
 SCHEMA_VERSION = 1
 """Version of the checkpoint format written; newer versions are refused, older ones converted by ``MIGRATIONS``."""

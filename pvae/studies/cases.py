@@ -14,10 +14,9 @@ from typing import Any, Self
 from pvae.errors import DeclarationError, misdeclared, near, text
 from pvae.experiment import plan, zoo
 from pvae.experiment.experiment import Experiment
-from pvae.records import Record, replace
 from pvae.studies.sweep import FIRST, SECOND, Measure, Search, StudyFile, Sweep, find, validated
 from pvae.training.resume import stage_of
-from pvae.util import toml
+from pvae.util import Record, replace, toml
 
 MAX_LISTED_PROBLEMS = 40
 """Largest number of problems that an error lists; it gives only the number of further ones."""

@@ -14,14 +14,13 @@ from rich.console import Group
 
 from pvae.data.sources.python import PassedData, as_array
 from pvae.errors import misdeclared, printable, text
-from pvae.records import Record
 from pvae.runs import RunDirectory, find
 from pvae.runs.run import Run
 from pvae.studies.cases import Case, Declared
 from pvae.studies.runner import AT_A_TIME, Machine, Runner, Slurm, submissions
 from pvae.studies.search import Searching
 from pvae.studies.tasks import CLAIMS, Shelf, Task, standing, tasks_of
-from pvae.util import StageProgress, silent
+from pvae.util import Record, StageProgress, silent
 from pvae.util.files import make_folder, write_together
 
 if TYPE_CHECKING:

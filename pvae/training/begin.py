@@ -8,9 +8,8 @@ from torch import Tensor
 from pvae.data import Split
 from pvae.graph.lifecycle import Begun
 from pvae.pair import Pair, quiet
-from pvae.records import Record
 from pvae.training.evaluation import ROWS_AT_ONCE
-from pvae.util import seeds
+from pvae.util import Record, seeds
 
 
 class TrainingRows(Record):

@@ -15,10 +15,10 @@ from rich.text import Text
 
 from pvae.data.rows.cache import cache_folder
 from pvae.errors import CheckpointError, PvaeError, text
-from pvae.records import Record
 from pvae.runs import RunDirectory, checkpoint, list_runs
 from pvae.runs.find import RUN_ID, STALE_AFTER_SECONDS, folders, is_abandoned, is_run, leftovers
 from pvae.upkeep.verify import FILES, FOLDERS
+from pvae.util import Record
 from pvae.util.checks import one_line
 from pvae.util.files import MIB, remove, walk
 

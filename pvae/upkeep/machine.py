@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pvae.errors import DataError, PvaeError, text
-from pvae.records import Record
+from pvae.util import Record
 from pvae.util.checks import Check, Level
 from pvae.util.files import MIB, write_atomic
 

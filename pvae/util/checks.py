@@ -7,7 +7,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from pvae.errors import PvaeError, printable, text
-from pvae.records import Record, field
+from pvae.util.records import Record, field
 
 Level = Literal["ok", "warning", "failed"]
 

@@ -4,7 +4,7 @@ import base64
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pvae.records import Record, field
+from pvae.util import Record, field
 
 
 class Sentence(Record):

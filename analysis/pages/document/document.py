@@ -20,8 +20,8 @@ from rich.text import Text
 from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture, Question, Sentence, Tile
 from pvae.analysis.pages.document.words import WORDS, csv_of, html_cell, legible, rich_of, text
 from pvae.errors import OutputError, refuse
-from pvae.records import Record
 from pvae.runs.find import Claim, is_abandoned, leftovers
+from pvae.util import Record
 from pvae.util.files import digest, make_folder, plain, pretty, raising, read_object, remove, write_together
 from pvae.util.progress import StageProgress, silent
 

@@ -11,9 +11,8 @@ from pvae.analysis.figures.estimate import refuse
 from pvae.analysis.pages.plots import base, columns, curves, pictures
 from pvae.analysis.samples.encode import encode
 from pvae.analysis.samples.running import known_name
-from pvae.records import Record
 from pvae.runs.run import Run
-from pvae.util import seeds
+from pvae.util import Record, seeds
 
 
 class RunPlots(Record):

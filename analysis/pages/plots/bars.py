@@ -17,7 +17,7 @@ from pvae.analysis.decompose import collapse, result
 from pvae.analysis.pages.plots import base, pictures
 from pvae.analysis.pages.plots.base import BLUE, GREY, RED, nats, panels, plain, style, whole_numbers
 from pvae.pair.code_usage import SILENT
-from pvae.records import Record
+from pvae.util import Record
 
 USE = ("active", "inactive")
 BARS, HISTOGRAMS = 10, 5

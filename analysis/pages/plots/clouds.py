@@ -13,7 +13,7 @@ from scipy.ndimage import gaussian_filter
 
 from pvae.analysis.pages.plots import base
 from pvae.analysis.pages.plots.base import BLACK, BLUE, CLASS_COLOURS, SHORT, SKY, YELLOW, nats, panels, plain, style
-from pvae.records import Record
+from pvae.util import Record
 
 
 class Cloud(Record):

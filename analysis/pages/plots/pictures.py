@@ -13,7 +13,7 @@ from pvae.analysis.figures.estimate import texts
 from pvae.analysis.pages.plots import base, clouds
 from pvae.analysis.pages.plots.base import BLACK, FIGURE_WIDTH, ORANGE, RED, Names, array, nats, panels, plain, style
 from pvae.analysis.samples import encode, features, sample, traversal
-from pvae.records import Record
+from pvae.util import Record
 
 Planes = dict[str, Figure]
 Groups = Sequence[tuple[np.ndarray, str]]

@@ -19,9 +19,8 @@ from pvae.analysis.samples.features import ALWAYS_HELD_ROWS, HELD_ELEMENTS, MAX_
 from pvae.data.streamed import Streamed
 from pvae.errors import DataError, DeclarationError, refuse
 from pvae.pair.layout import samples as sample_sites
-from pvae.records import Record, field
 from pvae.runs.run import Run
-from pvae.util import seeds
+from pvae.util import Record, field, seeds
 
 SURGERY_ROWS = {"train": 60_000, "held": 10_000}
 """Largest numbers of rows of an ELBO surgery: of the training split, and of the other split that is reported."""

@@ -16,9 +16,8 @@ from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.probe import RAW, groups as groups_of, probe as probe_of
 from pvae.pair.code_usage import SILENT
-from pvae.records import Record
 from pvae.training.evaluation import classified
-from pvae.util import seeds
+from pvae.util import Record, seeds
 
 HOLE = 0.01
 """Quantile of log q_agg at held-out codes that is the threshold of a hole: 1 % of held-out codes lie below it."""

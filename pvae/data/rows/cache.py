@@ -13,7 +13,7 @@ import numpy as np
 
 from pvae.data.rows.files import FileArray, version_of
 from pvae.errors import BusyError, DataError, OutputError, StorageError, instead, refuse
-from pvae.records import Record
+from pvae.util import Record
 from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
 
 LOCK_SECONDS = 900

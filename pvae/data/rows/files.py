@@ -14,8 +14,7 @@ from typing import IO, Any, ClassVar, Self
 import numpy as np
 
 from pvae.errors import DataError, PvaeError, refuse
-from pvae.records import Record
-from pvae.util import files, memory
+from pvae.util import Record, files, memory
 
 SPAN_BYTES = 2**25
 """Largest span of a file, in bytes, that is mapped at once to read scattered rows, which bounds the memory used."""

@@ -14,7 +14,7 @@ from pvae.data.rows.columns import Column
 from pvae.data.rows.files import AnyArray, Index, Stored
 from pvae.data.rows.rows import Part, Rows, chunks, rows_of
 from pvae.errors import DataError, refuse
-from pvae.records import Record, field
+from pvae.util import Record, field
 
 Binarize = Literal["none", "threshold", "static", "dynamic"]
 Scale = Literal["unit", "raw", "standardise"]

@@ -12,7 +12,7 @@ import numpy as np
 
 from pvae.data.rows import columns, files
 from pvae.errors import DataError, refuse
-from pvae.records import Record, field
+from pvae.util import Record, field
 
 PARTLY_LABELLED: ContextVar[bool] = ContextVar("partly_labelled", default=False)
 """True while data are read whose labels may be missing, because a latent observes them: a missing one is then -1."""

@@ -21,8 +21,7 @@ from pvae.data.rows.files import user_folder
 from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
 from pvae.errors import DataError, refuse, text
-from pvae.records import Record
-from pvae.util import toml
+from pvae.util import Record, toml
 
 DOWNLOAD_PIECE_BYTES = 2**20
 CONNECT_AND_READ_SECONDS = (10, 60)

@@ -16,8 +16,7 @@ from pvae.data.rows import cache, files, prepare
 from pvae.data.rows.rows import Rows, partition
 from pvae.data.sources.base import Data
 from pvae.errors import refuse
-from pvae.records import replace
-from pvae.util import digest
+from pvae.util import digest, replace
 
 if TYPE_CHECKING:
     from pvae.data.split import Split

@@ -16,7 +16,7 @@ from pydantic import Field
 from pvae.data.rows import files, prepare
 from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data, Seed
-from pvae.records import Record
+from pvae.util import Record
 
 Draws = tuple[prepare.Floats, np.typing.NDArray[np.int64]]
 DensityName = Literal["moons", "rings", "pinwheel", "checkerboard", "eight_gaussians", "spiral"]

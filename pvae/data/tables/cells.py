@@ -20,7 +20,7 @@ from pvae.data.rows import cache, prepare, rows
 from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.errors import DataError, near, refuse, text
 from pvae.graph.frame import short, split, word_numbers
-from pvae.records import Record, field
+from pvae.util import Record, field
 
 Cells: TypeAlias = "pandas.Series[Any]"
 

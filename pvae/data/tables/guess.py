@@ -17,7 +17,7 @@ from pvae.data.rows.rows import Part, natural, tenths
 from pvae.data.tables.cells import NA, SPELLINGS, Cells, Spelling, listed, moments, numbers_of, shown, word_of
 from pvae.data.tables.readers import TextTable, opened_parquet, opened_text
 from pvae.errors import DataError, near, refuse
-from pvae.records import Record
+from pvae.util import Record
 
 GUESSED_ROWS = 10_000
 """Largest number of rows that a guess reads."""

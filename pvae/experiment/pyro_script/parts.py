@@ -11,7 +11,7 @@ from pvae.distributions.bijections import near_identity
 from pvae.graph.site import Site
 from pvae.nn.conv import ConvModule
 from pvae.nn.network import MLP, Dense, Gated, NetworkModule
-from pvae.records import Record
+from pvae.util import Record
 
 if TYPE_CHECKING:
     from pvae.experiment.pyro_script.programs import PlainScript

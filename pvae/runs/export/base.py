@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 
 from pvae import __version__
 from pvae.errors import DataError, printable
-from pvae.records import Record
 from pvae.runs.rundir import RunDirectory
-from pvae.util import digest, toml
+from pvae.util import Record, digest, toml
 
 LONGEST_KEY, LONGEST_VALUE = 200, 500
 """Largest length (characters) of a key and of a value that every MLflow server accepts."""

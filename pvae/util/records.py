@@ -1,6 +1,6 @@
 """Class `Record`, whose subclasses are frozen dataclasses."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field as field, replace as replace
 from typing import Any, ClassVar, dataclass_transform
 
 
