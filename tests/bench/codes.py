@@ -4,11 +4,11 @@ The first table is one step of a codebook alone (lookup, straight-through gradie
 averages, restart of dead codes), the second one of every quantiser as a pair uses it, beside the peer's (posterior,
 gradient to the vectors, penalties, averages), the third one of a VQ-VAE on 28 x 28 images, Adam included.
 Variants take turns in one process on the same batches; a figure is the median over rounds of the ratio to the first
-variant of the same round. K = 512, E = 64, grid 8 x 8, batch 128, decay .99, 2 threads. Where vector-quantize-pytorch
-is installed, both codebooks are first shown to give the same codes and rows (restarts, which are drawn at random, left
-out).
+variant of the same round, by the clock and in seconds of the processor, of all threads: on a busy machine read the
+latter, with one thread. K = 512, E = 64, grid 8 x 8, batch 128, decay .99. Where vector-quantize-pytorch is installed,
+both codebooks are first shown to give the same codes and rows (restarts, which are drawn at random, left out).
 
-    python tests/bench/codes.py [--rounds 40] [--codes 512]
+    python tests/bench/codes.py [--rounds 40] [--codes 512] [--threads 2]
 """
 
 import argparse
@@ -268,17 +268,20 @@ def hand_written(codes: int) -> Variant:
 
 
 def interleave(variants: dict[str, Variant], batches: Tensor, rounds: int) -> None:
-    """Print median milliseconds and the median ratio to the first variant."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    """Print median milliseconds of clock and processor, and the median ratios to the first variant."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
     for i in range(rounds + 5):
         for name, step in variants.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             step(batches[i % len(batches)])
-            times[name].append(time.perf_counter() - start)
+            times[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
     base = next(iter(times.values()))[5:]
     for name, values in times.items():
-        ratio = statistics.median(a / b for a, b in zip(values[5:], base, strict=True))
-        print(f"{name:28s} {1e3 * statistics.median(values[5:]):8.2f} ms   {ratio:.3f}")
+        told = []
+        for which in (0, 1):
+            taken = [(own[which], other[which]) for own, other in zip(values[5:], base, strict=True)]
+            told += [1e3 * statistics.median(own for own, _ in taken), statistics.median(a / b for a, b in taken)]
+        print("{:28s} {:8.2f} ms   {:.3f}   processor {:8.2f} ms   {:.3f}".format(name, *told), flush=True)
 
 
 def main() -> None:
@@ -286,9 +289,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--codes", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
     a = parser.parse_args()
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(2)
+    torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     with pyro.validation_enabled(False):
         vectors = torch.randn(5, BATCH, WIDTH, SIDE, SIDE)
