@@ -76,6 +76,17 @@ class FittedTransforms(Section):
         fitted = cls.of(scaled("raw", rows, rows.x, train), rows, "none")
         return fitted.model_copy(update={"words": vocabularies(rows, train)})
 
+    def unit(self, name: str | None) -> torch.Tensor:
+        """Return the divisors of the values beside x of a name, `(d,)`; 1 where there are none, as of labels."""
+        places = self._places(name)
+        if self.side is None or not places:
+            return torch.ones(1)
+        return torch.tensor(np.broadcast_to(self.side.divisor, len(self.side.columns))[places])
+
+    def _places(self, name: str | None) -> list[int]:
+        """Return the numbers of the columns beside x that hold a value of a name."""
+        return [i for i, key in enumerate(self.side.columns if self.side else ()) if key.split("[")[0] == name]
+
     def given(self, name: str, value: Any) -> torch.Tensor:
         """Return values of a covariate in the units of the data, words or numbers, as the rows of a model have them.
 
@@ -86,12 +97,12 @@ class FittedTransforms(Section):
         Raises:
             DataError: a level is unknown, or a number is none that its column allows.
         """
-        columns = {} if self.side is None else self.side.columns
-        places = [i for i, key in enumerate(columns) if key.split("[")[0] == name]
+        places = self._places(name)
         if self.side is None or not places:
             known = self.label_names or ()
             refuse(value not in known, "data.new.label", name="given", row=0, known=known, word=value, hint="")
             return torch.tensor(known.index(value))
+        columns = self.side.columns
         column, cells = list(columns.values())[places[0]], np.asarray(value)
         is_text = name in self.side.words
         many = cells if cells.ndim == 1 + (len(places) > 1 and not is_text) else cells[None]

@@ -8,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
+from pvae.data.dataset import Dataset
 from pvae.data.split import Split
 from pvae.data.streamed import Streamed
 from pvae.distributions import Discretised, FactoredNormal
@@ -118,30 +119,102 @@ def held_out(objective: Objective, pair: Pair, x: Tensor | Streamed, seed: int, 
 # ---------------------------------------------------------------------- labels of some rows
 
 
-def classified(plan: Plan, pair: Pair, split: Split) -> dict[str, tuple[Tensor, Tensor]]:
+def _guessed(plan: Experiment, pair: Pair, split: Split, draws: int, *, codes: bool) -> Iterator[Any]:
+    """Yield known values `(m, D)` of observed latents, and the sites at which the guide infers them from x, by chunks.
+
+    The values that `Experiment.known` gives are hidden from the guide, and changed by nothing here. There is one site
+    where q(y | x) is known exactly; else `draws` of them, with samples of y and of other latents that q reads.
+    """
+    for name, value in plan.known(split).items():
+        for part in (~value.isnan().any(1)).nonzero().squeeze(1).split(ROWS_AT_ONCE):
+            if len(part) and codes == bool(pair.frame.entries[name].codes):
+                x = pair.accept(split.rows[part])
+                with quiet(pair, x):
+                    seeds.set_noise(seeds.mix(plan.seed, seeds.VALIDATION, int(part[0])), x.device)
+                    nodes = [samples(pair.guide_trace(x))[name]]
+                    known = isinstance(unwrapped(nodes[0]["fn"]), torch.distributions.Normal | dist.Categorical)
+                    if not known or name not in pair.dependencies(x).guide_roots:
+                        nodes += [samples(pair.guide_trace(x))[name] for _ in range(draws - 1)]
+                yield name, value[part].to(x), nodes
+
+
+def classified(plan: Experiment, pair: Pair, split: Split, draws: int = 1) -> dict[str, tuple[Tensor, Tensor]]:
     """Return q(y | x) `(m, K)` and the label `(m,)` of the rows of a split that have one, for each observed code y.
 
-    The values that `Experiment.known` gives are hidden from the guide, and changed by nothing here. Where the guide
-    infers y from other latents, q is given one sample of them.
+    Where the guide infers y from other latents, q is the mean over `draws` samples of them.
     """
-    known = plan.known(split) if isinstance(plan, Experiment) else {}
-    codes = {name: t.squeeze(1) for name, t in known.items() if pair.frame.entries[name].codes}
-    found: dict[str, list[Tensor]] = {name: [] for name in codes}
-    for start in range(0, len(split), ROWS_AT_ONCE) if codes else ():
-        x = pair.accept(split.rows[start : start + ROWS_AT_ONCE])
-        with quiet(pair, x):
-            seeds.set_noise(seeds.mix(plan.seed, seeds.VALIDATION, start), x.device)
-            nodes = samples(pair.guide_trace(x))
-        for name, parts in found.items():
-            parts.append(nodes[name]["fn"].probs.expand(len(x), -1))
-    have = {name: ~label.isnan() for name, label in codes.items()}
-    return {n: (torch.cat(parts)[have[n]], codes[n][have[n]].long()) for n, parts in found.items() if have[n].any()}
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, y, nodes in _guessed(plan, pair, split, draws, codes=True):
+        probs = torch.stack([node["fn"].probs.expand(len(y), -1) for node in nodes]).mean(0)
+        found.setdefault(name, []).append((probs, y.squeeze(1).long()))
+    return {name: (torch.cat([q for q, _ in parts]), torch.cat([y for _, y in parts])) for name, parts in found.items()}
 
 
-def accuracy(plan: Plan, pair: Pair, split: Split) -> dict[str, float]:
-    """Return `accuracy/<latent>`: the proportion of the labelled rows of a split whose most probable y is the label."""
-    found = classified(plan, pair, split)
-    return {f"accuracy/{name}": float((q.argmax(1) == y).double().mean()) for name, (q, y) in found.items()}
+FIGURES = ("rmse", "r2", "log_density", "coverage_50", "coverage_90")
+"""Names of the figures of the prediction of an observed vector."""
+Figures = dict[str, tuple[float, float, Any]]
+"""Value, standard error over rows (with the noise of samples), and kind of estimate of each figure, by name."""
+
+
+def figures_of(draws: int, y: Tensor, mean: Tensor, below: Tensor, log_q: Tensor) -> Figures:
+    """Return figures of the prediction of known vectors: estimates from m rows, by the names in `FIGURES`.
+
+    They are root mean squared error and R2 of the mean, means over coordinates as in scikit-learn; the mean of log q,
+    nats, a lower bound in expectation if it is averaged over draws; and the proportions of the values inside the
+    central intervals of 50 % and 90 %, to which one hit and one miss are added for the error: no proportion is certain.
+
+    Arguments:
+        draws: number of samples of other latents that q is averaged over.
+        y: known values, `(m, D)`.
+        mean: mean of q(y | x), `(m, D)`.
+        below: probability under q(y | x) of less than y, by coordinate, `(m, D)`.
+        log_q: log q(y | x), nats, `(m,)`.
+    """
+    square, away = (mean - y).square(), (y - y.mean(0)).square()
+    error, spread = square.mean(0), away.mean(0)
+    hits = [((below - 0.5).abs() <= width / 2).double() for width in (0.5, 0.9)]
+    values = error.sqrt(), 1 - error / spread, log_q, *hits
+    more = torch.eye(2)[:, :1].to(y).expand(-1, y.shape[1])
+    terms = (  # of rows, whose mean varies as the value does
+        square / (2 * error.sqrt()), (error * away / spread - square) / spread, log_q[:, None],
+        *(torch.cat([hit, more]) for hit in hits),
+    )  # fmt: skip
+    errors = (float(part.mean(1).std()) / len(part) ** 0.5 for part in terms)
+    kinds = ("lower_bound" if draws > 1 and name == "log_density" else "estimate" for name in FIGURES)
+    return dict(zip(FIGURES, zip((float(value.mean()) for value in values), errors, kinds, strict=True), strict=True))
+
+
+def predicted(plan: Experiment, pair: Pair, data: Dataset, split: Split, draws: int = 10) -> dict[str, Figures]:
+    """Return `figures_of` each observed vector, predicted from x alone, on the rows of a split that have its value.
+
+    They are in the units of the data. Where the guide infers the vector from other latents, or has no normal posterior,
+    it is averaged over `draws` samples.
+    """
+    found: dict[tuple[str, int], Any] = {}
+    for name, y, nodes in _guessed(plan, pair, split, draws, codes=False):
+        fns, values = [node["fn"] for node in nodes], torch.stack([node["value"] for node in nodes])
+        unit = (data.transforms.unit(plan.latents[name].observed) if data.transforms else torch.ones(1)).to(y)
+        is_normal = isinstance(unwrapped(fns[0]), torch.distributions.Normal)
+        means = torch.stack([fn.mean for fn in fns]) if is_normal else values
+        below = torch.stack([unwrapped(fn).cdf(y) for fn in fns]) if is_normal else (values < y).to(y)
+        log_q = torch.stack([fn.log_prob(y) for fn in fns]).logsumexp(0) - math.log(len(fns)) - unit.log().sum()
+        found.setdefault((name, len(fns)), []).append((y * unit, means.mean(0) * unit, below.mean(0), log_q))
+    joined = {z: [torch.cat(column).double() for column in zip(*parts, strict=True)] for z, parts in found.items()}
+    return {name: figures_of(count, *columns) for (name, count), columns in joined.items()}
+
+
+def seen_by(plan: Plan, pair: Pair, data: Dataset, split: Split) -> dict[str, float]:
+    """Return how well the guide predicts observed latents of a split from x alone: `accuracy/<latent>` of codes.
+
+    It is the proportion of the rows with a value whose most probable code it is. Of vectors they are the `FIGURES`,
+    such as `rmse/<latent>`.
+    """
+    if not isinstance(plan, Experiment):
+        return {}
+    found = classified(plan, pair, split).items()
+    hits = {f"accuracy/{name}": float((q.argmax(1) == y).double().mean()) for name, (q, y) in found}
+    vectors = predicted(plan, pair, data, split).items()
+    return hits | {f"{key}/{name}": value for name, p in vectors for key, (value, *_) in p.items()}
 
 
 # ---------------------------------------------------------------------- alerts; none is an error

@@ -17,7 +17,7 @@ from pvae.runs import checkpoint
 from pvae.signals import Answer
 from pvae.training import recovery
 from pvae.training.begin import begin
-from pvae.training.evaluation import ALERT_ROWS, accuracy, alerts, evaluate, held_out, maximised
+from pvae.training.evaluation import ALERT_ROWS, alerts, evaluate, held_out, maximised, seen_by
 from pvae.training.step import CLIPPED, is_finite
 from pvae.training.trainer import SIGNALS, ShardedBatch, Trainer, first_line, swapped
 from pvae.util import ProgressBar, group
@@ -263,7 +263,7 @@ def validate(trainer: Trainer, common: Mapping[str, Any], loss: float) -> str:
             trainer.files.log_metrics({**common, **measured})
             return in_words(measured)
         figures = evaluate(trainer.pair, held, seed, len(trainer.data.train)) | code_usage(trainer.pair, held, seed)
-        figures |= accuracy(trainer.plan, trainer.pair, trainer.data.validation)
+        figures |= seen_by(trainer.plan, trainer.pair, trainer.data, trainer.data.validation)
         score = judged(trainer, figures, loss)
         if better := score > state.best + (CONVERGED if trainer.figure == FITTED else 0.0):
             state.best, state.best_epoch, state.waited, state.elbo = score, state.epoch, 0, figures[trainer.total]

@@ -14,7 +14,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
-from sklearn.metrics import silhouette_score
+from scipy import stats
+from sklearn.metrics import mean_squared_error, r2_score, root_mean_squared_error, silhouette_score
 from torch import Tensor
 
 import pvae
@@ -32,7 +33,7 @@ from pvae.experiment.experiment import Experiment, reading
 from pvae.objectives.elbo import TraceELBO, TraceMeanFieldELBO
 from pvae.pair.pair import Pair
 from pvae.pair.running import run
-from pvae.training.evaluation import classified
+from pvae.training.evaluation import FIGURES, classified, figures_of, predicted
 from tests.cli_runner import run_cli, run_cli_json
 from tests.runs_shared import assert_resumes_exactly, fit, tiny
 
@@ -440,7 +441,8 @@ def test_a_number_is_read_of_a_column_and_seen_where_it_is_known(tmp_path: Path)
     latents = {"t": {"dim": 1, "observed": "age"}, "z": {"dim": 2}}
     e = Experiment.from_dict({
         "data": data, "latents": latents, "encoder": PLAIN, "objective": {"classification": 1.0},
-        "decoder": {**PLAIN, "given": ["t", "z"], "likelihood": "columns"}, "train": {"epochs": 2, "batch_size": 20},
+        "decoder": {**PLAIN, "given": ["t", "z"], "likelihood": "columns"},
+        "train": {"epochs": 2, "batch_size": 20, "keep": "last"},
     })  # fmt: skip
     run = fit(e, tmp_path)
     seen = np.where(GONE, np.nan, age)
@@ -450,10 +452,87 @@ def test_a_number_is_read_of_a_column_and_seen_where_it_is_known(tmp_path: Path)
         want = torch.tensor(scaled[split.numbers]).float()
         torch.testing.assert_close(run.experiment.known(split)["t"].squeeze(1), want, equal_nan=True)
         assert split.rows[:, -1].isnan().all()
+    assert_predicts_age(run, seen)
     rows = run.labelled(run.data.train)
     assert len(rows) == int((~GONE[run.data.train.numbers]).sum())
     assert torch.equal(run.pair.guide_trace(rows).nodes["t"]["value"], rows[:, -1:])
     assert analysis.evidence(run.pair, rows, 20).iwae.value > -math.inf
+
+
+def assert_predicts_age(run: pvae.Run, seen: Any) -> None:
+    """Metrics and report say how well the age is predicted from x, in its units, as scikit-learn and SciPy do."""
+    of_train, held = seen[run.data.train.numbers], run.data.validation
+    shift, unit, y = np.nanmean(of_train), np.nanstd(of_train), seen[held.numbers]
+    with torch.no_grad():
+        q = run.pair.guide_trace(held.rows).nodes["t"]["fn"].base_dist
+    there = ~np.isnan(y)
+    y, loc, scale = y[there], q.loc.numpy()[there, 0] * unit + shift, q.scale.numpy()[there, 0] * unit
+    inside = {width: np.abs(stats.norm.cdf(y, loc, scale) - 0.5) <= width / 200 for width in (50, 90)}
+    want = {"rmse": mean_squared_error(y, loc) ** 0.5, "r2": r2_score(y, loc)}
+    want |= {"log_density": stats.norm.logpdf(y, loc, scale).mean()}
+    want |= {f"coverage_{width}": hits.mean() for width, hits in inside.items()}
+    row = next(row for row in reversed(run.files.metrics_rows()) if "rmse/t" in row)
+    found = labels(Examination(run, split="validation"))
+    (told,) = next(part["numbers"] for part in found.parts if isinstance(part, dict) and "numbers" in part)
+    assert (told["training_labels"], told["rows"]) == ((~np.isnan(of_train)).sum(), len(y))
+    for name, value in want.items():
+        assert told[name].value == pytest.approx(value, abs=1e-4), name
+        assert told[name].kind == "estimate"
+        assert row[f"{name}/t"] == pytest.approx(value, abs=1e-4), name
+
+
+def test_figures_of_a_closed_form_posterior_are_those_of_its_definition():
+    """y ~ N(0, 1), x | y ~ N(y, 1/4): y | x ~ N(.8 x, .2); errors are the spread over data sets of this size."""
+    y = torch.randn(1000, 300, 2).double()
+    mean = 0.8 * (y + 0.5 * torch.randn_like(y))
+    q = dist.Normal(mean, 0.2**0.5)
+    every = [figures_of(1, a, b, c, d.sum(1)) for a, b, c, d in zip(y, mean, q.cdf(y), q.log_prob(y), strict=True)]
+    first = every[0]
+    assert first["r2"][0] == pytest.approx(r2_score(y[0], mean[0]))
+    assert first["rmse"][0] == pytest.approx(root_mean_squared_error(y[0], mean[0]))
+    log_density = -math.log(2 * math.pi * math.e * 0.2)
+    truth = {"rmse": 0.2**0.5, "r2": 0.8, "log_density": log_density, "coverage_50": 0.5, "coverage_90": 0.9}
+    for name, value in truth.items():
+        values, errors = torch.tensor([found[name][:2] for found in every]).T
+        assert float(values.mean()) == pytest.approx(value, abs=0.003), name
+        assert float(errors.mean()) == pytest.approx(float(values.std()), rel=0.1), name
+
+
+def test_a_prediction_that_reads_other_latents_is_a_mixture_over_them():
+    latents = {"c": {"codes": 2, "posterior": "categorical"}, "t": {"dim": 1, "observed": "age"}}
+    latents["t"]["posterior"] = {"kind": "normal", "given": ["x", "c"]}
+    e = Experiment.from_dict({"latents": latents, "encoder": PLAIN, "decoder": {**PLAIN, "given": ["c", "t"]}})
+    pair, x = built(e).requires_grad_(False), torch.bernoulli(torch.full((9, PIXELS), 0.5))
+    age = torch.randn(9)
+    split = e.conditioned(Split("test", x, side={"age": age}))
+    data = Dataset(split, split, split, (PIXELS,), "tensor", "none", "")
+    found = predicted(e, pair, data, split, 1000)["t"]
+    features = pair.guide.encoder(x.double())
+    probs = pair.guide.posteriors["c"]({"x": features}, {}).probs
+    both = [pair.guide.posteriors["t"]({"x": features, "c": c.expand(9, 2)}, {}) for c in torch.eye(2).double()]
+    log_q = torch.stack([q.log_prob(age[:, None].double()) for q in both], 1)
+    mean = (probs * torch.cat([q.mean for q in both], 1)).sum(1)
+    assert found["log_density"][0] == pytest.approx(float((log_q + probs.log()).logsumexp(1).mean()), abs=0.03)
+    assert found["rmse"][0] == pytest.approx(float((mean - age).square().mean().sqrt()), abs=0.03)
+    assert found["log_density"][2] == "lower_bound"
+
+
+def test_every_latent_that_some_rows_observe_is_in_the_report(tmp_path: Path):
+    """A label, words beside x, and a number that no row of validation has."""
+    latents = {"y": CODE, "kind": {"codes": 2, "observed": "kind"}, "t": {"dim": 1, "observed": "age"}}
+    decoder = {**PLAIN, "given": [*latents]}
+    splits = {"train": [0, 30], "validation": [30, 35], "test": [35, 40]}
+    declared = m2(latents=latents, decoder=decoder, data={"source": "tensor", "splits": splits}, train={"epochs": 1})
+    kind, age = np.where(GONE, np.nan, CODES == 1), np.where(np.arange(40) < 30, np.arange(40), np.nan)
+    data = {"x": X, "y": MISSING["minus one"], "kind": kind, "age": age}
+    run = pvae.fit(declared, run_dir=tmp_path, progress=False, data=data)
+    found = labels(Examination(run, split="validation"))
+    told: dict[str, Any] = {}
+    for part in found.parts:
+        told |= part if isinstance(part, dict) else {}
+    assert [row["latent"] for row in told["labels"]] == ["y", "kind"]
+    assert all(0 <= row["accuracy"].value <= 1 for row in told["labels"])
+    assert told["numbers"] == [{"latent": "t", "training_labels": 30, "rows": 0, **dict.fromkeys(FIGURES)}]
 
 
 # ---------------------------------------------------------------------- declarations
@@ -531,7 +610,7 @@ def test_the_report_says_what_is_hidden(fitted: pvae.Run):
     (row,) = next(part for part in found.parts if isinstance(part, dict))["labels"]
     assert row["training_labels"] == 40
     codes = fitted.encode(fitted.data.test, mean=True)["y"]
-    assert row["accuracy"] == pytest.approx(float((codes == fitted.data.test.y).double().mean()))
+    assert row["accuracy"].value == pytest.approx(float((codes == fitted.data.test.y).double().mean()))
 
 
 def test_m2_is_stacked_on_the_codes_of_m1(tmp_path: Path):

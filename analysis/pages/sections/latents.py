@@ -2,21 +2,23 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
 from pvae.analysis.aggregate.aggregated import AggregatedPosterior
 from pvae.analysis.decompose.collapse import CodeUse
-from pvae.analysis.figures.estimate import refuse
+from pvae.analysis.figures.estimate import Estimate, proportion, refuse
 from pvae.analysis.pages.document.blocks import PageTable, Part, Picture, Sentence
 from pvae.analysis.pages.document.words import picture, section, table, text, tile
 from pvae.analysis.pages.plots import bars, base, clouds
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.probe import RAW, groups as groups_of, probe as probe_of
+from pvae.experiment.experiment import Experiment
 from pvae.pair.code_usage import SILENT
-from pvae.training.evaluation import classified
+from pvae.training.evaluation import FIGURES, classified, predicted
 from pvae.util import Record, seeds
 
 HOLE = 0.01
@@ -209,6 +211,10 @@ CALIBRATION_BINS = 15
 """Number of intervals of confidence over which a calibration error is taken."""
 
 
+LABEL_DRAWS = 100
+"""Number of samples of other latents over which a prediction of an observed latent is averaged, if it reads them."""
+
+
 def calibration_error(probs: torch.Tensor, label: torch.Tensor) -> float:
     """Return the expected calibration error: |accuracy - mean confidence| of 15 bins of confidence, weighed by rows.
 
@@ -229,18 +235,31 @@ def calibration_error(probs: torch.Tensor, label: torch.Tensor) -> float:
     return float(gaps.abs().sum() / len(label))
 
 
-@section("labels", scored=True)
+def _observes(exam: Examination) -> bool:
+    return isinstance(exam.run.plan, Experiment) and bool(exam.run.plan.observed_latents())
+
+
+@section("labels", scored=True, where=_observes)
 def labels(exam: Examination) -> Iterator[Part]:
-    """Yield accuracy and calibration of q(y | x) for latents that some rows observe; nothing without any."""
-    rows = []
-    for name, (probs, label) in classified(exam.run.plan, exam.pair, exam.part).items():
-        seen = int((~exam.run.experiment.known(exam.data.train)[name].isnan()).sum())
-        right = float((probs.argmax(1) == label).double().mean())
-        rows.append((name, seen, len(label), right, calibration_error(probs, label)))
-    if rows:
-        yield table("labels", rows, split=exam.split, bins=CALIBRATION_BINS)
-        keys = ("latent", "training_labels", "rows", "accuracy", "calibration_error")
-        yield {"labels": [dict(zip(keys, row, strict=True)) for row in rows]}
+    """Yield errors and calibration of q(y | x) of all latents that some rows observe; nothing without any."""
+    plan = exam.run.experiment
+    seen, held = plan.known(exam.data.train), plan.known(exam.part)
+    codes = classified(plan, exam.pair, exam.part, LABEL_DRAWS)
+    vectors = predicted(plan, exam.pair, exam.data, exam.part, LABEL_DRAWS)
+    right: dict[str, Any] = {z: (proportion(q.argmax(1) == y), calibration_error(q, y)) for z, (q, y) in codes.items()}
+    right |= {z: tuple(Estimate(*found) for found in p.values()) for z, p in vectors.items()}
+    counted = {z: (z, *(int((~known[z].isnan().any(1)).sum()) for known in (seen, held))) for z in seen}
+    whole: dict[str, list[tuple[Any, ...]]] = {"labels": [], "numbers": []}
+    for name, count in counted.items():
+        kind, width = ("labels", 2) if exam.pair.frame.entries[name].codes else ("numbers", len(FIGURES))
+        whole[kind].append((*count, *right.get(name, [None] * width)))
+    if whole["labels"]:
+        yield table("labels", whole["labels"], split=exam.split, bins=CALIBRATION_BINS)
+    if whole["numbers"]:
+        yield table("labels.numbers", whole["numbers"], split=exam.split, draws=LABEL_DRAWS)
+    for kind, keys in (("labels", ("accuracy", "calibration_error")), ("numbers", FIGURES)):
+        titles = ("latent", "training_labels", "rows", *keys)
+        yield {kind: [dict(zip(titles, row, strict=True)) for row in whole[kind]]}
 
 
 # ---------------------------------------------------------------------- probe
