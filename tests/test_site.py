@@ -4,13 +4,17 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pandas
 import pytest
+from typer.main import get_command
 
 import pvae
 import pvae.analysis
+from pvae.cli import app
 from pvae.experiment import zoo
+from pvae.studies.cases import Declared
 from pvae.util import toml
 
 ROOT = Path(__file__).parents[1]
@@ -81,6 +85,34 @@ def test_every_link_leads_somewhere(path):
         made = target.is_relative_to(DOCS) and MADE.fullmatch(target.relative_to(DOCS).as_posix())
         notebook = target.parent == DOCS / "tutorials" and target.with_suffix(".ipynb").is_file()
         assert made or notebook or target.exists(), link
+
+
+def shown(language: str) -> Iterator[str]:
+    """Blocks of code of one language in the pages and the texts of the tutorials."""
+    for path in [page for page in PAGES if page.name != "CONTRIBUTING.md"]:
+        yield from re.findall(rf"(?s)```{language}\n(.*?)```", path.read_text())
+    for path in NOTEBOOKS:
+        for cell in json.loads(path.read_text())["cells"]:
+            yield from re.findall(rf"(?s)```{language}\n(.*?)```", "".join(cell["source"]))
+
+
+def test_declarations_and_studies_that_are_shown_are_valid(tmp_path):
+    blocks = list(shown("toml"))
+    assert len(blocks) == 3
+    for block in blocks:
+        (tmp_path / "shown.toml").write_text(block)
+        known: Any = Declared if "[sweep]" in block else pvae.Experiment
+        assert known.load(str(tmp_path / "shown.toml")).name
+
+
+def test_commands_that_are_shown_have_the_options_that_are_shown():
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    lines = [line.split("#")[0].split(" > ")[0] for block in shown("sh") for line in block.splitlines()]
+    calls = [call.group(0).split()[1:] for line in lines for call in re.finditer(r"\bpvae(?= [a-z])[^;&|]*", line)]
+    assert len(calls) > 25
+    for name, *given in calls:
+        options = {option for each in commands[name].params for option in each.opts}
+        assert {word for word in given if word.startswith("--")} <= options, (name, given)
 
 
 def test_the_version_is_one():

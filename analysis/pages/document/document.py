@@ -126,7 +126,7 @@ def explained(page: str, terms: Mapping[str, str], title: str) -> str:
     """Return an HTML page with a glossary of the terms in its running text; the first place of each points there."""
     number = {term: i for i, term in enumerate(terms, 1)}
     longest_first = map(re.escape, sorted(terms, key=len, reverse=True))
-    known = re.compile(rf"(?<![\w(])(?:{'|'.join(longest_first)})(?!\w)")
+    known = re.compile(rf"(?<![\w(])(?:{'|'.join(longest_first)})(?!\w|\.\w)")
 
     def pointed(found: re.Match[str]) -> str:
         at = number.pop(term := found[0], None)

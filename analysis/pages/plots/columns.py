@@ -37,6 +37,7 @@ def beside(data: pandas.DataFrame, samples: pandas.DataFrame, charts: int = CHAR
         else:
             axes.stairs(shares[0], at, fill=True, color=PALE, label="data")
             axes.stairs(shares[1], at, color=RED, linewidth=1.6, label="samples")
+            axes.locator_params(axis="x", nbins=4)
         axes.set_title(plain(name)[:20], fontsize=9)
         axes.tick_params(labelsize=8)
         axes.set_yticks([])

@@ -155,7 +155,7 @@ def calibration(exam: Examination) -> Iterator[Part]:
         return
     said, notes = found.sentences[:-1], found.remarks[len(found.sentences) - 1 :]
     yield picture("calibration", bars.calibrated(found), shown=min(len(found.worst), bars.HISTOGRAMS), said=said[0])
-    yield table_of("calibration", found)
+    yield table_of("calibration", found, folded=len(found.worst) > 5)
     yield from map(Note, notes)
     yield from said
     yield {"calibration": found.to_dict()}
