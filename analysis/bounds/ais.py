@@ -12,7 +12,7 @@ from pvae.analysis.bounds.targets import AnnealingPlan, Start, Target, anneal, p
 from pvae.analysis.bounds.weights import inverse_ess, log_mean, squared_error
 from pvae.analysis.figures.estimate import Estimate, Figures, Row, over_noisy_rows, over_rows, refuse
 from pvae.pair import Pair, PairData
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, silent
 
 SETTINGS = "{0.chains} chains, {0.temperatures} temperatures"
 STATES_PER_CHUNK = 4000

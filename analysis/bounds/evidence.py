@@ -12,7 +12,7 @@ from pvae.analysis.bounds.weights import Evidence, PriorEvidence, log_weights, o
 from pvae.analysis.decompose.codes import log_evidence
 from pvae.analysis.figures.estimate import exact_mean, refuse, scaled
 from pvae.pair import PARTICLES, Pair, PairData, Terms, full_size, is_point, log_prob, samples as sample_sites, sum_over
-from pvae.util.progress import Progress, silent
+from pvae.util import Progress, silent
 
 
 def evidence(

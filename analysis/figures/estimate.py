@@ -18,8 +18,7 @@ from rich.text import Text
 from torch import Tensor
 
 from pvae.errors import DataError, DeclarationError, PvaeError
-from pvae.util import Record
-from pvae.util.files import plain
+from pvae.util import Record, plain
 from pvae.words import Catalogue
 
 Kind = Literal["exact", "lower_bound", "upper_bound", "estimate"]

@@ -10,7 +10,7 @@ from pvae.analysis.pages.document import document
 from pvae.errors import PvaeError, printable
 from pvae.experiment import experiment, readback
 from pvae.runs.run import Run
-from pvae.util.files import read_object
+from pvae.util import read_object
 
 
 def escaped(value: Any) -> Any:

@@ -18,8 +18,7 @@ from pvae.errors import CheckpointError, DataError
 from pvae.runs import RunDirectory, checkpoint
 from pvae.runs.run import Run
 from pvae.studies.sweep import FIRST, Measure
-from pvae.util import seeds
-from pvae.util.files import digest, plain, pretty, read_inside, read_object, write_atomic
+from pvae.util import digest, plain, pretty, read_inside, read_object, seeds, write_atomic
 
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = 2

@@ -11,8 +11,7 @@ from pvae.analysis.figures.estimate import Estimate, Figures, short, text, texts
 from pvae.analysis.population.sample import FOLDS, HonestPrior, NewRows, folds, mixed_by_group
 from pvae.analysis.population.sweep import PairCritic, PointwiseInformation, counted_twice, mean, spread, sweep
 from pvae.distributions import Members
-from pvae.util import Record
-from pvae.util.files import plain
+from pvae.util import Record, plain
 
 ON_NEW_DATA = "on new data"
 """Words that a remark on a missing interval contains."""

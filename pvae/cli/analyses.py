@@ -13,7 +13,7 @@ import typer
 import pvae
 from pvae.cli.app import Shared, command, rows_of
 from pvae.errors import misdeclared
-from pvae.util.files import write_atomic
+from pvae.util import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,8 +17,7 @@ from typer import Argument, Option
 
 import pvae
 from pvae.errors import EXIT_CODES, misdeclared, printable
-from pvae.util import Record, replace
-from pvae.util.progress import ProgressBar
+from pvae.util import ProgressBar, Record, replace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -140,7 +139,7 @@ class Shared(Record):
         Under `--csv` and `--latex` print `columns`, figures by term of each run or split.
         """
         if self.as_json:
-            from pvae.util.files import pretty
+            from pvae.util import pretty
 
             typer.echo(pretty(data), nl=False)  # standard output then holds nothing else
             return

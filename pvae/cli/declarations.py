@@ -10,7 +10,7 @@ import pvae
 from pvae.cli.app import Shared, command, load_declaration
 from pvae.errors import misdeclared, text
 from pvae.experiment import zoo
-from pvae.util.files import write_atomic
+from pvae.util import write_atomic
 
 
 @command("as_json", name="list")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pvae
 from pvae.cli.app import Shared, beside, command, tell
 from pvae.errors import DataError, DeclarationError, instead, misdeclared
-from pvae.util.files import write_atomic, write_together
+from pvae.util import write_atomic, write_together
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

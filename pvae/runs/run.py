@@ -22,7 +22,7 @@ from pvae.runs import checkpoint
 from pvae.runs.applied import Applied
 from pvae.runs.rundir import TRANSFORMS, RunDirectory
 from pvae.runs.weights import attended, chosen, load_weights
-from pvae.util.files import digest, read_inside
+from pvae.util import digest, read_inside
 
 if TYPE_CHECKING:
     import pandas

@@ -24,8 +24,8 @@ from pvae.runs.find import Claim, busy
 from pvae.signals import Answer
 from pvae.studies.sweep import Measure
 from pvae.studies.tasks import DONE, FINISHED, LOOK_SECONDS, Shelf, Task, claimed, own_folder
+from pvae.util import read_object, write_atomic
 from pvae.util.attempt import Attempt, begin
-from pvae.util.files import read_object, write_atomic
 
 TRIES = 3
 """Number of times that a task is begun whose workers end without a result."""

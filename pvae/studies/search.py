@@ -16,7 +16,7 @@ from pvae.runs.export.exporting import WATCH, brief
 from pvae.runs.find import slug
 from pvae.studies import cases, sweep
 from pvae.studies.tasks import Task, claimed, fitted, own_folder
-from pvae.util.files import digest
+from pvae.util import digest
 
 if TYPE_CHECKING:
     import optuna

@@ -19,7 +19,7 @@ from pvae.runs import checkpoint, seal
 from pvae.runs.weights import chosen, load_weights, require_same
 from pvae.training import step
 from pvae.training.trainer import State, Trainer, first_line
-from pvae.util.files import follows, write_atomic
+from pvae.util import follows, write_atomic
 
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 """Seconds to wait before each further attempt to write the last checkpoint of a fit."""

@@ -21,9 +21,8 @@ from pvae.analysis.pages.document.blocks import PageSection, PageTable, Picture,
 from pvae.analysis.pages.document.words import WORDS, csv_of, html_cell, legible, rich_of, text
 from pvae.errors import OutputError, refuse
 from pvae.runs.find import Claim, is_abandoned, leftovers
-from pvae.util import Record
+from pvae.util import Record, StageProgress, silent
 from pvae.util.files import digest, make_folder, plain, pretty, raising, read_object, remove, write_together
-from pvae.util.progress import StageProgress, silent
 
 PAGE, NUMBERS, TABLES, PICTURES, FILES = "index.html", "report.json", "tables", "figures", "files"
 FILE_NAME_CHARACTERS = 80

@@ -18,7 +18,7 @@ from pvae.data.rows import cache, prepare, rows
 from pvae.data.rows.files import candidate, held, require_room, version_of
 from pvae.data.sources.base import FileData
 from pvae.errors import DataError, printable, refuse
-from pvae.util.files import digest, pretty
+from pvae.util import digest, pretty
 
 FORMATS = ("PNG", "JPEG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 SUFFIXES = frozenset(".png .jpg .jpeg .bmp .gif .ppm .pgm .pbm .tif .tiff .webp".split())

@@ -11,7 +11,7 @@ from typing import Any
 from pvae.errors import PvaeError, StorageError, misdeclared, near, printable, refuse, require_extra, text
 from pvae.runs.export import base, trackers
 from pvae.runs.rundir import RunDirectory
-from pvae.util.files import follows
+from pvae.util import follows
 
 SECONDS_BETWEEN_EXPORTS = 5.0
 """Shortest time (s) between two exports during a fit; a slow export is followed by a pause ten times as long."""

@@ -20,7 +20,7 @@ from pvae.errors import DeclarationError, PvaeError, require_extra
 from pvae.runs.checkpoint import pack_tensors
 from pvae.runs.export.exporting import brief
 from pvae.runs.run import Run
-from pvae.util.files import write_atomic
+from pvae.util import write_atomic
 
 if TYPE_CHECKING:
     from pvae.analysis.samples.modules import PlainModule

@@ -13,7 +13,7 @@ from typing import Any
 from pvae.errors import printable
 from pvae.runs.export.base import LONGEST_KEY, LONGEST_VALUE, Exported, Exporter, MetricPoint, safe_key
 from pvae.runs.rundir import RunDirectory
-from pvae.util.files import read_inside, write_atomic
+from pvae.util import read_inside, write_atomic
 
 
 class TensorBoard(Exporter):
