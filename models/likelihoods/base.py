@@ -17,6 +17,9 @@ from pvae.graph.site import Law
 if TYPE_CHECKING:
     from pvae.models.likelihoods.standard import MultivariateNormalModule, NormalModule
 
+BLOCK_NUMBERS = 2**22
+"""Largest number of elements of a temporary tensor, when data are processed in pieces."""
+
 
 class Likelihood(Component):
     """Declared likelihood p(x | h): distribution of a datum x given the decoder's output h."""
@@ -142,6 +145,15 @@ class ClosedForm:
     def statistics(self, x: Tensor, origin: Tensor) -> Tensor:
         """Return the sufficient statistics `(n, F)` of data `(n, *x)`; here x itself, flattened."""
         return x.flatten(1)
+
+    def sums(self, weights: Tensor, x: Tensor, origin: Tensor) -> Tensor:
+        """Return the sums `(K, F)` of the `statistics` of data `(n, *x)` with weights `(K, n)`, in bounded memory.
+
+        F grows with the square of the size of x where covariances are full, so that few rows are taken at a time.
+        """
+        rows = max(1, BLOCK_NUMBERS // self.statistics(x[:1], origin).shape[1])
+        parts = zip(weights.split(rows, 1), x.split(rows), strict=True)
+        return sum((w @ self.statistics(part, origin) for w, part in parts), weights.new_zeros(()))
 
     def maximise(self, counts: Tensor, sums: Tensor, origin: Tensor) -> Tensor:
         """Return the decoder outputs that maximise the likelihood of weighted data; set the parameters that they share.

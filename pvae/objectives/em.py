@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pvae.errors import DeclarationError, refuse
 from pvae.graph.site import OBSERVED, Site, one_hot
 from pvae.models.graph import GraphModel
-from pvae.models.likelihoods.base import ClosedForm
+from pvae.models.likelihoods.base import BLOCK_NUMBERS, ClosedForm
 from pvae.models.priors.base import WeightsModule
 from pvae.nn.network import TableModule
 from pvae.objectives import base, elbo
@@ -22,8 +22,6 @@ MIN_COUNT = 1e-8
 """Smallest sum of responsibilities of a component that is not considered empty."""
 START_ROWS = 10_000
 """Largest number of rows that k-means++ chooses its centres from."""
-BLOCK_NUMBERS = 2**22
-"""Largest number of elements of a temporary tensor, when the training data are processed in pieces."""
 
 
 class EM(base.Objective):
@@ -168,7 +166,7 @@ class EMStepper(base.Stepper):
         lowest, index = torch.cat([score, score.new_full((k,), math.inf)]).topk(k, largest=False)
         slots = torch.where(own[:, None], lowest, 0.0)
         kept = torch.where(own[:, None, None], torch.cat([rows, rows.new_zeros(k, rows.shape[1])])[index], 0.0)
-        statistics = weights @ self.mixture.likelihood.statistics(rows, self.origin)
+        statistics = self.mixture.likelihood.sums(weights, rows, self.origin)
         figures = figures * (len(x) * self.steps / len(self.data))
         return torch.cat([v.flatten() for v in (weights.sum(1), statistics, slots, kept, figures)])
 
@@ -209,7 +207,7 @@ class EMStepper(base.Stepper):
 
     def _gather(self, x: Tensor, weights: Tensor, score: Tensor) -> None:
         """Add the statistics of data `(n, prod(x))` with responsibilities `(K, n)`; keep the K of lowest `score`."""
-        self._add(weights.sum(1), weights @ self.mixture.likelihood.statistics(x, self.origin), score, x)
+        self._add(weights.sum(1), self.mixture.likelihood.sums(weights, x, self.origin), score, x)
 
     def _add(self, counts: Tensor, statistics: Tensor, score: Tensor, rows: Tensor) -> None:
         """Add the sums of a batch to those of the epoch, and keep the K rows of lowest score."""

@@ -26,6 +26,7 @@ from pvae.errors import DataError, DeclarationError
 from pvae.experiment.experiment import Experiment
 from pvae.experiment.plan import Train
 from pvae.graph.site import Law
+from pvae.models.likelihoods import base as likelihoods
 from pvae.models.likelihoods.base import ClosedForm, Likelihood
 from pvae.objectives.base import Loss
 from pvae.objectives.elbo import TraceELBO
@@ -290,6 +291,25 @@ def test_rows_share_their_factor(monkeypatch):
     pair = declared(FULL, 4).build((6,))
     pair.terms(torch.randn(50, 6).double()).reconstruction.sum().backward()
     assert sizes == [4 * 6 * 6]
+
+
+def test_sums_of_wide_data_take_few_rows_at_a_time(monkeypatch):
+    # Full covariances have D^2 / 2 statistics a row: 2 GB for 1000 images of 28 x 28 pixels, in float64.
+    monkeypatch.setattr(likelihoods, "BLOCK_NUMBERS", 100)
+    form = declared(FULL, 4).build((6,)).model.decoder.likelihood.closed_form()
+    x, weights, origin = torch.randn(50, 6).double(), torch.rand(4, 50).double(), torch.zeros(6).double()
+    counted: list[int] = []
+    one = form.statistics
+
+    def statistics(rows: Tensor, at: Tensor) -> Tensor:
+        counted.append(one(rows, at).numel())
+        return one(rows, at)
+
+    monkeypatch.setattr(form, "statistics", statistics)
+    found = form.sums(weights, x, origin)
+    square = torch.einsum("kn,ni,nj->kij", weights, x, x)[:, *torch.tril_indices(6, 6)]
+    torch.testing.assert_close(found, torch.cat([weights @ x, square], 1), rtol=1e-12, atol=1e-12)
+    assert max(counted) <= 100
 
 
 # ---------------------------------------------------------------------- batches, and going on
