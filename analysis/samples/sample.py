@@ -177,12 +177,15 @@ def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> d
         DeclarationError: `given` names no covariate of the model, or a value or level is none that it can have.
     """
     known, found = pair.frame.covariates, dict[str, Tensor]()
+    misdeclared(not isinstance(given, Mapping), f"given: expected values by covariate, as {{'y': 3}}; got {given!r}.")
     for name, value in given.items():
         misdeclared(not known, f"given: expected nothing, for the model has no covariates; got {name!r}.")
         entry = known[running.known_name(name, known, "given")]
         if (vocabulary := entry.vocabulary) is None or entry.tokens is None:
-            if isinstance(source, Run) and (entry.source == "side" or isinstance(value, str)):
-                with instead(DataError, f"given.{name}: {{problem}}", DeclarationError):
+            if isinstance(source, Run) and (entry.source == "side" or (entry.source, type(value)) == ("label", str)):
+                odd = f"given.{name}: expected a value, or {n} of them; got {str(value)[:60]}."
+                said = instead(DataError, f"given.{name}: {{problem}}", DeclarationError)
+                with instead((TypeError, ValueError), odd, DeclarationError), said:
                     value = source.transforms.given(name, value)
             found[name] = _values(name, entry, n, value)
         else:

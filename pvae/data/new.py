@@ -1,6 +1,7 @@
 """New rows for a fitted model: the transforms that a fit keeps, and other data read and prepared by them."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import combinations
@@ -103,6 +104,7 @@ class FittedTransforms(Section):
         columns = self.side.columns
         column, cells = list(columns.values())[places[0]], np.asarray(value)
         is_text = name in self.side.words
+        cells = cells[:, 0] if cells.ndim == 2 and cells.shape[1] == len(places) == 1 else cells
         many = cells if cells.ndim == 1 + (len(places) > 1 and not is_text) else cells[None]
         rows = side_rows({column.of or name: many}, {name: column}, len(many), "given")
         if rows is None or rows.x.shape[1] != len(places):
@@ -125,12 +127,16 @@ class FittedTransforms(Section):
         """
         if self.side is None:
             return {}
-        read = [] if rows is None else list(rows.table)
-        if lacking := [name for name, c in self.side.columns.items() if c.missing == "error" and name not in read]:
+        widths = Counter(key.split("[")[0] for key in (() if rows is None else rows.table))
+        needed = dict.fromkeys(key.split("[")[0] for key, c in self.side.columns.items() if c.missing == "error")
+        if lacking := [name for name in needed if name not in widths]:
             raise DataError.of("data.side.none", source="data", names=lacking)
+        for name, width in widths.items():
+            wanted = len(self._places(name))
+            refuse(width != wanted, f"data: expected {wanted} values of {name!r} in each row; got {width}.")
         full = np.full((len(part) if rows is None else len(rows.x), len(self.side.columns)), np.nan)
         if rows is not None:
-            full[:, [list(self.side.columns).index(name) for name in read]] = rows.x[:]
+            full[:, [place for name in widths for place in self._places(name)]] = rows.x[:]
         return dict(zip(self.side.columns, self.side.coded(full).apply(part).T.contiguous(), strict=True))
 
     def coded(self, x: Floats) -> Scaled:

@@ -31,9 +31,9 @@ def side_rows(raw: Mapping[Any, Any], columns: Mapping[str, Column], rows: int, 
     for name, column in columns.items():
         refuse((of := column.of or name) not in raw, "data.side.absent", origin=origin, name=of, raw=raw)
         values = raw[of].detach().cpu().numpy() if isinstance(raw[of], Tensor) else raw[of]
-        parts = {name: values} if np.ndim(values) < 2 else {f"{name}[{i}]": v for i, v in enumerate(values.T)}
-        if np.shape(values)[:1] != (rows,):
+        if np.shape(values)[:1] != (rows,) or np.ndim(values) > 2:
             raise DataError.of("data.side.length", origin=origin, name=of, rows=rows, shape=np.shape(values))
+        parts = {name: values} if np.ndim(values) < 2 else {f"{name}[{i}]": v for i, v in enumerate(values.T)}
         cells |= {key: pandas.Series(part).reset_index(drop=True) for key, part in parts.items()}
         table |= dict.fromkeys(parts, column.model_copy(update={"of": None}))
     decoder = CellDecoder({}, None, NA, origin, side=table)
