@@ -17,6 +17,7 @@ from pydantic import Field
 from pvae.component import Section
 from pvae.data.rows import NEW, AnyArray, Column, ContinuousColumn, Index, Part, Rows, Stored, candidate, reshape
 from pvae.data.rows.prepare import UNWARPS, Binarize, Floats, Scaled, prepare, scaled, warps_of, worded
+from pvae.data.sources.arrays import NamedArrays
 from pvae.data.sources.base import Data, FileData, named, signature
 from pvae.data.sources.hdf import H5ad
 from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, is_anndata
@@ -316,7 +317,8 @@ def source_of(
         refuse(issubclass(member, Tabular) and not isinstance(declared, Tabular), "data.new.arrays", path=path)
     elif isinstance(declared, Tabular):
         member = FrameSource
-    shared = (declared.model_fields_set & member.model_fields.keys()) - {"source"} if declared else set()
+    own = {"source"} | (set() if issubclass(member, NamedArrays) else {"mask"})  # a file beside that of the fit's rows
+    shared = (declared.model_fields_set & member.model_fields.keys()) - own if declared else set()
     given = {name: getattr(declared, name) for name in shared}
     given |= {"path": path} if "path" in member.model_fields else {}
     given |= {"stream": True} if where.is_file() and where.stat().st_size > STREAMED_BYTES else {}

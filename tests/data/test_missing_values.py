@@ -8,15 +8,17 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from PIL import Image
 
 import pvae
 from pvae.analysis import encode, impute, score
 from pvae.data import Dataset, load
+from pvae.data.new import rows_of_new
 from pvae.data.sources.base import Data
 from pvae.data.sources.python import TensorSource
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
-from tests.data.writers import FLOATS, ROWS, Y, h5ad, hdf5, npy, npz, refused
+from tests.data.writers import FLOATS, ROWS, Y, h5ad, hdf5, idx, npy, npz, refused
 
 HOLED = np.where(np.random.RandomState(1).random_sample(FLOATS.shape) < 0.3, np.float32(np.nan), FLOATS)
 MASK = TensorSource(missing="mask")
@@ -79,8 +81,42 @@ def test_bytes_have_a_mask_beside_them(tmp_path: Path, stream: bool) -> None:
     whole = load(Data.parse(table)).whole()
     np.testing.assert_allclose(whole.x[:], np.where(gone, np.nan, x / 255), rtol=1e-6)
     refused("set data.missing", load, Data.parse({**table, "missing": "error"}))
-    table["path"] = npz(tmp_path, x=x, gone=gone.astype(int))
-    refused("'gone': expected booleans", load, Data.parse({**table, "y": None}))
+    table["path"] = npz(tmp_path, x=x, gone=2 * gone)
+    refused(r"'gone': expected booleans \(or 0 and 1\).*; got \[2\]", load, Data.parse({**table, "y": None}))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["npy", "idx", "images"])
+def test_files_and_folders_have_masks_beside_them(tmp_path: Path, kind: str, stream: bool) -> None:
+    random = np.random.RandomState(0)
+    x = random.randint(0, 256, (ROWS, 3, 4, 5)).astype(np.uint8)
+    gone = random.random_sample((ROWS, 1, 4, 5)) < 0.4 if kind == "images" else random.random_sample(x.shape) < 0.4
+
+    def written(name: str, values: np.ndarray) -> str:
+        if kind != "images":
+            write, values = (npy, values) if kind == "npy" else (idx, values.astype(np.uint8))
+            return write(tmp_path / f"{name}.{kind}", values)
+        (tmp_path / name).mkdir()
+        pixels = values if name == "x" else (values * 255).repeat(3, 1)
+        for i, image in enumerate(pixels.astype(np.uint8).transpose(0, 2, 3, 1)):
+            Image.fromarray(image).save(tmp_path / name / f"{i:02}.png")
+        return str(tmp_path / name)
+
+    table = {"source": kind, "path": written("x", x), "stream": stream, "scale": "unit", "missing": "mask"}
+    masked = {**table, "mask": written("gone", gone)}
+    data = load(Data.parse(masked))
+    np.testing.assert_allclose(data.whole().x[:], np.where(gone, np.nan, x / 255), rtol=1e-6)
+    refused("set data.missing", load, Data.parse({**masked, "missing": "error"}))
+    refused("expected booleans .*; got shape", load, Data.parse({**table, "mask": written("few", gone[:, :, :3])}))
+    odd = Data.parse({**table, "mask": written("odd", gone * (0.5 if kind == "images" else 3))})
+    refused(r"expected booleans \(or 0 .*; got \[", load, odd)
+    if kind == "images":
+        (tmp_path / "gone" / "03.png").rename(tmp_path / "gone" / "three.png")
+        refused("gone: expected a mask for each image; got 03.png", load, Data.parse(masked))
+    fitted = data.transforms
+    assert fitted is not None
+    new = rows_of_new(str(tmp_path / ("x" if kind == "images" else f"x.{kind}")), Data.parse(masked), fitted)
+    assert not np.isnan(new.x[:]).any()
 
 
 @pytest.mark.parametrize("stream", [False, True])

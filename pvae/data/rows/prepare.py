@@ -69,23 +69,29 @@ class Scaled(Record, eq=False):
 
 
 class Holed(Stored):
-    """Rows with NaN where a mask is True.
+    """Rows with NaN where a mask says so.
 
     Arguments:
         x: rows of numbers, `(n, *row)`.
-        mask: booleans of the same shape.
+        mask: booleans of the same shape, or numbers that are 0 or `one`; of images one channel will do.
         where: name of the mask in messages.
+        one: number that stands for a missing value.
 
     Raises:
-        DataError: the mask is not of booleans, or of another shape.
+        DataError: the mask has another shape, or another value (raised where that is read).
     """
 
-    def __init__(self, x: AnyArray, mask: AnyArray, where: str) -> None:
-        refuse(mask.dtype.kind != "b" or mask.shape != x.shape, "data.rows.mask", where=where, x=x, mask=mask)
-        self.x, self.mask, self.shape, self.dtype = x, mask, x.shape, np.result_type(x.dtype, np.float32)
+    def __init__(self, x: AnyArray, mask: AnyArray, where: str, one: int = 1) -> None:
+        fits = mask.shape == x.shape or (one > 1 and mask.shape == (x.shape[0], 1, *x.shape[2:]))
+        refuse(not fits, "data.rows.mask", where=where, one=one, of=x.shape, found=mask.shape)
+        self.x, self.mask, self.where, self.one = x, mask, where, one
+        self.shape, self.dtype = x.shape, np.result_type(x.dtype, np.float32)
 
     def read(self, index: Index) -> np.ndarray:
-        return np.where(self.mask[index], np.nan, self.x[index]).astype(self.dtype)
+        mask = self.mask[index]
+        odd = mask[(mask != 0) & (mask != self.one)].ravel()[:1].tolist()
+        refuse(odd, "data.rows.mask", where=self.where, one=self.one, of=self.shape, found=odd)
+        return np.where(mask, np.nan, self.x[index]).astype(self.dtype)
 
 
 def scaled(scale: Scale, rows: Rows, x: AnyArray, train: Part) -> Scaled:

@@ -40,11 +40,17 @@ class Npy(FileData):
     source: Literal["npy"] = "npy"
     labels: str | None = None
     """Path of a second `.npy` file with integer labels; None for data without labels."""
+    mask: str | None = None
+    """Path of another `.npy` file of booleans, of the shape of the rows, True (or 1) where a value is missing, for
+    values that cannot be NaN, such as bytes; None for no such file. New rows have NaN instead."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         path = files.located(self.path, data_dir)
         y = np.asarray(files.read_npy(files.located(self.labels, data_dir), kinds=LABEL_KINDS)) if self.labels else None
-        return self.to_rows(files.read_npy(path, self.stream), y, "x")
+        x = files.read_npy(path, self.stream)
+        if self.mask is not None:
+            x = prepare.Holed(x, files.read_npy(files.located(self.mask, data_dir), self.stream), self.mask)
+        return self.to_rows(x, y, "x")
 
 
 class Idx(FileData):
@@ -56,10 +62,15 @@ class Idx(FileData):
     source: Literal["idx"] = "idx"
     labels: str | None = None
     """Path of a second IDX file with integer labels; None for data without labels."""
+    mask: str | None = None
+    """Path of another IDX file of the shape of the rows, 1 where a value is missing and 0 elsewhere; None for no such
+    file. New rows have none."""
 
     def read(self, data_dir: Path | None, seed: int) -> Rows:
         x = read_idx(files.located(self.path, data_dir), stream=self.stream)
         y = np.asarray(read_idx(files.located(self.labels, data_dir))) if self.labels else None
+        if self.mask is not None:
+            x = prepare.Holed(x, read_idx(files.located(self.mask, data_dir), stream=self.stream), self.mask)
         return self.to_rows(x, y, "x")
 
 
@@ -222,9 +233,11 @@ class NamedArrays(FileData):
             return np.asarray(self.array(path, known[name][split], True)) if name else None
 
         def rows(name: str, split: str) -> AnyArray:
-            x, mask = self.array(path, name, False), known[self.mask][split] if self.mask else None
-            held = x if mask is None else prepare.Holed(x, self.array(path, mask, False), f"{path}, {mask!r}")
-            return held if self.stream else held[:]
+            x = self.array(path, name, False)
+            if self.mask is not None:
+                mask = known[self.mask][split]
+                x = prepare.Holed(x, self.array(path, mask, False), f"{path}, {mask!r}")
+            return x if self.stream else x[:]
 
         given = {split: (rows(name, split), text(self.y, split)) for split, name in found.items()}
         ids = [cache.texts(text(self.id, split)) for split in SPLITS if self.id and split in found]

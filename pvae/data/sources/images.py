@@ -48,6 +48,9 @@ class Images(FileData):
     """`[height, width]` to which images are resized (bilinear, antialiased); None requires images of equal size."""
     mode: Literal["L", "RGB"] = "RGB"
     """Channels: one of luminance (`L`), or three of colour (`RGB`)."""
+    mask: str | None = None
+    """Folder of masks, images of the same names and size (after `size`), white where a pixel is missing and black
+    elsewhere; None for none. New rows have none."""
     background: Literal["white", "black"] = "white"
     """Background on which transparent pixels are composited; `Dataset.notes` says how many images have some."""
     scale: prepare.Scale = "unit"
@@ -58,8 +61,21 @@ class Images(FileData):
 
         Raises:
             DataError: the folder does not exist, contains no readable image, or images differ in size and no `size` is
-                declared.
+                declared; or the masks are of other images.
         """
+        kept, root = self._kept(data_dir)
+        y = kept.arrays["y"][:] if "y" in kept.arrays else None
+        x, names = held(kept.arrays["x"], self.stream, str(root)), tuple(kept.notes["label_names"]) or None
+        more: dict[str, Any] = {"notes": tuple(kept.notes["told"]), "ids": kept.texts("id"), "label_names": names}
+        if self.mask is not None:
+            masks, where = self.model_copy(update={"path": self.mask, "mode": "L"})._kept(data_dir)
+            other = set(more["ids"]) ^ set(masks.texts("id"))
+            refuse(other, f"{where}: expected a mask for each image; got {min(other, default='')} without its other.")
+            x = prepare.Holed(x, held(masks.arrays["x"], self.stream, str(where)), str(where), 255)
+        return self.to_rows(x, y, "images", **more)
+
+    def _kept(self, data_dir: Path | None) -> tuple[Any, Path]:
+        """Return the decoded images in the cache, and their folder."""
         refuse((root := candidate(self.path, data_dir, Path.is_dir)).is_file(), "data.sources.packed_images", root=root)
         refuse(not root.is_dir(), "data.sources.no_images", root=root)
         files, skipped = found(root)
@@ -67,11 +83,7 @@ class Images(FileData):
         listing = digest(pretty({"files": files}).encode())
         entry = {"source": "images", "path": str(root.resolve()), "files": listing, "skipped": skipped}
         options = {"size": self.size, "mode": self.mode, "background": self.background, "pillow": PIL.__version__}
-        kept = cache.decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self))
-        y = kept.arrays["y"][:] if "y" in kept.arrays else None
-        x, names = held(kept.arrays["x"], self.stream, str(root)), tuple(kept.notes["label_names"]) or None
-        more: dict[str, Any] = {"notes": tuple(kept.notes["told"]), "ids": kept.texts("id")}
-        return self.to_rows(x, y, "images", label_names=names, **more)
+        return cache.decoded({**entry, **options}, lambda writer: _decode(writer, root, files, skipped, self)), root
 
 
 ImageFile = tuple[str, *tuple[int, ...]]
