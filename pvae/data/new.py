@@ -78,8 +78,7 @@ class FittedTransforms(Section):
 
     def unit(self, name: str | None) -> torch.Tensor:
         """Return the divisors of the values beside x of a name, `(d,)`; 1 where there are none, as of labels."""
-        places = self._places(name)
-        if self.side is None or not places:
+        if self.side is None or not (places := self._places(name)):
             return torch.ones(1)
         return torch.tensor(np.broadcast_to(self.side.divisor, len(self.side.columns))[places])
 
@@ -102,8 +101,7 @@ class FittedTransforms(Section):
             known = self.label_names or ()
             refuse(value not in known, "data.new.label", name="given", row=0, known=known, word=value, hint="")
             return torch.tensor(known.index(value))
-        columns = self.side.columns
-        column, cells = list(columns.values())[places[0]], np.asarray(value)
+        column, cells = list(self.side.columns.values())[places[0]], np.asarray(value)
         is_text = name in self.side.words
         cells = cells[:, 0] if cells.ndim == 2 and cells.shape[1] == len(places) == 1 else cells
         many = cells if cells.ndim == 1 + (len(places) > 1 and not is_text) else cells[None]
@@ -111,7 +109,7 @@ class FittedTransforms(Section):
         if rows is None or rows.x.shape[1] != len(places):
             raise DataError(f"given: expected {len(places)} numbers of {name}; got shape {list(cells.shape)}.")
         refuse(rows.notes, f"given: expected texts of at most {len(places)} words; got {str(value)[:60]!r}.")
-        full = np.full((len(many), len(columns)), np.nan)
+        full = np.full((len(many), len(self.side.columns)), np.nan)
         full[:, places] = rows.x[:]
         found = torch.from_numpy(self.side.coded(full).of(range(len(full)))[:, places]).float()
         if is_text or not isinstance(column, ContinuousColumn):
@@ -130,8 +128,7 @@ class FittedTransforms(Section):
             return {}
         widths = Counter(key.split("[")[0] for key in (() if rows is None else rows.table))
         needed = dict.fromkeys(key.split("[")[0] for key, c in self.side.columns.items() if c.missing == "error")
-        if lacking := [name for name in needed if name not in widths]:
-            raise DataError.of("data.side.none", source="data", names=lacking)
+        refuse(names := [name for name in needed if name not in widths], "data.side.none", source="data", names=names)
         for name, width in widths.items():
             wanted = len(self._places(name))
             refuse(width != wanted, f"data: expected {wanted} values of {name!r} in each row; got {width}.")

@@ -16,7 +16,6 @@ from pvae.analysis.pages.plots import bars, base, clouds
 from pvae.analysis.pages.sections.examination import Examination
 from pvae.analysis.samples.features import is_image
 from pvae.analysis.samples.probe import RAW, groups as groups_of, probe as probe_of
-from pvae.experiment.experiment import Experiment
 from pvae.pair.code_usage import SILENT
 from pvae.training.evaluation import FIGURES, classified, predicted
 from pvae.util import Record, seeds
@@ -235,22 +234,17 @@ def calibration_error(probs: torch.Tensor, label: torch.Tensor) -> float:
     return float(gaps.abs().sum() / len(label))
 
 
-def _observes(exam: Examination) -> bool:
-    return isinstance(exam.run.plan, Experiment) and bool(exam.run.plan.observed_latents())
-
-
-@section("labels", scored=True, where=_observes)
+@section("labels", scored=True, where=lambda exam: any(entry.latent for entry in exam.pair.frame.entries.values()))
 def labels(exam: Examination) -> Iterator[Part]:
     """Yield errors and calibration of q(y | x) of all latents that some rows observe; nothing without any."""
-    plan = exam.run.experiment
-    seen, held = plan.known(exam.data.train), plan.known(exam.part)
-    codes = classified(plan, exam.pair, exam.part, LABEL_DRAWS)
-    vectors = predicted(plan, exam.pair, exam.data, exam.part, LABEL_DRAWS)
+    plan, part = exam.run.experiment, exam.part
+    seen, held, codes = plan.known(exam.data.train), plan.known(part), classified(plan, exam.pair, part, LABEL_DRAWS)
+    vectors = predicted(plan, exam.pair, exam.data, part, LABEL_DRAWS)
     right: dict[str, Any] = {z: (proportion(q.argmax(1) == y), calibration_error(q, y)) for z, (q, y) in codes.items()}
     right |= {z: tuple(Estimate(*found) for found in p.values()) for z, p in vectors.items()}
-    counted = {z: (z, *(int((~known[z].isnan().any(1)).sum()) for known in (seen, held))) for z in seen}
     whole: dict[str, list[tuple[Any, ...]]] = {"labels": [], "numbers": []}
-    for name, count in counted.items():
+    for name in seen:
+        count = (name, *(int((~known[name].isnan().any(1)).sum()) for known in (seen, held)))
         kind, width = ("labels", 2) if exam.pair.frame.entries[name].codes else ("numbers", len(FIGURES))
         whole[kind].append((*count, *right.get(name, [None] * width)))
     if whole["labels"]:
