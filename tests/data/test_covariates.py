@@ -13,6 +13,7 @@ import torch
 import pvae
 from pvae import Experiment, Run
 from pvae.data import Dataset, load
+from pvae.data.new import rows_of_new
 from pvae.data.rows.columns import ContinuousColumn
 from pvae.data.sources.python import TensorSource
 from pvae.errors import DataError, DeclarationError
@@ -165,6 +166,30 @@ def test_a_table_with_covariates_is_fitted_encoded_and_sampled(tmp_path):
         run.rows(new.drop(columns="plate"))
     with pytest.raises(DeclarationError, match=r"given.batch: .*expected one of 'one', 'two', 'three'; got 'ten'"):
         run.sample(2, given={"batch": "ten"})
+    ages = run.sample(2, given={"age": [[40], [50]]}).covariates["age"]  # (n, d) as (n,)
+    assert torch.equal(ages, run.sample(2, given={"age": [40, 50]}).covariates["age"])
+    odd: list[tuple[Any, str]] = [
+        ({"age": {"a": 1}}, "given.age: expected a value, or 2 of them; got {'a': 1}"),
+        ({"age": [[40, 1], [50, 2]]}, r"given.age: .* one for each row; got an array of shape \[1, 2, 2\]"),
+        ([("age", 40)], r"given: expected values by covariate, as {'y': 3}; got \[\('age', 40\)\]"),
+    ]
+    for given, match in odd:
+        with pytest.raises(DeclarationError, match=match):
+            run.sample(2, given=given)
+
+
+def test_new_values_beside_x_have_the_width_of_the_fit():
+    source = TensorSource(side={"age": ContinuousColumn()})
+    x, age = torch.rand(20, 2), torch.rand(20)
+    for fitted, same in ((age, age[:, None]), (age[:, None], age)):
+        known = Dataset.of({"x": x, "age": fitted}, source).transforms
+        assert known is not None
+        found = [known.split(rows_of_new({"x": x, "age": v}, source, known)).side for v in (fitted, same)]
+        assert torch.equal(*(next(iter(side.values())) for side in found))
+        with pytest.raises(DataError, match="expected 1 values of 'age' in each row; got 2"):
+            known.split(rows_of_new({"x": x, "age": torch.rand(20, 2)}, source, known))
+        with pytest.raises(DataError, match=r"expected 20 values of 'age', one for each row; got .*\[20, 1, 1\]"):
+            rows_of_new({"x": x, "age": age[:, None, None]}, source, known)
 
 
 def test_values_beside_x_come_from_every_kind_of_source(tmp_path):
