@@ -129,9 +129,8 @@ class FittedTransforms(Section):
         widths = Counter(key.split("[")[0] for key in (() if rows is None else rows.table))
         needed = dict.fromkeys(key.split("[")[0] for key, c in self.side.columns.items() if c.missing == "error")
         refuse(names := [name for name in needed if name not in widths], "data.side.none", source="data", names=names)
-        for name, width in widths.items():
-            wanted = len(self._places(name))
-            refuse(width != wanted, f"data: expected {wanted} values of {name!r} in each row; got {width}.")
+        for name, w in widths.items():
+            refuse(w != (n := len(self._places(name))), f"data: expected {n} values of {name!r} a row; got {w}.")
         full = np.full((len(part) if rows is None else len(rows.x), len(self.side.columns)), np.nan)
         if rows is not None:
             full[:, [place for name in widths for place in self._places(name)]] = rows.x[:]

@@ -199,8 +199,7 @@ def predicted(plan: Experiment, pair: Pair, data: Dataset, split: Split, draws: 
         below = torch.stack([unwrapped(fn).cdf(y) for fn in fns]) if is_normal else (values < y).to(y)
         log_q = torch.stack([fn.log_prob(y) for fn in fns]).logsumexp(0) - math.log(len(fns)) - unit.log().sum()
         found.setdefault((name, len(fns)), []).append((y * unit, means.mean(0) * unit, below.mean(0), log_q))
-    joined = {z: [torch.cat(column).double() for column in zip(*parts, strict=True)] for z, parts in found.items()}
-    return {name: figures_of(count, *columns) for (name, count), columns in joined.items()}
+    return {z: figures_of(n, *map(torch.cat, zip(*parts, strict=True))) for (z, n), parts in found.items()}
 
 
 def seen_by(plan: Plan, pair: Pair, data: Dataset, split: Split) -> dict[str, float]:
@@ -211,9 +210,8 @@ def seen_by(plan: Plan, pair: Pair, data: Dataset, split: Split) -> dict[str, fl
     """
     if not isinstance(plan, Experiment):
         return {}
-    found = classified(plan, pair, split).items()
-    hits = {f"accuracy/{name}": float((q.argmax(1) == y).double().mean()) for name, (q, y) in found}
-    vectors = predicted(plan, pair, data, split).items()
+    codes, vectors = classified(plan, pair, split).items(), predicted(plan, pair, data, split).items()
+    hits = {f"accuracy/{name}": float((q.argmax(1) == y).double().mean()) for name, (q, y) in codes}
     return hits | {f"{key}/{name}": value for name, p in vectors for key, (value, *_) in p.items()}
 
 

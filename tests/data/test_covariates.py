@@ -186,7 +186,7 @@ def test_new_values_beside_x_have_the_width_of_the_fit():
         assert known is not None
         found = [known.split(rows_of_new({"x": x, "age": v}, source, known)).side for v in (fitted, same)]
         assert torch.equal(*(next(iter(side.values())) for side in found))
-        with pytest.raises(DataError, match="expected 1 values of 'age' in each row; got 2"):
+        with pytest.raises(DataError, match="expected 1 values of 'age' a row; got 2"):
             known.split(rows_of_new({"x": x, "age": torch.rand(20, 2)}, source, known))
         with pytest.raises(DataError, match=r"expected 20 values of 'age', one for each row; got .*\[20, 1, 1\]"):
             rows_of_new({"x": x, "age": age[:, None, None]}, source, known)
