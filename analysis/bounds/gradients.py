@@ -1,7 +1,7 @@
 """Estimators of the gradient of a bound beside each other: bias, variance, signal-to-noise ratio and time."""
 
 import math
-import time
+from time import perf_counter, process_time
 from typing import Any
 
 import pandas
@@ -41,9 +41,9 @@ class Gradients(Record):
     frame: pandas.DataFrame
     """A row for each `group` and `estimator`. `bias`: norm of the bias of the mean gradient, divided by the norm of the
     gradient, and its standard error `bias_error`. `variance`: trace of the covariance, squared nats per datum.
-    `signal_to_noise`: norm of the mean gradient divided by the root of the variance. `seconds` of a gradient.
-    `per_second`: square of the ratio divided by the seconds, which stays when gradients are averaged. `biased`: whether
-    the squared bias is more than `SIGNIFICANT` errors."""
+    `signal_to_noise`: norm of the mean gradient divided by the root of the variance. `seconds` of a gradient,
+    of the processor where the pair is on one. `per_second`: square of the ratio divided by the seconds, which stays
+    when gradients are averaged. `biased`: whether the squared bias is more than `SIGNIFICANT` errors."""
     refused: dict[str, str]
     """Reasons against other estimators, by name."""
 
@@ -117,7 +117,7 @@ def gradients(
     groups = list(dict.fromkeys(map(_group, named)))
     of = torch.cat([torch.full((p.numel(),), groups.index(_group(name)), device=x.device) for name, p in named.items()])
     weight = torch.tensor(objective.beta.at(run.plan.train.epochs, run.plan.train.epochs), device=x.device)
-    made, refused = elbo.estimators(objective, pair), {}
+    made, refused, clock = elbo.estimators(objective, pair), {}, process_time if x.is_cpu else perf_counter
     found: list[dict[str, Any]] = []
 
     def gradient(source: Pair, asked: base.Objective, number: int) -> Tensor:
@@ -136,12 +136,12 @@ def gradients(
         one, other = means if known is None else [gradient(known, elbo.TraceELBO(), 0)] * 2
         for index, (name, asked) in enumerate(made.items()):
             try:
-                parts, start = [], time.perf_counter()
+                parts, start = [], clock()
                 for i in range(draws // 2):
                     a, b = (gradient(pair, asked, (index + 1) * 2 * draws + 2 * i + j) for j in range(2))
                     parts.append(torch.stack([dot(a, b), dot(a - b, a - b) / 2, dot(a - one, b - other)]))
                     on_progress(index * draws + 2 * i + 2, len(made) * draws)
-                seconds = (time.perf_counter() - start) / len(parts) / 2
+                seconds = (clock() - start) / len(parts) / 2
             except DeclarationError as error:
                 refused[name] = str(error)
                 continue

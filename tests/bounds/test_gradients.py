@@ -10,6 +10,7 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis.bounds.gradients import gradients
+from pvae.analysis.figures.estimate import text
 from pvae.errors import DataError
 from pvae.experiment.experiment import Experiment
 from pvae.objectives.elbo import TraceELBO
@@ -77,9 +78,32 @@ def test_gradients_of_codes_are_held_against_their_sum(tmp_path: Path, posterior
     assert rows["biased"]["decoder"] == biased
 
 
+def row(estimator: str, variance: float, per_second: float, biased: bool = False) -> dict[str, Any]:
+    """Figures of an estimator that a verdict reads; a signal of norm one."""
+    noise = variance**0.5
+    figures = {"estimator": estimator, "variance": variance, "per_second": per_second, "bias": 0.1, "biased": biased}
+    return {**figures, "signal_to_noise": 1 / noise if noise else float("inf")}
+
+
+VERDICTS = {
+    "choose two: 2 times": [row("one", 1.0, 3.0), row("two", 1.0, 6.0)],
+    "choose one; none is better by a quarter": [row("one", 1.0, 5.0), row("two", 1.0, 6.0)],
+    "choose one.": [row("one", 1.0, float("nan")), row("two", 1.0, float("nan"))],
+    "choose two": [row("one", 1.0, 9.0, biased=True), row("two", 1.0, 6.0)],
+    "every estimator is biased": [row("one", 1.0, 5.0, biased=True)],
+    "nothing to choose": [row("one", 0.0, float("inf")), row("two", 0.0, float("inf"))],
+    "nothing to choose, every gradient": [row("one", 1e-13, 1e13), row("two", 2e-13, 1e13)],
+}
+
+
+@pytest.mark.parametrize(("said", "rows"), VERDICTS.items(), ids=list(VERDICTS))
+def test_a_verdict_names_another_estimator_only_for_a_gain(said: str, rows: list[dict[str, Any]]) -> None:
+    assert f"encoder: {said}" in " ".join(text("gradients.verdict", group="encoder", rows=rows).split())
+
+
 def test_the_command_prints_a_table_or_json(run: pvae.Run) -> None:
     said, _ = run_cli("gradients", str(run.path), "--draws", "4", "--rows", "5")
-    assert "stick_the_landing" in said
+    assert "stick the landing" in said
     assert "decoder: choose" in said
     told, _ = run_cli("gradients", str(run.path), "--draws", "4", "--rows", "5", "--json")
     assert {row["estimator"] for row in json.loads(told)["rows"]} > {"closed_form"}
