@@ -186,8 +186,8 @@ def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> d
                 odd = f"given.{name}: expected a value, or {n} of them; got {str(value)[:60]}."
                 said = instead(DataError, f"given.{name}: {{problem}}", DeclarationError)
                 with instead((TypeError, ValueError), odd, DeclarationError), said:
-                    value = source.transforms.given(name, value)
-            found[name] = _values(name, entry, n, value)
+                    found[name] = source.transforms.given(name, value)
+            found[name] = _values(name, entry, n, found.get(name, value), value)
         else:
             is_text = isinstance(value, str)
             misdeclared(not is_text, "refused.no_text", name=name, words=vocabulary.words[1:], value=value)
@@ -195,7 +195,7 @@ def given_values(source: Run | Pair, pair: Pair, given: Covariates, n: int) -> d
     return found
 
 
-def _values(name: str, entry: Entry, n: int, value: Any) -> Tensor:
+def _values(name: str, entry: Entry, n: int, value: Any, said: Any) -> Tensor:
     """Return the values of a label or of numbers, `(n, *entry.shape)`, after checking that the entry can have them."""
     try:
         found = torch.as_tensor(value).cpu()
@@ -206,6 +206,6 @@ def _values(name: str, entry: Entry, n: int, value: Any) -> Tensor:
     kind = "an integer" if entry.codes else f"{entry.width} numbers"
     is_wrong = found.dtype is torch.bool or (entry.codes > 0 and found.is_floating_point())
     is_wrong = is_wrong or found.shape not in (entry.shape, (n, *entry.shape))
-    misdeclared(is_wrong, f"given.{name}: expected {kind}, or {n} of them; got {str(value)[:60]}.")
+    misdeclared(is_wrong, f"given.{name}: expected {kind}, or {n} of them; got {str(said)[:60]}.")
     misdeclared((wrong := entry.wrong(found)).any(), "refused.out_of_range", name=name, entry=entry, found=found[wrong])
     return (found.long() if entry.codes else found.float()).expand(n, *entry.shape).clone()

@@ -75,7 +75,9 @@ def _row(run: Run, split: str, name: str, row: int) -> Tensor:
 def given_of(given: list[str] | None) -> dict[str, Any] | None:
     """Return the values of `--given` by covariate, such as `y=3` or `words=ankle boot`; None if there are none."""
     pairs = [text.partition("=") for text in given or ()]
-    return {name.strip(): _value(value.strip()) for name, _, value in pairs} or None
+    found = {name.strip(): _value(value.strip()) for name, _, value in pairs}
+    misdeclared(len(found) < len(pairs), f"--given: expected each covariate once; got {', '.join(given or ())}.")
+    return found or None
 
 
 def _value(text: str) -> Any:

@@ -12,6 +12,7 @@ import torch
 
 import pvae
 from pvae import Experiment, Run
+from pvae.cli.making import given_of
 from pvae.data import Dataset, load
 from pvae.data.new import rows_of_new
 from pvae.data.rows.columns import ContinuousColumn
@@ -171,11 +172,14 @@ def test_a_table_with_covariates_is_fitted_encoded_and_sampled(tmp_path):
     odd: list[tuple[Any, str]] = [
         ({"age": {"a": 1}}, "given.age: expected a value, or 2 of them; got {'a': 1}"),
         ({"age": [[40, 1], [50, 2]]}, r"given.age: .* one for each row; got an array of shape \[1, 2, 2\]"),
+        ({"age": [40, 50, 60]}, r"given.age: expected 1 numbers, or 2 of them; got \[40, 50, 60\]"),
         ([("age", 40)], r"given: expected values by covariate, as {'y': 3}; got \[\('age', 40\)\]"),
     ]
     for given, match in odd:
         with pytest.raises(DeclarationError, match=match):
             run.sample(2, given=given)
+    with pytest.raises(DeclarationError, match="--given: expected each covariate once; got age=1, age=2"):
+        given_of(["age=1", "age=2"])
 
 
 def test_new_values_beside_x_have_the_width_of_the_fit():
