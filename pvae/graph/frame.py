@@ -7,7 +7,6 @@ from functools import cached_property
 from math import prod
 from typing import Literal, Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,8 +72,7 @@ def word_numbers(words: Sequence[str], length: int) -> list[int]:
 
 def short(word: str) -> str:
     """Return a word of at most ten characters; of a longer one its first two, and eight digits of a hash of all."""
-    found = np.base_repr(int.from_bytes(hashlib.sha256(word.encode()).digest()[:5]), 36).lower()
-    return word if len(word) <= 10 else word[:2] + found.zfill(8)
+    return word if len(word) <= 10 else word[:2] + hashlib.sha256(word.encode()).hexdigest()[:8]
 
 
 class Entry(Record):

@@ -17,7 +17,7 @@ from pvae.util import Record
 from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
 
 LOCK_SECONDS = 900
-DECODED_FORMAT = 6
+DECODED_FORMAT = 7
 """Format version of decoded cache entries; an entry of another version is decoded again."""
 INDEX = "index.json"
 NAME_BYTES = 200
