@@ -17,7 +17,7 @@ from pydantic import Field
 from pvae.component import Section
 from pvae.data.rows import NEW, AnyArray, Column, ContinuousColumn, Index, Part, Rows, Stored, candidate, reshape
 from pvae.data.rows.prepare import UNWARPS, Binarize, Floats, Scaled, prepare, scaled, warps_of, worded
-from pvae.data.sources.arrays import NamedArrays
+from pvae.data.sources.arrays import Idx, NamedArrays, Npy
 from pvae.data.sources.base import Data, FileData, named, signature
 from pvae.data.sources.hdf import H5ad
 from pvae.data.sources.python import PassedData, TensorSource, anndata_rows, is_anndata
@@ -313,12 +313,13 @@ def source_of(
         refuse(issubclass(member, Tabular) and not isinstance(declared, Tabular), "data.new.arrays", path=path)
     elif isinstance(declared, Tabular):
         member = FrameSource
-    own = {"source"} | (set() if issubclass(member, NamedArrays) else {"mask"})  # a file beside that of the fit's rows
+    own = {"source"} if issubclass(member, NamedArrays) and isinstance(declared, NamedArrays) else {"source", "mask"}
     shared = (declared.model_fields_set & member.model_fields.keys()) - own if declared else set()
     given = {name: getattr(declared, name) for name in shared}
     given |= {"path": path} if "path" in member.model_fields else {}
     given |= {"stream": True} if where.is_file() and where.stat().st_size > STREAMED_BYTES else {}
-    if "labels" in member.model_fields and path or member is H5ad:  # a column, or a file beside that of the rows
+    # labels are a column, or a file beside that of the rows
+    if "labels" in member.model_fields and (path or isinstance(declared, Npy | Idx)) or member is H5ad:
         given |= read if member is H5ad else {"labels": next(iter(beside), None)}
     return member(**given)
 

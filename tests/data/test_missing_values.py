@@ -117,6 +117,8 @@ def test_files_and_folders_have_masks_beside_them(tmp_path: Path, kind: str, str
     assert fitted is not None
     new = rows_of_new(str(tmp_path / ("x" if kind == "images" else f"x.{kind}")), Data.parse(masked), fitted)
     assert not np.isnan(new.x[:]).any()
+    arrays = rows_of_new(np.where(gone, np.nan, x).astype(np.float32), Data.parse(masked), fitted)
+    assert np.array_equal(np.isnan(arrays.x[:]), np.broadcast_to(gone, x.shape))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -71,6 +71,16 @@ def test_a_source_read_again_is_the_data_of_the_fit(name: str, change: dict[str,
         assert (whole.splits[split.numbers] == split.name).all()
 
 
+@pytest.mark.parametrize("name", ["npy", "idx"])
+def test_labels_in_a_file_of_the_fit_are_passed_beside_new_arrays(name: str, tmp_path: Path):
+    declared, data = TABLE[name].make(tmp_path), loaded(name, tmp_path)
+    rows = declared.read(tmp_path, 0)
+    new = again(data, declared, (rows.x[:], data.whole().y), closed=True)
+    assert torch.equal(new.x, data.whole().x)
+    assert new.y is not None
+    assert torch.equal(new.y, data.whole().y)
+
+
 def test_archives_with_splits_are_numbered_in_their_order(tmp_path: Path):
     declared = Npz(path=npz(tmp_path, x_val=X[:5], x_train=X[5:], y_train=Y[5:], y_val=Y[:5]), y="y")
     data = load(declared)
