@@ -74,11 +74,12 @@ def test_a_source_read_again_is_the_data_of_the_fit(name: str, change: dict[str,
 @pytest.mark.parametrize("name", ["npy", "idx"])
 def test_labels_in_a_file_of_the_fit_are_passed_beside_new_arrays(name: str, tmp_path: Path):
     declared, data = TABLE[name].make(tmp_path), loaded(name, tmp_path)
-    rows = declared.read(tmp_path, 0)
-    new = again(data, declared, (rows.x[:], data.whole().y), closed=True)
-    assert torch.equal(new.x, data.whole().x)
+    rows, whole = declared.read(tmp_path, 0), data.whole()
+    new = again(data, declared, (rows.x[:], whole.y), closed=True)
+    assert torch.equal(new.x, whole.x)
     assert new.y is not None
-    assert torch.equal(new.y, data.whole().y)
+    assert whole.y is not None
+    assert torch.equal(new.y, whole.y)
 
 
 def test_archives_with_splits_are_numbered_in_their_order(tmp_path: Path):
