@@ -122,9 +122,9 @@ class FileData(Data):
         Raises:
             DataError: see `Rows` and `joined`.
         """
-        is_bytes = isinstance(x, prepare.Holed) and x.x.dtype == np.uint8
-        more |= {"largest": self.largest or (255.0 if is_bytes else None), "masked": self.masked}
-        return rows.joined({"train": (x if self.stream else x[:], y)}, self.split_seed, name, **more)
+        top = self.largest or (255.0 if isinstance(x, prepare.Holed) and x.x.dtype == np.uint8 else None)
+        x = x[:] if isinstance(x, prepare.Holed) and not self.stream else x
+        return rows.joined({"train": (x, y)}, self.split_seed, name, largest=top, masked=self.masked, **more)
 
 
 @contextmanager
