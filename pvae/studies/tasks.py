@@ -64,8 +64,7 @@ class Task:
         """Return what tells the task from others of all studies in a folder of runs."""
         if self.search is not None:
             return f"{self.search.key}-{self.number}"
-        both = "".join(case.digest for case in (self.cases[0], self.parent) if case)
-        return files.digest(both.encode())[:32]
+        return files.digest("".join(case.digest for case in (self.cases[0], self.parent) if case).encode())[:32]
 
     def left(self, shelf: Shelf, measure: Measure) -> tuple[str, RunDirectory | None, Mapping[str, Any]]:
         """Return what is left to do (`held`: by another; `found`: nothing), the run to begin from, and its manifest."""

@@ -291,5 +291,5 @@ def column_labels(found: Any, column: str) -> tuple[np.ndarray, tuple[str, ...] 
     refuse(pd.api.types.is_float_dtype(values.dtype), "data.sources.floats", column=column, values=values)
     categories = values.astype("category").cat
     codes, words = categories.codes.to_numpy(np.int64), tuple(map(str, categories.categories))
-    chosen = categories.ordered or list(words) != sorted(words)  # an order of the user's own, not pandas' default
-    return (codes, words) if chosen else in_order(codes, words)
+    # an order of the user's own, not pandas' default, is kept
+    return (codes, words) if categories.ordered or list(words) != sorted(words) else in_order(codes, words)
