@@ -20,7 +20,7 @@ from pvae.analysis.pages.document import document, words
 from pvae.analysis.pages.plots import clouds
 from pvae.analysis.pages.sections.examination import UNFIT
 from pvae.analysis.samples import encode, features, running, score, traversal
-from pvae.data.rows import worded
+from pvae.data.rows.prepare import worded
 from pvae.data.split import Split
 from pvae.runs.run import Run
 from pvae.util import Progress, seeds, silent, write_atomic

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from pvae.component import from_table
 from pvae.data import new, streamed
-from pvae.data.rows import Stored
+from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import Scaled, extremes, prepare, scaled
 from pvae.data.rows.rows import SPLITS, Part, Rows, joined, partition, reshape, shared_rows
 from pvae.data.sources.base import Data, named

@@ -15,8 +15,10 @@ import torch
 from pydantic import Field
 
 from pvae.component import Section
-from pvae.data.rows import NEW, AnyArray, Column, ContinuousColumn, Index, Part, Rows, Stored, candidate, reshape
+from pvae.data.rows.columns import Column, ContinuousColumn
+from pvae.data.rows.files import AnyArray, Index, Stored, candidate
 from pvae.data.rows.prepare import UNWARPS, Binarize, Floats, Scaled, prepare, scaled, warps_of, worded
+from pvae.data.rows.rows import NEW, Part, Rows, reshape
 from pvae.data.sources.arrays import Idx, NamedArrays, Npy
 from pvae.data.sources.base import Data, FileData, named, signature
 from pvae.data.sources.hdf import H5ad

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pvae.data.rows import Stored
+from pvae.data.rows.files import Stored
 from pvae.data.rows.prepare import PUBLISHED_SEED, Binarize, Floats, Scaled, extremes, kept_missing, require_unit
 from pvae.data.rows.rows import NEW, SPLITS, Part, rows_of
 from pvae.errors import DataError

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from rich.table import Column, Table
 from rich.text import Text
 
-from pvae.data.rows import cache_folder
+from pvae.data.rows.cache import cache_folder
 from pvae.errors import CheckpointError, PvaeError, text
 from pvae.runs import RunDirectory, checkpoint, list_runs
 from pvae.runs.find import RUN_ID, STALE_AFTER_SECONDS, folders, is_abandoned, is_run, leftovers

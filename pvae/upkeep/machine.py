@@ -131,7 +131,7 @@ def space(given: CheckArguments) -> Iterator[Check]:
 
 def user_cache() -> Path:
     """Return the folder of cached data."""
-    from pvae.data.rows import cache_folder
+    from pvae.data.rows.cache import cache_folder
 
     return cache_folder()
 
@@ -170,7 +170,7 @@ def temporary(_: CheckArguments) -> Iterator[Check]:
 
 def data(given: CheckArguments) -> Iterator[Check]:
     """Yield checks that the files of the data sources digits, Fashion-MNIST and MNIST are present or downloadable."""
-    from pvae.data.rows import user_folder
+    from pvae.data.rows.files import user_folder
     from pvae.data.sources.collections import FASHION_MNIST, MNIST_FILES
 
     named, without = user_folder(given.data), find_spec("sklearn") is None

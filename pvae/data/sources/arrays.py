@@ -17,8 +17,9 @@ from typing import IO, Any, Literal, cast
 
 import numpy as np
 
-from pvae.data.rows import SPLITS, Rows, cache, files, joined, prepare
+from pvae.data.rows import cache, files, prepare
 from pvae.data.rows.files import AnyArray, ArrayLayout, FileArray
+from pvae.data.rows.rows import SPLITS, Rows, joined
 from pvae.data.sources.base import FileData
 from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, near, printable, refuse

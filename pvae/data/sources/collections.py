@@ -16,7 +16,8 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from pvae.data.rows import cache, rows, user_folder
+from pvae.data.rows import cache, rows
+from pvae.data.rows.files import user_folder
 from pvae.data.sources.arrays import idx_header, read_array, read_idx
 from pvae.data.sources.base import Data
 from pvae.errors import DataError, refuse, text

@@ -18,8 +18,10 @@ import numpy as np
 import pandas
 from scipy import sparse
 
-from pvae.data.rows import AnyArray, ArrayLayout, Index, Rows, SparseRows, Stored, files
+from pvae.data.rows import files
 from pvae.data.rows.cache import Writer, decoded, texts
+from pvae.data.rows.files import AnyArray, ArrayLayout, Index, SparseRows, Stored
+from pvae.data.rows.rows import Rows
 from pvae.data.sources import base, python
 from pvae.data.sources.arrays import NamedArrays, unpacked
 from pvae.data.tables.side import side_rows

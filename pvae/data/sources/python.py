@@ -13,10 +13,10 @@ import torch
 from scipy.sparse import issparse
 from torch.utils.data import DataLoader, Dataset as TorchDataset, IterableDataset
 
-from pvae.data.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.rows.cache import cache_folder, created, room, texts
 from pvae.data.rows.files import PIECE_BYTES, AnyArray, Index, SparseRows, Stored, require_room
 from pvae.data.rows.prepare import Scale
+from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources.base import Data, Seed
 from pvae.data.tables.side import side_rows
 from pvae.errors import DataError, instead, refuse

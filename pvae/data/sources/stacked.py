@@ -12,7 +12,8 @@ import numpy as np
 from pydantic import model_validator
 from safetensors.torch import save
 
-from pvae.data.rows import Rows, cache, files, partition, prepare
+from pvae.data.rows import cache, files, prepare
+from pvae.data.rows.rows import Rows, partition
 from pvae.data.sources.base import Data
 from pvae.errors import refuse
 from pvae.util import digest, replace

@@ -8,7 +8,9 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from pvae.component import Names
-from pvae.data.rows import PARTLY_LABELLED, Column, Rows, cache, files, in_order, joined, prepare
+from pvae.data.rows import cache, files, prepare
+from pvae.data.rows.columns import Column
+from pvae.data.rows.rows import PARTLY_LABELLED, Rows, in_order, joined
 from pvae.data.sources import base, python
 from pvae.data.tables import cells, side
 from pvae.data.tables.readers import TextTable, brief, parquet_pieces, text_pieces

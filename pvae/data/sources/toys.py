@@ -13,7 +13,8 @@ import numpy as np
 from numpy.random import Generator
 from pydantic import Field
 
-from pvae.data.rows import Rows, files, prepare
+from pvae.data.rows import files, prepare
+from pvae.data.rows.rows import Rows
 from pvae.data.sources.base import Data, Seed
 from pvae.util import Record
 

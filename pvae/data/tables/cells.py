@@ -16,7 +16,8 @@ import numpy as np
 import pandas
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 
-from pvae.data.rows import Column, ContinuousColumn, cache, prepare, rows
+from pvae.data.rows import cache, prepare, rows
+from pvae.data.rows.columns import Column, ContinuousColumn
 from pvae.errors import DataError, near, refuse, text
 from pvae.graph.frame import short, split, word_numbers
 from pvae.util import Record, field

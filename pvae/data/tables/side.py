@@ -7,7 +7,9 @@ import numpy as np
 import pandas
 from torch import Tensor
 
-from pvae.data.rows import Column, Floats, Part, Rows
+from pvae.data.rows.columns import Column
+from pvae.data.rows.prepare import Floats
+from pvae.data.rows.rows import Part, Rows
 from pvae.data.tables.cells import NA, CellDecoder
 from pvae.errors import DataError, refuse
 from pvae.graph.frame import PADDING, UNKNOWN, word_numbers
