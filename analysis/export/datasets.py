@@ -1,6 +1,5 @@
 """Posterior samples as plain xarray Datasets; saved, opened and summarised without torch."""
 
-import hashlib
 import html
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +12,7 @@ import xarray
 
 from pvae.errors import CheckpointError, DataError, MissingExtraError, StorageError, instead, near, refuse
 from pvae.util import Record
-from pvae.util.files import read_inside, replaced, write_atomic
+from pvae.util.files import file_digest, read_inside, replaced, write_atomic
 
 GROUP_NAMES = (
     ("posterior", "sample_stats", "guide", "diagnostics", "prior", "posterior_predictive")
@@ -100,7 +99,7 @@ class PosteriorDraws(Record, eq=False, repr=False):
         with replaced(path) as temporary:
             with instead(RuntimeError, unwritten, StorageError):  # HDF5 raises it, too, on a full disk
                 self.to_datatree().to_netcdf(temporary, engine="h5netcdf")
-            digest = _sha256(temporary)
+            digest = file_digest(temporary)
         write_atomic(path.with_name(f"{path.name}.sha256"), f"{digest}  {path.name}\n")
         return path
 
@@ -154,11 +153,6 @@ def _figures(draws: np.ndarray, hdi: float) -> list[float]:
     return [float(v) for v in (wide.mean(), wide.std(), of_means, ordered[first], ordered[first + inside])]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _require_plain(path: Path) -> None:
     """Refuse links to other files and nested groups, which `save` never writes."""
     import h5py
@@ -181,7 +175,7 @@ def _verify(path: Path) -> None:
     checksum = path.with_name(f"{path.name}.sha256")
     with instead((OSError, DataError), "analysis.datasets.checksum", CheckpointError, path=path):
         found = _DIGEST_LINE.match(read_inside(checksum.parent, checksum.name, 1 << 16))
-        digest = _sha256(path)
+        digest = file_digest(path)
     wanted = found[1].decode() if found else ""
     refuse(not wanted, f"{checksum}: expected a line of sha256sum; got none. Export the file again.", CheckpointError)
     refuse(wanted != digest, "analysis.datasets.digest", CheckpointError, path=path, wanted=wanted, digest=digest)

@@ -243,6 +243,12 @@ def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 digest of a file's bytes, in hexadecimal, read piece by piece."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def is_sealed(fields: Mapping[str, Any]) -> bool:
     """Return True if ``fields`` are as `sealed` returned them."""
     with suppress(RecursionError):

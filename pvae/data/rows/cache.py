@@ -1,6 +1,5 @@
 """Cache of downloaded and decoded data sets: an entry is locked while it is made and checksummed when it is opened."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -14,7 +13,7 @@ import numpy as np
 from pvae.data.rows.files import FileArray, version_of
 from pvae.errors import BusyError, DataError, OutputError, StorageError, instead, refuse
 from pvae.util import Record
-from pvae.util.files import is_sealed, pretty, raising, read_object, sealed
+from pvae.util.files import file_digest, is_sealed, pretty, raising, read_object, sealed
 
 LOCK_SECONDS = 900
 DECODED_FORMAT = 7
@@ -153,18 +152,13 @@ def _opened(folder: Path) -> Decoded | None:
         arrays: dict[str, FileArray] = {}
         for name, kept in index["arrays"].items():
             path, dtype = folder / name, np.dtype(kept["dtype"])
-            if _file_digest(path) != kept["sha256"]:
+            if file_digest(path) != kept["sha256"]:
                 return None
             version = version_of(path)
             rows = version[0] // (dtype.itemsize * prod(kept["row"]))
             arrays[name] = FileArray(path, dtype, (rows, *kept["row"]), 0, version)
         return Decoded(arrays, index["notes"])
     return None
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _make(folder: Path, make: Callable[[Writer], None]) -> None:
@@ -177,7 +171,7 @@ def _make(folder: Path, make: Callable[[Writer], None]) -> None:
         with instead(OSError, "Expected data that can be read; got {problem}."):  # no fault of the cache's disk
             make(writer)
         with room(folder):
-            arrays = {name: {**kept, "sha256": _file_digest(part / name)} for name, kept in writer.arrays.items()}
+            arrays = {name: {**kept, "sha256": file_digest(part / name)} for name, kept in writer.arrays.items()}
             (part / INDEX).write_text(pretty(sealed({"arrays": arrays, "notes": writer.notes})))
             shutil.rmtree(folder)
             part.rename(folder)
