@@ -160,8 +160,7 @@ class GraphModel(nn.Module):
                 tokens = sample(name, caption(seen), obs=self.frame.columns(like)[name].long())
                 seen[name] = self.frame.covariates[name].see(tokens, like)  # sampled where it is not given
             for site in self.sites:
-                infer = ENUMERATED if site.summed else None
-                value = sample(site.name, self.prior(site.name, seen), infer=infer)
+                value = sample(site.name, self.prior(site.name, seen), infer=ENUMERATED if site.summed else None)
                 seen[site.name] = self.see(site, value, like)
                 if site.carries:
                     row = Determined(seen[site.name], event_dim=len(site.features))

@@ -193,8 +193,7 @@ def read_sites(pair: Pair, x: Tensor) -> ExportedSites:
         node, found = guide[name], parameters_of(guide[name], layout, count)
         why = _why_hidden(node, found, bool(dependencies.guide.get(name)))
         shown = {} if why else {key: numpy_of(t[0]) for key, t in found.items()}
-        closed = name in exact - dependencies.bottom_up
-        latents.append(ExportedSite(name, names[name], value, shown, why, closed))
+        latents.append(ExportedSite(name, names[name], value, shown, why, name in exact - dependencies.bottom_up))
     no_guide = "the model sums it out; it has no guide"
     latents += [ExportedSite(n, names[n], value, hidden=no_guide, closed=n in exact) for n, value in states.items()]
     whole_sites, seen = (tuple(ExportedSite(z, names[z], v) for z, v in found.items()) for found in (shared, observed))

@@ -134,8 +134,7 @@ class PlainDecoder(PlainModule):
         self.eval()
 
     def distributions(self, given: Mapping[str, Tensor], seen: dict[str, Tensor]) -> dict[str, Any]:
-        like = next(self.parameters())
-        values = {site.name: self.see(site, given[site.name], like) for site in self.sites}
+        values = {site.name: self.see(site, given[site.name], next(self.parameters())) for site in self.sites}
         return {OBSERVED: self.decoder({**seen, **values})}
 
 

@@ -290,8 +290,7 @@ def _split(name: str, x: Any, rows: Rows, part: Part, fitted: new.FittedTransfor
     numbers = np.asarray(part)
     y = None if rows.y is None else torch.from_numpy(rows.y[numbers].astype(np.int64))
     ids = None if rows.ids is None else rows.ids[numbers]
-    side = fitted.beside(rows.side, part)
-    return Split(name, x, y, part=part, ids=ids, label_names=rows.label_names, side=side)
+    return Split(name, x, y, part=part, ids=ids, label_names=rows.label_names, side=fitted.beside(rows.side, part))
 
 
 def _constant_features(train: Split, notes: tuple[str, ...]) -> list[str]:

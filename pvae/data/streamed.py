@@ -48,8 +48,7 @@ class Survey(NamedTuple):
 
 def survey(rows: Scaled, part: Part, binarize: Binarize) -> Survey:
     """Return minimum, maximum and checksum of the stored rows with the numbers in `part`, from one pass over them."""
-    prepared = (str(rows.x.dtype), rows.x.shape[1:], binarize, dict(rows.warps))
-    digest = hashlib.sha256(repr(prepared).encode())
+    digest = hashlib.sha256(repr((str(rows.x.dtype), rows.x.shape[1:], binarize, dict(rows.warps))).encode())
     for number in (rows.shift, rows.divisor):
         digest.update(np.asarray(number, np.float64).tobytes())
     return Survey(*extremes(rows.x, part, digest), digest.digest())
