@@ -47,8 +47,10 @@ docs: $(READY)  ## run the tutorials and build the site into site/
 	env NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "wrote site/index.html"
 
+# `cells` needs data and a peer: `python tests/bench/cells.py --help`.
+BENCHES = $(filter-out cells%,$(basename $(notdir $(wildcard tests/bench/*.py))))
 bench: $(READY)  ## time pvae against hand-written PyTorch, stock Pyro and its peers
-	@set -e; for file in tests/bench/[a-z]*.py; do echo "== $$file"; $(BIN)/python "$$file"; done
+	@set -e; for name in $(BENCHES); do echo "== $$name"; $(BIN)/python -m "tests.bench.$$name"; done
 
 clean:  ## remove what was built and cached; keep .venv and runs/
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

@@ -80,6 +80,9 @@ addEventListener('securitypolicyviolation', (e) => {
 """
 OPEN = "for (const e of document.querySelectorAll('details')) e.open = true"
 
+SETTLE = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+"""Two frames: what observes its own size, as a chart does, has then drawn itself anew for the view."""
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -140,6 +143,7 @@ def opened(running: Browser, path: Path) -> Seen:
 
 
 def _faults(page: Page, view: str) -> list[str]:
+    page.evaluate(SETTLE)
     found: dict[str, Any] = page.evaluate(LOOK, [CONTRAST, SHRINK if view == "print" else 1])
     return [f"{view}: {what}: {where}" for what, places in found.items() for where in places]
 

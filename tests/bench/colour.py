@@ -5,14 +5,13 @@ hand-written step starts at pvae's weights, and the losses of both are first sho
 turns in one process with one thread; a figure is the median over rounds of the ratio to the hand-written step of the
 same round, in seconds of the processor, since other work of the machine does not count there.
 
-    python tests/bench/colour.py [--rounds 20] [--size 64] [--compiled]
+    python -m tests.bench.colour [--rounds 20] [--size 64] [--compiled]
 """
 
 import argparse
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 
 import pyro
 import torch
@@ -22,13 +21,11 @@ from torch.nn.functional import logsigmoid
 from pvae import Experiment
 from pvae.data import load
 from pvae.objectives.base import Loss
-from pvae.pair.pair import Pair
-from pvae.training.step import Step
 from pvae.util.seeds import set_noise
+from tests.bench.step import by_hand, of_pvae
 
 BATCH, WARM = 64, 3
 CPU = torch.device("cpu")
-Variant = Callable[[Tensor], object]
 
 
 def up(channels: int, to: int) -> nn.Module:
@@ -67,33 +64,6 @@ class HandWritten(nn.Module):
         return (kl - log_p).mean()
 
 
-def hand_written(model: HandWritten) -> Variant:
-    """The loop with fused Adam."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-
-    def step(x: Tensor) -> None:
-        optimizer.zero_grad(set_to_none=True)
-        model(x).backward()
-        optimizer.step()
-
-    return step
-
-
-def ours(engine: str, experiment: Experiment, pair: Pair, x: Tensor) -> Variant:
-    """pvae's step, as `fit` takes it."""
-    optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True)
-    stepper = Step(Loss(experiment.objective, pair), optimizer, engine, x)
-    count = 0
-
-    def step(x: Tensor) -> None:
-        nonlocal count
-        set_noise(count, CPU)
-        stepper(x)
-        count += 1
-
-    return step
-
-
 def main() -> None:
     """Run and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -114,13 +84,13 @@ def main() -> None:
             for own, other in zip(model.parameters(), pairs[0].parameters(), strict=True):
                 own.copy_(other)
             set_noise(0, CPU)
-            by_hand = float(model(batches[0]))
+            told = float(model(batches[0]))
             set_noise(0, CPU)
             loss, _ = Loss(experiment.objective, pairs[0])(batches[0])
-            print(f"loss by hand {by_hand:.4f}, of pvae {float(loss):.4f}")
-        variants = {"hand-written": hand_written(model)}
+            print(f"loss by hand {told:.4f}, of pvae {float(loss):.4f}")
+        variants = {"hand-written": by_hand(model)}
         for engine, pair in zip(("eager", "compiled"), pairs, strict=False):
-            variants[f"pvae {engine}"] = ours(engine, experiment, pair, batches[0])
+            variants[f"pvae {engine}"] = of_pvae(engine, experiment, pair, batches[0])
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
         for i in range(a.rounds + WARM):
             for name, step in variants.items():

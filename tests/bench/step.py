@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pvae import Experiment
 from pvae.nn.precision import Precision
 from pvae.objectives.base import Loss
+from pvae.pair.pair import Pair
 from pvae.training.step import Step, make_capturable
 from pvae.util.seeds import set_noise
 
@@ -54,9 +55,8 @@ class HandWritten(nn.Module):
         return (cross + kl).mean()
 
 
-def hand_written() -> Variant:
-    """Hand-written loop with fused Adam."""
-    model = HandWritten().to(DEVICE)
+def by_hand(model: nn.Module) -> Variant:
+    """Loop of a Module that returns its loss, with fused Adam."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
 
     def step(x: Tensor) -> None:
@@ -67,26 +67,30 @@ def hand_written() -> Variant:
     return step
 
 
-def ours(engine: str, x: Tensor, precision: Precision = "float32") -> Variant:
-    """pvae's step, as `fit` takes it."""
-    experiment = Experiment.from_dict(SPEC)
-    pair = experiment.build((784,)).to(DEVICE)
+def of_pvae(engine: str, experiment: Experiment, pair: Pair, x: Tensor, precision: Precision = "float32") -> Variant:
+    """pvae's step, as `fit` takes it, on the device of x."""
     optimizer = torch.optim.Adam(pair.parameters(), lr=1e-3, fused=True)
-    if DEVICE.type == "cuda":
-        make_capturable(optimizer, DEVICE)
+    if x.is_cuda:
+        make_capturable(optimizer, x.device)
     start = time.perf_counter()
-    stepper = Step(Loss(experiment.objective, pair, precision=precision).to(DEVICE), optimizer, engine, x)
+    stepper = Step(Loss(experiment.objective, pair, precision=precision).to(x.device), optimizer, engine, x)
     if engine != "eager":
         print(f"{engine} step in {precision} made in {time.perf_counter() - start:.1f} s")
     count = 0
 
     def step(x: Tensor) -> None:
         nonlocal count
-        set_noise(count, DEVICE)
+        set_noise(count, x.device)
         stepper(x)
         count += 1
 
     return step
+
+
+def ours(engine: str, x: Tensor, precision: Precision = "float32") -> Variant:
+    """pvae's step of the VAE above."""
+    experiment = Experiment.from_dict(SPEC)
+    return of_pvae(engine, experiment, experiment.build((784,)).to(DEVICE), x, precision)
 
 
 def stock_svi() -> Variant:
@@ -178,7 +182,7 @@ def main() -> None:
     torch.manual_seed(0)
     batches = (torch.rand(20, BATCH, 784) > 0.5).float().to(DEVICE)
     variants: dict[str, Variant] = {
-        "hand-written, fused Adam": hand_written(),
+        "hand-written, fused Adam": by_hand(HandWritten().to(DEVICE)),
         f"pvae {fast}": ours(fast, batches[0]),
         f"pvae {fast}, bfloat16": ours(fast, batches[0], "bfloat16"),
         "pvae eager": ours("eager", batches[0]),

@@ -94,7 +94,7 @@ def codes(path: Path, folder: Path, kept: Path) -> Path:
 
 
 def of_codes(path: Path, labels: int, seed: int) -> Experiment:
-    """Return M2 of codes, whose networks start small: with weights of He z is used before y, and errors double."""
+    """Return M2 of codes, whose networks start small: weights of He nearly double its error."""
     data = {"source": "npz", "path": str(path), "x": "x", "y": "y", "scale": "standardise"}
     train = trained(EPOCHS["M1 + M2"][labels], 1e-3, batch_size=200, labelled=0.25, average=0.995, precision="float32")
     more = {

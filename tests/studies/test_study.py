@@ -158,8 +158,9 @@ def test_the_digest_of_every_system_survives_its_file(name):
 def test_shipped_studies_expand(name):
     declared = Declared.load(name)
     assert declared.description
-    assert (declared.search.trials if declared.search else len(declared.cases)) >= 12
-    assert {case.experiment.data.source for case in declared.cases} <= {"fashion_mnist"}  # type: ignore[attr-defined]
+    assert (declared.search.trials if declared.search else len(declared.cases)) >= (5 if name == "colour" else 12)
+    source = "patches" if name == "colour" else "fashion_mnist"
+    assert {case.experiment.data.source for case in declared.cases} <= {source}  # type: ignore[attr-defined]
 
 
 # ---------------------------------------------------------------------- refusals
@@ -228,7 +229,7 @@ def test_a_file_without_a_sweep_and_a_name_that_is_none(tmp_path):
     (tmp_path / "plain.toml").write_text(tomli_w.dumps(TABLE))
     with pytest.raises(DeclarationError, match=r"sweep: expected a table; got none. Fit one experiment with: pvae fit"):
         Declared.load(tmp_path / "plain.toml")
-    with pytest.raises(DeclarationError, match=r"a study \(capacity, codes, discrete, priors\).*did you mean 'priors'"):
+    with pytest.raises(DeclarationError, match=r"\(capacity, codes, colour, discrete, priors\).*did you mean 'priors'"):
         Declared.load("prior")
 
 

@@ -84,8 +84,8 @@ def least_probable(exam: Examination) -> Iterator[Part]:
     values, density = exam.in_units(base.array(exam.part.observed(rows.x))), base.array(found.elements)
     order = np.argsort(np.where(np.isfinite(density), density, np.inf), axis=None, kind="stable")[:WORST_CELLS]
     places = np.transpose(np.unravel_index(order, density.shape))
-    said = (f"{v:.5g}" if isinstance(v := values.iloc[i, j], float) else str(v) for i, j in places)
-    worst = [(exam.name_of(rows.chosen[i]), float(density[i, j]), values.columns[j], next(said)) for i, j in places]
+    of = [(exam.name_of(rows.chosen[i]), float(density[i, j]), values.columns[j], values.iloc[i, j]) for i, j in places]
+    worst = [(*cell, f"{value:.5g}" if isinstance(value, float) else str(value)) for *cell, value in of]
     yield table("cells", worst, digits=2, split=exam.split, rows=rows)
     yield {"cells": [dict(zip(("row", "log_p", "column", "value"), cell, strict=True)) for cell in worst]}
 

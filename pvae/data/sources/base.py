@@ -15,7 +15,8 @@ from pydantic import Field
 
 from pvae.component import Component, Ints, Section, Table
 from pvae.data.rows import columns, files, prepare, rows
-from pvae.errors import DataError, text
+from pvae.errors import DataError
+from pvae.util import toml
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
 """Range of rows ``[start, stop)`` of a source; a list of two integers is accepted."""
@@ -147,4 +148,5 @@ def signature(path: Path) -> str:
     if path.is_file():  # a pipe would be waited for
         with suppress(OSError), path.open("rb") as file:
             start = file.read(8)
-    return text("data.sources.signature", start=start.hex())
+    kinds = toml.read(Path(__file__).with_name("signatures.toml")).items()
+    return next((kind for magic, kind in kinds if start.hex().startswith(magic)), "")

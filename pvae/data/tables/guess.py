@@ -35,6 +35,8 @@ NEVER_LEVELS = ("NULL", "null", "N/A", "n/a", "#N/A", "NaN", "<NA>")
 UNITS = re.compile(r"[+-]?[$€£¥]\s?[\d.,]+|[+-]?[\d.,]+\s?[%$€£¥‰]")
 """Numbers with a percent sign or the sign of a currency, which no spelling of numbers reads."""
 SEPARATORS = (",", ";", "\t", "|")
+NAMING = ("different words", "a number for every row")
+"""Ends of the reasons to leave out a column whose cells name the rows, if each has another."""
 Found = dict[str, Any]
 
 
@@ -88,7 +90,7 @@ def guess(path: str, data_dir: Path | None = None, label: str | None = None) -> 
     columns = {name: kind for name, kind in kinds.items() if not isinstance(kind, str)}
     left |= {name: kind for name, kind in kinds.items() if isinstance(kind, str)}
     refuse(not columns, f"{path}: expected a column that varies; got {listed(list(left))}.")
-    if names := [name for name in kinds if name in left and cells[name].nunique() == len(cells) > 1]:
+    if names := [n for n in kinds if left.get(n, "").endswith(NAMING) and cells[n].nunique() == len(cells) > 1]:
         found["id"], left[names[0]] = names[0], "another word in every row: taken as their names, data.id"
     declaration = {
         "name": where.name.split(".")[0] or "table",
@@ -214,7 +216,7 @@ def column_of(cells: Cells, spelling: Spelling = SPELLINGS[0], train: Part | Non
     elif sum(bool(UNITS.fullmatch(word.strip())) for word in words) > len(words) / 2:
         return f"numbers with a sign of a unit, such as {shown(words[0])}: write plain numbers"
     elif len(words) > min(MAX_LEVELS, max(3, len(given) // 2)):
-        return f"{len(words)} different words"
+        return f"{len(words)} {NAMING[0]}"
     else:
         kind = {"type": "categorical", "levels": _in_order(words)}
     if isinstance(kind, str):
@@ -247,7 +249,7 @@ def _number(values: prepare.Floats) -> Found | str:
         skewed = values.min() > 0 and bool(skew(values) > LARGE_SKEWNESS > 2 * abs(skew(np.log(values))))
         return {"type": "continuous", **({"transform": "log"} if skewed else {})}
     if len(values) > 2 and (np.diff(values) == 1).all():
-        return "a number for every row"
+        return NAMING[1]
     if values.max() > LARGEST_GUESSED_COUNT:
         return {"type": "continuous", "transform": "log1p"}
     spread = values.var() > 1.5 * values.mean()
