@@ -112,9 +112,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> Sharing
     return Sharing(config, log)
 
 
+Ids = dict[str, set[str]]
+FAST = pytest.StashKey[tuple[Ids, Ids]]()
+"""For each test with `@pytest.mark.fast(...)`: the cases that the mark names, and those that there are."""
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark the cases that the mark `fast` of their test does not name as slow."""
+    if (mark := item.get_closest_marker("fast")) and isinstance(item, pytest.Function):
+        test, case = item.nodeid.partition("[")[0], item.callspec.id
+        named, found = item.config.stash.setdefault(FAST, ({}, {}))
+        named[test] = {*map(str, mark.args)}
+        found.setdefault(test, set()).add(case)
+        if case not in named[test]:
+            item.add_marker("slow")
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect tests that need a GPU or a newer Python where there is none, and those of other parts."""
+    named, found = config.stash.get(FAST, ({}, {}))
+    if not any("::" in argument for argument in config.args):
+        lost = {test: sorted(named[test] - found[test]) for test in named if named[test] - found[test]}
+        assert not lost, f"expected cases of these tests in their marks `fast`; got {lost}"
     marked = {name: [item for item in items if item.get_closest_marker(name)] for name in ("cuda", "python312")}
     homeless = [] if torch.cuda.is_available() else marked["cuda"]
     homeless += marked["python312"] if marked["python312"] and find_newer_python() is None else []

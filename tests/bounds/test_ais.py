@@ -144,6 +144,7 @@ KNOWN = {
 }
 
 
+@pytest.mark.fast("simplex-guide", "linear-prior", "curved-guide")
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize(("make", "x", "log_p"), KNOWN.values(), ids=list(KNOWN))
 def test_the_mean_weight_is_p_of_x(make, x, log_p, start):
@@ -157,6 +158,7 @@ def test_the_mean_weight_is_p_of_x(make, x, log_p, start):
     assert found.acceptance.min() > 0.4
 
 
+@pytest.mark.fast("simplex", "curved")
 @pytest.mark.parametrize("name", ["linear", "curved", "positive", "simplex"])
 def test_many_temperatures_come_near_log_p(name):
     # Few chains, so the bound would lie far below with few temperatures. 4 standard errors and .02: one in 4000.
@@ -170,6 +172,7 @@ def test_many_temperatures_come_near_log_p(name):
 # ---------------------------------------------------------------------- between two bounds
 
 
+@pytest.mark.slow
 def test_a_bracket_of_many_temperatures_is_narrow():
     found = bracket(ppca(), ppca_rows(3), rows=50, temperatures=120, leapfrog=3)
     truth = float(MARGINAL.log_prob(found.x).mean())
@@ -183,6 +186,7 @@ def test_a_bracket_of_many_temperatures_is_narrow():
     assert 0.55 < found.acceptance.mean() < 0.75
 
 
+@pytest.mark.fast("4-guide", "1-prior")
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("temperatures", [1, 4])
 def test_a_bracket_of_few_temperatures_is_wide_and_holds_the_truth(temperatures, start):

@@ -206,6 +206,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Surgery:
     return surgery(run.pair, run.data.test.x, samples=5)
 
 
+@pytest.mark.fast("realnvp", "vamp")
 @pytest.mark.parametrize("prior", LEARNED)
 def test_a_prior_that_learns_wins_in_the_plane(prior: str, plain: Surgery, tmp_path: Path) -> None:
     run = plane(tmp_path, prior)

@@ -135,6 +135,7 @@ def wide(posterior, codes: int, grid) -> Pair:
     return declared({"c": {**latent, "embedding": 4}}, spread=0.1).float()
 
 
+@pytest.mark.fast("nearest")
 @pytest.mark.parametrize(("posterior", "n"), [(NEAREST, 3000), (DRAWN, 1000)], ids=["nearest", "drawn"])
 def test_memory_does_not_hold_all_probabilities(posterior, n, monkeypatch):
     # Half of what the probabilities of all rows would take in float64: 786 and 262 MB.

@@ -359,6 +359,7 @@ def test_a_prior_given_a_number_has_no_marginal_kl_and_says_why():
 CONDITIONAL_FLOWS = ("realnvp", "maf", "iaf", "spline_autoregressive", "neural_autoregressive")
 
 
+@pytest.mark.fast("iaf", "maf", "realnvp")
 @pytest.mark.parametrize("kind", CONDITIONAL_FLOWS)
 def test_a_flow_given_parents_has_a_density_for_each(kind):
     torch.manual_seed(0)

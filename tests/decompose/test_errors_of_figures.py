@@ -130,6 +130,7 @@ ANALYSES = {
 every_analysis = pytest.mark.parametrize("analyse", ANALYSES.values(), ids=list(ANALYSES))
 
 
+@pytest.mark.fast("False-ais", "True-evidence", "False-gap", "True-surgery")
 @every_analysis
 @pytest.mark.parametrize("training", [True, False])
 def test_analysis_moves_nothing(analyse, training):
@@ -149,6 +150,7 @@ def test_analysis_moves_nothing(analyse, training):
     pyro.clear_param_store()
 
 
+@pytest.mark.fast("ais", "gap", "evidence", "surgery")
 @every_analysis
 def test_analysis_keeps_the_mode_of_every_module(analyse):
     x = torch.randn(20, 3)
@@ -159,6 +161,7 @@ def test_analysis_keeps_the_mode_of_every_module(analyse):
     assert [m.training for m in pair.modules()] == modes
 
 
+@pytest.mark.fast("surgery", "gap", "evidence")
 @every_analysis
 def test_same_seed_same_numbers(analyse):
     x = torch.randn(20, 3)

@@ -52,6 +52,7 @@ def by_length() -> list[Surgery]:
 WAYS = {"sites": (True, None), "sites, all steps": (True, 3), "distributions": (False, None)}
 
 
+@pytest.mark.fast("distributions")
 @pytest.mark.parametrize(("mask_sites", "steps"), WAYS.values(), ids=list(WAYS))
 def test_information_is_the_mean_over_lengths(mask_sites, steps, by_length):
     found = surgery(chain(mask_sites, steps), (X, LENGTHS), samples=200)

@@ -117,6 +117,7 @@ def flow_and_density(kind: str) -> tuple[Any, Tensor, Tensor]:
     return p, axis.double(), density.reshape(len(axis), -1)
 
 
+@pytest.mark.fast("neural_autoregressive", "maf", "realnvp", "iaf")
 @every_flow
 def test_a_flow_over_relaxed_codes_integrates_to_one(kind):
     _, axis, density = flow_and_density(kind)

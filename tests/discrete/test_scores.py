@@ -74,6 +74,13 @@ def require_unbiased(found: Tensor, exact: Tensor) -> None:
 OBJECTIVES = {"trace": TraceELBO(), "particles": TraceELBO(particles=4), "mean field": TraceMeanFieldELBO()}
 
 
+@pytest.mark.fast(
+    "particles-network-grid",
+    "mean field-average-bits",
+    "trace-none-grid",
+    "particles-none-bits",
+    "mean field-none-grid",
+)
 @every_scored
 @pytest.mark.parametrize("baseline", ["none", "average", "network"])
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
@@ -255,6 +262,7 @@ SCORED_CHAIN = {
 }
 
 
+@pytest.mark.fast("code given a code, beta", "bits")
 @pytest.mark.parametrize(
     ("latents", "k", "beta"),
     [({"c": SCORED["bits"]}, 2, 1.0), ({"c": SCORED["bits"]}, 3, 0.4), (SCORED_CHAIN, 2, 1.0), (SCORED_CHAIN, 2, 0.4)],

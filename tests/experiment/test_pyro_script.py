@@ -111,6 +111,26 @@ def same_noise(self: ExpRelaxedCategorical, sample_shape: torch.Size = torch.Siz
     return (scores / self.temperature).log_softmax(-1)
 
 
+@pytest.mark.fast(
+    "flow_variational",
+    "vae",
+    "hvae",
+    "vq_vae",
+    "dvae",
+    "cells",
+    "realnvp_prior",
+    "vamp",
+    "momentum",
+    "an exact sum",
+    "conditional",
+    "several particles",
+    "residual codes",
+    "a sum over a grid",
+    "closed-form KL",
+    "convolutions",
+    "straight_through_vae",
+    "exemplar",
+)
 @pytest.mark.parametrize("name", [*sorted({*zoo.names()} - {*ANOTHER_LOOP}), *MORE])
 def test_the_script_runs_as_the_pair(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Same ELBO on the same seed, and the losses of ten steps."""

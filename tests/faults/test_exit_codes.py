@@ -210,6 +210,7 @@ def test_every_command_prints_json_or_says_why_not() -> None:
     assert set(commands()) == with_json | set(NO_JSON)
 
 
+@pytest.mark.fast(*(PRINTS_JSON.keys() - {"report"}))
 @pytest.mark.parametrize("command", PRINTS_JSON)
 def test_standard_output_is_one_json_document(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str

@@ -56,6 +56,7 @@ FEW = {"epochs": 6, "batch_size": 1000, "checkpoint_seconds": 0.0}
 # ---------------------------------------------------------------------- killed
 
 
+@pytest.mark.slow
 def test_kills_at_random_moments_change_nothing() -> None:
     """FAULTS 1, 10, 41: the soak in small; one process writes, and one that dies leaves what the next goes on with."""
     command = [sys.executable, str(TESTS / "soak" / "kills.py"), "--only", "fit", "--kills", "3", "--seed", "3"]
@@ -135,6 +136,7 @@ def written(folder: Path) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.fast("True")
 @pytest.mark.parametrize("last", [False, True])
 def test_a_report_on_a_full_disk_leaves_the_old_one(last: bool, runs: Path, reported: dict[Path, bytes]) -> None:
     """FAULTS 3, 44 and 60: 74, and nothing half written, be it the first file that does not fit or the last."""

@@ -50,7 +50,7 @@ def test_sound_declarations_build_train_and_read_back(examples: int, tmp_path: P
     assert 3 * outcomes["trained"] >= outcomes.total(), outcomes
 
 
-@pytest.mark.parametrize("examples", [80, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.slow)])
 def test_damaged_declarations_are_refused_with_paths_or_train(examples: int, tmp_path: Path) -> None:
     """FAULTS 34, 45."""
     outcomes: Counter[str] = Counter()
@@ -65,12 +65,13 @@ def test_damaged_declarations_are_refused_with_paths_or_train(examples: int, tmp
     assert outcomes["trained"] > 0, outcomes
 
 
-def test_any_bytes_are_read_or_refused_by_a_typed_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("examples", [15, pytest.param(60, marks=pytest.mark.slow)])
+def test_any_bytes_are_read_or_refused_by_a_typed_error(examples: int, tmp_path: Path) -> None:
     """FAULTS 6, 7, 26, 28, 33, 43."""
     for name, surface in surfaces(tmp_path / "home").items():
         outcomes: Counter[str] = Counter()
 
-        @settings(MANY, max_examples=40)
+        @settings(MANY, max_examples=examples)
         @given(mangled(surface.seeds))
         def hold(content: bytes) -> None:
             started, folder = time.monotonic(), tmp_path / "input"

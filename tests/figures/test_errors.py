@@ -376,8 +376,8 @@ CASES = {
     "images": Case(of_images, 100),
 }
 
-SUBSET = next(name for name in CASES if "components" in name)
-"""The one of the subsets of q_agg that is tested with few seeds; all are with many."""
+DEAR = {"rows", "pairs", *(name for name in CASES if "components" in name)}
+"""Those that are tested with many seeds alone, which takes long."""
 
 
 def table(case: Case, seeds: int) -> dict[str, tuple[float, float, float, Estimate]]:
@@ -399,7 +399,7 @@ def table(case: Case, seeds: int) -> dict[str, tuple[float, float, float, Estima
 @pytest.mark.parametrize(
     ("name", "slow"),
     [
-        *((name, False) for name in CASES if "components" not in name or name == SUBSET),
+        *((name, False) for name in CASES if name not in DEAR),
         *(pytest.param(n, True, marks=pytest.mark.slow) for n in CASES),
     ],
 )

@@ -93,6 +93,16 @@ def test_the_table_is_complete():
 # ---------------------------------------------------------------------- the network
 
 
+@pytest.mark.fast(
+    "dtype0-none-neural_autoregressive",
+    "dtype0-logit-block_autoregressive",
+    "dtype1-none-spline_autoregressive",
+    "dtype0-logit-spline_coupling",
+    "dtype1-none-maf",
+    "dtype1-logit-iaf",
+    "dtype1-none-realnvp",
+    "dtype0-logit-realnvp",
+)
 @every_flow
 @every_squash
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -115,6 +125,16 @@ def test_there_and_back(kind, squash, dtype):
         assert float(x.max()) < 1.0103
 
 
+@pytest.mark.fast(
+    "2-none-neural_autoregressive",
+    "2-logit-block_autoregressive",
+    "2-none-spline_coupling",
+    "5-none-spline_autoregressive",
+    "2-logit-maf",
+    "5-none-iaf",
+    "5-logit-realnvp",
+    "2-none-realnvp",
+)
 @every_flow
 @every_squash
 @pytest.mark.parametrize("dim", [2, 5])
@@ -144,6 +164,15 @@ def test_images_are_vectors_in_order(kind):
         torch.testing.assert_close(log_det, flat.invert(x.flatten(2))[1], rtol=0, atol=1e-12)
 
 
+@pytest.mark.fast(
+    "none-neural_autoregressive",
+    "none-block_autoregressive",
+    "logit-spline_coupling",
+    "none-spline_autoregressive",
+    "none-maf",
+    "logit-iaf",
+    "logit-realnvp",
+)
 @every_flow
 @every_squash
 def test_gradient_reaches_every_parameter(kind, squash):
@@ -224,6 +253,15 @@ def test_a_single_coordinate_is_refused():
 # ---------------------------------------------------------------------- a flow as a VAE
 
 
+@pytest.mark.fast(
+    "none-neural_autoregressive",
+    "logit-spline_autoregressive",
+    "none-spline_coupling",
+    "logit-maf",
+    "none-iaf",
+    "logit-realnvp",
+    "none-realnvp",
+)
 @every_flow
 @every_squash
 def test_the_elbo_is_the_exact_log_likelihood(kind, squash):
@@ -326,6 +364,7 @@ def test_copies_and_states_are_their_own():
     assert all(name.startswith("model.decoder.network.flow.") for name in pair.state_dict())
 
 
+@pytest.mark.slow
 def test_a_flow_learns_a_density_to_its_entropy(tmp_path: Path):
     # Minus the entropy bounds every mean log density; one normal lies 1.8 nats below it. 20 000 fresh draws.
     table = {

@@ -341,6 +341,7 @@ def test_a_correlated_posterior_is_matched():
     assert -0.005 < log_p - fitted(False, FLEXIBLE, x) < 0.05 < 0.2 < loses
 
 
+@pytest.mark.slow
 def test_a_bent_posterior_is_followed_further_than_a_normal_can():
     x = torch.linspace(-1, 4, 20)[:, None]
     log_p = float(Target(True).log_p(x).mean())

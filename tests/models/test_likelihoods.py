@@ -209,6 +209,19 @@ def test_density_is_scipys(row, shape):
     np.testing.assert_allclose(d.log_prob(x).detach().numpy(), want, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.fast(
+    "negative_binomial, shared",
+    "zero_inflated_negative_binomial",
+    "discretized_logistic, 256 levels",
+    "student_t",
+    "poisson",
+    "normal, shared",
+    "normal, fixed",
+    "normal, per_datum",
+    "beta",
+    "mixture_of_logistics",
+    "continuous_bernoulli",
+)
 @every_independent_row
 def test_samples_follow_the_density(row):
     # Eight elements per row of the table, each refused with probability 1e-5 when the law holds: 1e-3 over the

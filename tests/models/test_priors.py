@@ -79,6 +79,9 @@ def test_the_tables_are_complete():
     assert {*POSTERIORS, *ELSEWHERE} == {k for k in shipped if Posterior.members[k].__module__ not in discrete}
 
 
+@pytest.mark.fast(
+    "iaf", "maf", "realnvp", "vamp", "mixture", "standard_normal", "block_autoregressive", "spline_coupling"
+)
 @every_prior
 def test_density_integrates_to_one_and_what_is_sampled_is_what_is_scored(prior):
     # Marginals of draws against those of the scored density, by Kolmogorov-Smirnov, and the mean of log p against its
