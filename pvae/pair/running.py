@@ -280,7 +280,8 @@ def _inside(thing: Any) -> list[Any]:
         return []
     found = gc.get_referents(thing)
     if isinstance(thing, FunctionType):
-        return [*(part for part in found if part is not thing.__globals__), *_named_globals(thing)]
+        apart = id(thing.__globals__), id(getattr(thing, "__builtins__", None))  # there a notebook keeps its shell
+        return [*(part for part in found if id(part) not in apart), *_named_globals(thing)]
     methods = [v for c in type(thing).__mro__ if not _is_library(c) for v in vars(c).values()]
     return [*found, *(method for method in methods if isinstance(method, FunctionType))]
 
@@ -304,5 +305,4 @@ def _names_in(code: CodeType) -> Iterator[str]:
 
 
 def _is_library(thing: Any, libraries: tuple[str, ...] = LIBRARIES) -> bool:
-    name = thing if isinstance(thing, str) else getattr(thing, "__module__", "")
-    return str(name).partition(".")[0] in libraries
+    return str(thing if isinstance(thing, str) else getattr(thing, "__module__", "")).partition(".")[0] in libraries

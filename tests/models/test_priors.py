@@ -231,6 +231,7 @@ def fit(module: torch.nn.Module, z: Tensor, steps: int, rate: float) -> None:
         schedule.step()
 
 
+@pytest.mark.fast("realnvp", "maf", "iaf")
 @pytest.mark.parametrize("kind", FLOWS)
 def test_a_flow_recovers_a_known_density(kind):
     # A bent normal, z2 = z1^2 / 2 + .4 e: log p is known; what the flow lacks is the KL, on 20 000 fresh draws.

@@ -179,6 +179,15 @@ def test_low_precision_of_the_network_leaves_a_density(kind):
 # ---------------------------------------------------------------------- draws
 
 
+@pytest.mark.fast(
+    "all-(3, 1)-pixelcnn",
+    "none-(2, 3)-transformer",
+    "all-(4,)-pixelcnn",
+    "all-()-transformer",
+    "none-(4,)-pixelcnn",
+    "none-(3, 1)-transformer",
+    "all-()-pixelcnn",
+)
 @every_kind
 @every_grid
 @pytest.mark.parametrize("parents", ["none", "all"])
@@ -314,6 +323,7 @@ class Score(nn.Module):
         return self.module(given).log_prob(value).mean()
 
 
+@pytest.mark.fast("transformer")
 @every_kind
 def test_an_exported_and_compiled_score_is_the_eager_one(kind):
     score = Score(built(kind, (2, 3), 5, "all", layers=1))
@@ -367,6 +377,7 @@ def chain_log_prob(first: Tensor, move: Tensor, codes: Tensor) -> Tensor:
     return first[codes[:, 0]].log() + move[codes[:, :-1], codes[:, 1:]].log().sum(1)
 
 
+@pytest.mark.fast("vector-transformer", "grid-pixelcnn")
 @every_kind
 @pytest.mark.parametrize("parents", ["vector", pytest.param("sequence", marks=pytest.mark.slow), "grid"])
 def test_a_conditional_table_is_learned_to_its_entropy(kind, parents):

@@ -96,6 +96,20 @@ def test_it_is_taken_apart_and_bounded(name):
         assert bound.exact.value == pytest.approx(bound.iwae.value, abs=1e-4)
 
 
+@pytest.mark.fast(
+    "vae",
+    "vq_vae_2",
+    "dvae",
+    "hvae",
+    "cells",
+    "flow",
+    "semi_supervised",
+    "maf_prior",
+    "categorical_vae",
+    "gan",
+    "em_mixture",
+    "autoencoder",
+)
 @every_system
 def test_it_is_reported(name, chromium):
     """In a browser at two widths, light, dark and on paper: no error, no request, all images, nothing too wide."""

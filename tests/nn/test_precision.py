@@ -150,8 +150,9 @@ def test_loss_and_gradient_are_near_those_in_float32() -> None:
     assert all(p.dtype is torch.float32 for p in pair.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_processor")
-@pytest.mark.parametrize("_processor", ["this processor", pytest.param(WITHOUT, marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("_processor", ["this processor", WITHOUT], indirect=True)
 def test_the_compiled_step_rounds_alike() -> None:
     """Value and gradient are nearer to the eager step's in bfloat16 than that is to the step in float32."""
     experiment, x = spec_of(), (torch.rand(50, 1, 8, 8) > 0.5).float()

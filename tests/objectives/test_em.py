@@ -249,6 +249,7 @@ def test_the_hard_limit_is_k_means(tmp_path, seed):
 # ---------------------------------------------------------------------- the same model by SVI
 
 
+@pytest.mark.fast("{'kind': 'normal', 'scale': 'per_datum'}")
 @pytest.mark.parametrize("likelihood", [DIAG, {**FULL, "value": 1.0}], ids=str)
 def test_gradients_reach_the_same_likelihood(tmp_path, likelihood):
     # From the same start to the same maximum, by 500 steps of Adam in single precision: within 2e-3 nats.

@@ -456,6 +456,7 @@ class Shifted(nn.Module):
             pyro.sample("z", dist.Normal(0.8 * x, 0.6).to_event(1))
 
 
+@pytest.mark.fast("elsewhere")
 @pytest.mark.parametrize(("loc", "low", "high"), [(9.0, 0.99, 1.0), (0.0, 0.0, 0.06)], ids=["elsewhere", "the same"])
 def test_holes_are_where_the_prior_has_mass_and_codes_have_none(loc, low, high, tmp_path):
     """x ~ N(0, 1) and q(z | x) = N(.8 x, .36) make q_agg = N(0, 1): the prior itself at `loc` = 0: 1 % in holes."""

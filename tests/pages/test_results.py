@@ -78,6 +78,7 @@ def test_figures_of_the_table_belong_together() -> None:
             assert row["test_iwae"] - first["test_iwae"] == pytest.approx(row["gain"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_once(
     measure: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """Modules of hand-written programs, wherever they are: in evaluation mode in analyses, in training mode afterwards."""
 
+import builtins
 import functools
 import types
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pvae import analysis
 from pvae.pair.pair import Pair
+from pvae.pair.running import modules_within
 from tests.programs.program import normal
 
 Program = Callable[[Tensor], Any]
@@ -193,6 +195,7 @@ def by_pyro_module_call(layers: nn.Module) -> Program:
 WAYS = [f for name, f in globals().items() if name.startswith("by_")]
 
 
+@pytest.mark.fast("pyro_module", "global", "partial", "generator_closure", "bound_forward")
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__[3:])
 def test_a_module_is_at_rest_in_analyses_and_in_training_mode_afterwards(way):
     layers, x = net(), 1.4 * normal(30)
@@ -225,6 +228,21 @@ def test_the_parameters_of_a_module_are_the_pairs_if_pyro_module_registers_them(
     pair = Pair(model=model, guide=guide).adopt(x)
     assert {id(p) for p in layers.parameters()} <= {id(p) for p in pair.parameters()}
     pyro.clear_param_store()
+
+
+def test_what_a_notebook_keeps_in_builtins_is_not_in_reach(monkeypatch):
+    """IPython puts its shell there, which holds all that the user has: Modules of other pairs, and a long search."""
+    layers, stranger, modes = net(), net(), []
+    monkeypatch.setattr(builtins, "get_ipython", lambda: stranger, raising=False)
+    monkeypatch.setattr(builtins, "_", [stranger], raising=False)
+
+    def guide(x: Tensor) -> None:
+        modes.append(builtins._[0].training)
+        guide_with(layers, x)
+
+    assert modules_within([guide]) == [layers]
+    analysis.surgery(Pair(model=model, guide=guide), normal(10), samples=2)
+    assert set(modes) == {True}
 
 
 def test_the_search_asks_no_object_for_attributes_that_it_makes_up():
