@@ -210,7 +210,9 @@ def from_table(kind: type[S], raw: Any, origin: str) -> S:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        raise DeclarationError([f"{origin}: {describe(found, raw, kind)}" for found in error.errors()]) from None
+        # Wrong items, which have an error of their own, are not counted in the length of their list.
+        found = [e for e in error.errors() if e["type"] != "too_short" or len(e["input"]) == e["ctx"]["actual_length"]]
+        raise DeclarationError([f"{origin}: {describe(each, raw, kind)}" for each in found]) from None
 
 
 def _unwrap(annotation: Any) -> Any:
@@ -249,7 +251,7 @@ def describe(error: ErrorDetails, raw: Any, root: type[BaseModel]) -> str:
         return f"{path}: expected {wanted}; got an unknown key{hint}."
     if error["type"] == "missing":
         return f"{path}: expected a value; got none."
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = re.sub(r"^Value error, |^\w+ should (be|have) | after validation, not .*$", "", error["msg"])
     if "; got" in message:
         return f"{path}: expected {message}."
     context = error.get("ctx", {})

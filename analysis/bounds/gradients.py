@@ -37,7 +37,8 @@ class Gradients(Record):
     draws: int
     """Number of gradients of each estimator."""
     exact: bool
-    """True if the bias is against a sum over all codes, False if against the mean of 2 * `draws` gradients."""
+    """True if the bias is against a sum over all codes (beside real latents, the mean of 2 * `draws` such sums), False
+    if against the mean of 2 * `draws` gradients."""
     frame: pandas.DataFrame
     """A row for each `group` and `estimator`. `bias`: norm of the bias of the mean gradient, divided by the norm of the
     gradient, and its standard error `bias_error`. `variance`: trace of the covariance, squared nats per datum.
@@ -84,8 +85,9 @@ def gradients(
 
     Independent gradients g, g' of an estimator give unbiased E[g'g'] of the squared mean, E|g - g'|^2 / 2 of the
     variance, and E[(g - r)(g' - r')] of the squared bias, with two independent references r, r': the gradient of the
-    ELBO summed over all codes, or where z is real the means of `draws` reparameterised gradients. A relaxation is
-    biased as a gradient of the codes' ELBO. The weight of the KL is that of the last epoch.
+    ELBO summed over all codes, or where z is real the means of `draws` reparameterised gradients (beside codes, of
+    such sums). A relaxation is biased as a gradient of the codes' ELBO. The weight of the KL is that of the last epoch.
+    A bound of importance weights, and codes without a probability, have no sum: their reference is their own mean.
 
     References:
         Tighter Variational Bounds are Not Necessarily Better (Rainforth et al., 2018), https://arxiv.org/abs/1802.04537
@@ -126,14 +128,14 @@ def gradients(
         slopes = torch.autograd.grad(loss, list(named.values()), allow_unused=True, materialize_grads=True)
         return torch.cat([slope.flatten() for slope in slopes])
 
-    def dot(one: Tensor, other: Tensor) -> Tensor:
+    def dot(one: Any, other: Any) -> Tensor:
         return torch.zeros(len(groups), dtype=torch.float64, device=x.device).index_add(0, of, (one * other).double())
 
     with evaluating(pair), torch.random.fork_rng(), torch.enable_grad():
-        known, usual = _summed(pair, x), next(iter(made.values()))
-        starts = [0, draws] if known is None else []
-        means: list[Any] = [sum(gradient(pair, usual, start + i) for i in range(draws)) / draws for start in starts]
-        one, other = means if known is None else [gradient(known, elbo.TraceELBO(), 0)] * 2
+        known = _summed(pair, x) if isinstance(objective, elbo.ELBO) else None
+        usual = next(iter(made.values())) if known is None else elbo.TraceELBO(free_bits=objective.free_bits)
+        count = 1 if known and {*known.layout.latents, *known.layout.shared} <= {*known.layout.expected} else draws
+        one, other = (sum(gradient(known or pair, usual, s + i) for i in range(count)) / count for s in (0, draws))
         for index, (name, asked) in enumerate(made.items()):
             try:
                 parts, start = [], clock()
@@ -146,9 +148,10 @@ def gradients(
                 refused[name] = str(error)
                 continue
             pairs = torch.stack(parts)
-            errors = pairs.std(0) / len(parts) ** 0.5
-            errors[2] = torch.hypot(errors[2], pairs[:, 0].std(0) / draws * (known is None))  # of the references
-            figures = zip(groups, pairs.mean(0).T.tolist(), errors[2].tolist(), dot(one, other).tolist(), strict=True)
+            if not found:  # the references are drawn by the first
+                noise = pairs[:, 0].std(0) / draws * (count > 1)
+            errors = torch.hypot(pairs[:, 2].std(0) / len(parts) ** 0.5, noise)
+            figures = zip(groups, pairs.mean(0).T.tolist(), errors.tolist(), dot(one, other).tolist(), strict=True)
             for group, mean, spread, norm in figures:
                 found.append({"group": group, "estimator": name, **_figures(mean, spread, norm, seconds)})
     order = sorted(found, key=lambda row: groups.index(row["group"]))
@@ -157,9 +160,8 @@ def gradients(
 
 def _group(name: str) -> str:
     """Return the group of a parameter: of the encoder, of the posterior or prior of a latent, of the decoder."""
-    side, *rest = name.split(".")
-    part = rest[0] if rest else side
-    return f"{part.removesuffix('s')} of {rest[1]}" if part in ("posteriors", "priors") else part
+    part, *rest = name.split(".")[1:] or [name]
+    return f"{part.removesuffix('s')} of {rest[0]}" if part in ("posteriors", "priors") else part
 
 
 def _figures(means: Any, error: float, norm: float, seconds: float) -> dict[str, float]:

@@ -33,7 +33,7 @@ class CodeUse(Record):
     share: tuple[float, ...] | None = None
     """Probability of every code under q_agg averaged over positions, in descending order; None for binary codes."""
     pooled_perplexity: float | None = None
-    """Perplexity of the whole codebook, exp of the entropy of `share`: between 1 and K; None for binary codes."""
+    """Perplexity of all codebooks, exp of the entropy of `share`: between 1 and `tables` * K; None for binary codes."""
     used: int | None = None
     """Number of codes in use: those with a probability in `share` of at least 1/1000 of 1/K; None for binary codes."""
     duplicates: int | None = None

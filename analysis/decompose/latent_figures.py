@@ -102,8 +102,8 @@ def latent_surgery(account: Account, name: str) -> LatentSurgery:
         alone = first and name in account.model_roots
         kl_exact = exact_mean(level.closed[0]) if alone else account.over(torch.stack(level.closed))
     use = code_use(name, latent.tally) if first and latent.tally is not None else None
-    shown = ("perplexity", "states", "pooled_perplexity", "used")
-    of_codes: dict[str, Any] = {name: getattr(use, name, None) for name in shown}
+    shown = ("perplexity", "states", "tables", "pooled_perplexity", "used") if use else ()
+    of_codes: dict[str, Any] = {name: getattr(use, name) for name in shown}
     if first and latent.certain and latent.tally is not None and latent.tally.count > 1:
         of_codes |= _by_code(latent.value, latent.tally, prior_first)
     information, marginal_kl = group["mutual_information"], group["marginal_kl"] if prior_first else None

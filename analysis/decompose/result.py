@@ -57,9 +57,11 @@ class LatentSurgery(Record):
     discrete."""
     states: int | None = None
     """Number of states of a code, K; None unless the latent is discrete."""
+    tables: int = 1
+    """Number of codebooks of K codes each, which `pooled_perplexity` and `used` count together."""
     pooled_perplexity: float | None = None
-    """Perplexity of the whole codebook, exp of the entropy of q_agg averaged over grid positions; None for binary codes
-    and continuous latents."""
+    """Perplexity of all codebooks together, exp of the entropy of q_agg averaged over grid positions, at most
+    `tables` * K; None for binary codes and continuous latents."""
     used: int | None = None
     """Number of codes in use: those with a probability of at least 1/1000 of 1/K under q_agg averaged over grid
     positions; None for binary codes and continuous latents."""
@@ -187,7 +189,7 @@ class Surgery(Figures):
         if latent.dimensions is not None:
             yield from annotated(latent.dimensions, prefix)
         if latent.pooled_perplexity is not None:
-            meaning = f"codes in use, weighed: at most {latent.states}; a number, not nats"
+            meaning = f"codes in use, weighed: at most {latent.tables * (latent.states or 1)}; a number, not nats"
             yield f"{prefix}perplexity", exact(latent.pooled_perplexity), meaning
         for i, nats in enumerate(latent.information_by_code or (), 1):
             yield f"{prefix}information_{i}", exact(nats), "of this code of a vector, given those before it"

@@ -154,8 +154,8 @@ class LogRatio(nn.Module):
     def __init__(self, z: Tensor) -> None:
         super().__init__()
         seen = torch.cat([z, z.square()], 1)
-        self.loc, self.scale = nn.Buffer(seen.mean(0)), nn.Buffer(seen.std(0).clamp(min=1e-6))
-        d, wide = seen.shape[1], CRITIC_WIDTH
+        spread, d, wide = seen.std(0), seen.shape[1], CRITIC_WIDTH
+        self.loc, self.scale = nn.Buffer(seen.mean(0)), nn.Buffer(torch.where(spread > 1e-6, spread, 1.0))
         self.straight = nn.Linear(d, 1)
         self.bent = nn.Sequential(nn.Linear(d, wide), nn.SiLU(), nn.Linear(wide, wide), nn.SiLU(), nn.Linear(wide, 1))
 

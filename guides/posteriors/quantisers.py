@@ -165,8 +165,7 @@ class ResidualPosterior(LookedUpPosterior):
         return super().sampled(space).joining(self.depth, "sum")
 
     def codebook(self, space: Space) -> CodebookStack:
-        tables = 1 if self.shared else self.depth
-        books = [self.rows(space.states, space.features[0]) for _ in range(tables)]
+        books = [self.rows(space.states, space.features[0]) for _ in range(1 if self.shared else self.depth)]
         return CodebookStack(books, self.depth, residual=True)
 
     def read(self, module: QuantisedModule, found: QuantisedCodes, row: Tensor) -> Tensor:
@@ -209,8 +208,8 @@ class GroupedPosterior(LookedUpPosterior):
         return super().sampled(space).joining(self.groups, "concatenation")
 
     def codebook(self, space: Space) -> CodebookStack:
-        tables = 1 if self.shared else self.groups
-        books = [self.rows(space.states, space.features[0] // self.groups) for _ in range(tables)]
+        width = space.features[0] // self.groups
+        books = [self.rows(space.states, width) for _ in range(1 if self.shared else self.groups)]
         return CodebookStack(books, self.groups, residual=False)
 
     def penalties(self, module: QuantisedModule, found: QuantisedCodes, row: Tensor) -> dict[str, Tensor]:

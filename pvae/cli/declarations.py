@@ -69,11 +69,12 @@ def check(shared: Shared, name: str, overrides: list[str] | None = None, build: 
     if not build:
         shared.answer(found, f"{name}: ok")
         return
+    from pvae.runs.weights import attended
     from pvae.training.evaluation import evaluate
 
     data = experiment.conditioned(experiment.load_data(shared.data_dir))
     data.require_support(experiment.observed().support, experiment.decoder.likelihood.hint)
-    pair, rows = experiment.build(data.shape), data.train.rows[:4]
+    pair, rows = attended(experiment.build(data.shape), lambda: data.train), data.train.rows[:4]
     misdeclared(problems := pair.check(rows), [f"{name}: {problem}" for problem in problems])
     total = ""
     if (figures := experiment.objective.measure(pair, rows, experiment.seed)) is None:

@@ -113,7 +113,7 @@ def _misplaced_priors(e: Experiment) -> Iterator[Finding]:
         of_codes = values == "relaxed" and getattr(latent.posterior, "kl", "") != "relaxed"  # the categoricals' KL
         if values not in prior.values and not (of_codes and "index" in prior.values):
             kinds = sorted(kind for kind, member in Prior.members.items() if values in member.values)
-            yield f"{loc}.prior", f"a prior of {IN_WORDS[values]}: one of {', '.join(kinds)}", prior.kind
+            yield f"{loc}.prior", text("experiment.rules.prior", words=IN_WORDS[values], kinds=kinds), prior.kind
             continue
         if of_codes and "index" not in prior.values:
             yield f"{loc}.posterior.kl", text("experiment.rules.relaxed_prior", kind=prior.kind), "categorical"

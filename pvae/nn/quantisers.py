@@ -58,8 +58,7 @@ class SignCodebook(Table):
     def __init__(self, bits: int) -> None:
         super().__init__()
         self.powers = nn.Buffer(2 ** torch.arange(bits - 1, -1, -1), persistent=False)
-        on = torch.arange(2**bits).unsqueeze(1) // self.powers % 2
-        self.rows = nn.Buffer(2.0 * on - 1, persistent=False)
+        self.rows = nn.Buffer(2.0 * (torch.arange(2**bits).unsqueeze(1) // self.powers % 2) - 1, persistent=False)
 
     @property
     def table(self) -> Tensor:

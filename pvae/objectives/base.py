@@ -215,10 +215,8 @@ def known_apart(pair: Pair) -> frozenset[str]:
     That is so of one latent alone, and of those of a declared pair whose prior reads none that is inferred from them.
     """
     names = frozenset((*pair.layout.latents, *pair.layout.shared))
-    if len(names) == 1:
-        return names
-    if not isinstance(pair.model, GraphModel):
-        return frozenset()
+    if len(names) == 1 or not isinstance(pair.model, GraphModel):
+        return names if len(names) == 1 else frozenset()
     sites = pair.model.sites
     guide, model = {s.name: names & {*s.guide_given} for s in sites}, {s.name: names & {*s.given} for s in sites}
     return names - Dependencies(guide, model).bottom_up

@@ -94,11 +94,17 @@ class TraceMeanFieldELBO(ELBO):
 
 
 def estimators(objective: Objective, pair: Pair) -> dict[str, Objective]:
-    """Return objectives of the same bound by the estimator of its gradient: first that of the samples as they are."""
+    """Return objectives of the same bound by the estimator of its gradient: first that of the samples as they are.
+
+    Beside codes and bits other estimators are those of the real latents alone, which `TraceELBO` can name.
+    """
     layout = pair.layout
-    real = not (layout.expected or layout.scored or layout.relaxed)
-    names = ("reparameterised", *objective.gradients) if real else ("as declared",)
-    found = {name: objective.model_copy(update={"gradient": name if real else "reparameterised"}) for name in names}
+    coded = {*layout.expected, *layout.scored, *layout.relaxed, *pair.structure.codes}
+    real = [name for name in (*layout.latents, *layout.shared) if name not in coded]
+    asked: dict[str, Any] = {"as declared" if coded else "reparameterised": "reparameterised"}
+    if not coded or (real and isinstance(objective, TraceELBO) and not layout.expected):
+        asked |= {name: dict.fromkeys(real, name) if coded else name for name in objective.gradients}
+    found = {name: objective.model_copy(update={"gradient": gradient}) for name, gradient in asked.items()}
     if isinstance(objective, TraceELBO) and known_apart(pair).issuperset(layout.latents):
         found["closed_form"] = TraceMeanFieldELBO(beta=objective.beta, free_bits=objective.free_bits)
     return found

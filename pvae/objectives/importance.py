@@ -88,10 +88,8 @@ class IWAE(Objective):
     def bound(self, pair: Pair, x: Tensor, rows: int | None, beta: Tensor) -> Tensor:
         terms = self.terms(pair, x, rows)
         found = log_weights(terms, beta)
-        value = bound_of(found if self.partially else self._grouped(found)).mean()
-        value = torch.lerp(value, found.mean(), self.elbo)
-        less = [terms.penalties[name].mean() for name in pair.layout.factors if name in terms.penalties]
-        return sum_over([value, *(-value for value in less)])
+        value = torch.lerp(bound_of(found if self.partially else self._grouped(found)).mean(), found.mean(), self.elbo)
+        return value - sum(terms.penalties[name].mean() for name in pair.layout.factors if name in terms.penalties)
 
     def misfits(self, pair: Pair, rows: int) -> list[str]:
         found = []

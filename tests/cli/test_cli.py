@@ -52,6 +52,7 @@ def test_list_and_new_and_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     out, _ = run_cli("check", str(file), "--build")
     assert "parameters" in out
     assert "nats per datum" in out
+    assert "ELBO of 4 rows" in run_cli("check", "exemplar", "--build")[0]  # a prior that is made of data
     assert "there already" in run_cli("new", "my first", code=2)[1]
     assert json.loads(run_cli("schema")[0])["title"] == "Experiment"
     run_cli("new", "hvae")  # from the zoo

@@ -193,6 +193,14 @@ ERRORS = {
         {"codes": 8, "embedding": 5, "posterior": {"kind": "grouped", "groups": 2}},
         "embedding = a multiple of posterior.groups = 2; got 5",
     ),
+    "one level": (
+        {"codes": 4, "posterior": {"kind": "finite_scalar", "levels": [1, 4]}},
+        r"^[^\n]*levels.0: expected greater than 2; got 1\.$",
+    ),
+    "a prior of codes over relaxed ones": (
+        {"codes": 4, "grid": [4], "prior": "pixelcnn", "posterior": "relaxed_onehot"},
+        "prior of relaxed codes.*posterior.kl = 'categorical' and a prior of codes",
+    ),
     "no codes": ({"dim": 16, "posterior": "lookup_free"}, "latents.c.posterior: expected"),
 }
 
@@ -328,6 +336,7 @@ def test_use_and_surgery_go_by_code():
         assert part.grid == (2, 2)
     assert use.used == sum(part.used for part in use.parts)
     assert use.tables == 3
+    assert "at most 120;" in {name: words for name, _, words in found.rows()}["perplexity"]
     assert f"{120 - use.used} of 120 codes are dead" in collapse(pair, x).alerts[0]
 
 

@@ -64,6 +64,9 @@ BAD = {
     ),
     "unknown source": (Z + 'data.source = "mnits"', r"data\.source: expected one of .*'mnist'"),
     "no latents": ("latents = {}", r"latents: expected .*at least 1 item"),
+    "a grid of three axes": (
+        "latents.c = { codes = 4, grid = [3, 2, 2] }", r"latents\.c\.grid: expected at most 2 items; got \[3, 2, 2\]"
+    ),
     "no dim": ("latents.z = {}", r"latents\.z: expected one of dim .*, codes .* and bits .*; got none"),
     "a list for a table": ("latents.z = []", r"latents\.z: expected .*; got \[\]"),
     "an import": (

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import pvae
 from pvae.analysis import critic, surgery
+from pvae.analysis.samples.critic import LogRatio
 from pvae.pair.pair import Pair
 from tests.samples.models import normals, refused
 
@@ -108,6 +109,13 @@ def test_given_a_label_it_is_the_mean_over_labels(short):
     found = critic(pair, rows)
     assert found.dim == 3
     assert abs(found.kl.value - 1) < 4 * found.kl.standard_error + 0.03
+
+
+def test_a_value_that_training_never_saw_is_not_blown_up():
+    """One of many codes: its one-hot is constant, 0, in training."""
+    z = torch.cat([torch.randn(200, 2), torch.zeros(200, 1)], 1)
+    network = LogRatio(z).requires_grad_(False)
+    assert float((network(z + torch.tensor([0.0, 0.0, 1.0])) - network(z)).abs().max()) < 10
 
 
 def test_few_rows_are_refused():

@@ -184,7 +184,7 @@ def _code_table(exam: Examination, uses: dict[str, CodeUse]) -> PageTable:
         count = len(use.perplexity)
         information, mean = (sum(values) / count for values in (use.information, use.perplexity))
         measured = information, math.log(use.states), use.silent, mean, use.pooled_perplexity, use.used, use.duplicates
-        rows.append((name, count, use.states, *measured))
+        rows.append((name, count, use.states * use.tables, *measured))
     return table("codes", rows, digits=2, split=exam.split)
 
 
