@@ -141,7 +141,7 @@ class TracedBatch(Record):
                 log_q = log_q.detach()
             if name in self.still:
                 if known is not None:
-                    against = {"reason": "closed", "names": [name], "kind": "stick_the_landing"}
+                    against = {"reason": "closed", "names": [name], "kind": "stick_the_landing or partially"}
                     raise DeclarationError.of("pair.pathwise.refused", **against)
                 score = self.log_prob(self.still[name])
                 log_q = log_q - (score - score.detach())

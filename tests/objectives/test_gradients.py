@@ -298,6 +298,12 @@ def test_closed_forms_have_no_score():
         ("bernoulli_vae", ("latents.b.posterior.estimator=score",), LANDED, "b has no density on a fixed support"),
         ("categorical_vae", (), LANDED, "c is summed over.*or sample c: estimator = 'score'"),
         ("gumbel_softmax_vae", ("latents.c.posterior.kl=categorical",), LANDED, "c has a KL in closed form"),
+        (
+            "straight_through_vae",
+            ("latents.c.posterior.noise=false",),
+            IWAE(groups=2, partially=True),
+            "c has a KL in closed form; got stick_the_landing or partially. Name .* and partially = false",
+        ),
         ("autoencoder", (), LANDED, "z has no density"),
         ("flow_dequantised", (), LANDED, "x is determined by the latents"),
         ("vae", (), TraceELBO(gradient={"u": "stick_the_landing"}), "u is no latent"),
