@@ -121,6 +121,7 @@ VERDICTS = {
     "choose two: 2 times": [row("one", 1.0, 3.0), row("two", 1.0, 6.0)],
     "choose one; none is better by a quarter": [row("one", 1.0, 5.0), row("two", 1.0, 6.0)],
     "choose one.": [row("one", 1.0, float("nan")), row("two", 1.0, float("nan"))],
+    "choose two, whose gradient is the same": [row("one", 1.0, 5.0), row("two", 0.0, float("inf"))],
     "choose two": [row("one", 1.0, 9.0, biased=True), row("two", 1.0, 6.0)],
     "every estimator is biased": [row("one", 1.0, 5.0, biased=True)],
     "nothing to choose": [row("one", 0.0, float("inf")), row("two", 0.0, float("inf"))],

@@ -81,6 +81,6 @@ def test_what_is_no_data_is_refused(m1: pvae.Run, tmp_path: Path):
     refused(DeclarationError, "splits of the run", splits={"train": [0, 10]})
     refused(DataError, "expected a run of declared data; got one of data passed in Python", run=str(example_run().path))
     both = fit(tiny(epochs=1).with_changes({"latents": {"a": {"dim": 2}, "z": {"codes": 4}}}), tmp_path)
-    refused(DeclarationError, "expected one of a, z; got 'none'", run=str(both.path))
+    refused(DeclarationError, "data.latent: expected one of a, z; got none", run=str(both.path))
     for latent, size in (("a", 2), ("z", 1)):
         assert load(m2(both, latent=latent).source).shape == (size,)

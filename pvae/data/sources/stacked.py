@@ -15,7 +15,7 @@ from safetensors.torch import save
 from pvae.data.rows import cache, files, prepare
 from pvae.data.rows.rows import Rows, partition
 from pvae.data.sources.base import Data
-from pvae.errors import refuse
+from pvae.errors import misdeclared, refuse
 from pvae.util import digest, replace
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ class StackedCodes(Data):
     def codes(self, first: Run, split: Split, seed: int = 0) -> np.typing.NDArray[Any]:
         """Return the codes of rows of the run's data, `(n, *event)`; raises DeclarationError without such a latent."""
         found = first.encode(split, mean=not self.sample, seed=seed)
-        only = next(iter(found.latents)) if len(found.latents) == 1 else "none"
-        x = found[self.latent or only].numpy()
-        return np.asarray(x.reshape(len(x), *(x.shape[1:] or (1,))))
+        misdeclared(not self.latent and len(found.latents) > 1, "data.sources.latent", names=[*found.latents])
+        x = np.asarray(found[self.latent or next(iter(found.latents))].numpy())
+        return x if x.ndim > 1 else x[:, None]
 
     def over(self, rows: Rows, x: np.typing.NDArray[Any], **more: Any) -> Rows:
         """Return rows of the run's data with codes `x` in place of their values."""
