@@ -353,7 +353,9 @@ def test_a_token_prior_reads_a_stack_coarse_to_fine():
         other[0, place] = (other[0, place] + 1) % 6
         moved = (p.conditional_logits(other.reshape(value.shape)).reshape(12, 6) - before).abs().amax(1) > 1e-7
         assert moved.tolist() == [i > place for i in range(12)]
-    with pytest.raises(DeclarationError, match="at most 2 axes; got .*Take the prior transformer"):
+    with pytest.raises(
+        DeclarationError, match="c.prior: .* at most 2 axes for pixelcnn; got .*Take the prior transformer"
+    ):
         pairs.declared({**QUANTISERS["residual"].latent, "prior": "pixelcnn"})
 
 

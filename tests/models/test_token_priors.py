@@ -451,7 +451,7 @@ def test_shapes_that_cannot_be_read_are_refused(kind):
     axes = 3 if kind == "transformer" else 2
     grid = (2,) * (axes + 1)
     with pytest.raises(
-        DeclarationError, match=rf"latents.z.prior {kind}: expected a grid of at most {axes} axes; got \[2, 2"
+        DeclarationError, match=rf"latents.z.prior: expected a grid of at most {axes} axes for {kind}; got \[2, 2"
     ):
         prior.build(Site("z", Space.codes(3, grid)), {}, Link())
     with pytest.raises(DeclarationError, match=r"expected parents of shape .*; got a of shape \[1, 2, 3, 4\]"):
