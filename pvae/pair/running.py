@@ -278,12 +278,10 @@ def _inside(thing: Any) -> list[Any]:
     known = isinstance(thing, nn.Module) and _is_library(type(thing), ("torch", "pvae"))
     if known or isinstance(thing, type | ModuleType | Tensor | str | bytes | int | float | complex | CodeType | None):
         return []
-    found = gc.get_referents(thing)
-    if isinstance(thing, FunctionType):
-        apart = id(thing.__globals__), id(getattr(thing, "__builtins__", None))  # there a notebook keeps its shell
-        return [*(part for part in found if id(part) not in apart), *_named_globals(thing)]
+    if isinstance(thing, FunctionType):  # but for annotations, and builtins, where a notebook keeps its shell
+        return [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing), *_named_globals(thing)]
     methods = [v for c in type(thing).__mro__ if not _is_library(c) for v in vars(c).values()]
-    return [*found, *(method for method in methods if isinstance(method, FunctionType))]
+    return [*gc.get_referents(thing), *(method for method in methods if isinstance(method, FunctionType))]
 
 
 def _named_globals(function: FunctionType) -> Iterator[Any]:

@@ -4,7 +4,7 @@ import builtins
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import pyro
 import pyro.distributions as dist
@@ -230,7 +230,7 @@ def test_the_parameters_of_a_module_are_the_pairs_if_pyro_module_registers_them(
     pyro.clear_param_store()
 
 
-def test_what_a_notebook_keeps_in_builtins_is_not_in_reach(monkeypatch):
+def test_annotations_and_what_a_notebook_keeps_in_builtins_are_not_in_reach(monkeypatch):
     """IPython puts its shell there, which holds all that the user has: Modules of other pairs, and a long search."""
     layers, stranger, modes = net(), net(), []
     monkeypatch.setattr(builtins, "get_ipython", lambda: stranger, raising=False)
@@ -240,6 +240,7 @@ def test_what_a_notebook_keeps_in_builtins_is_not_in_reach(monkeypatch):
         modes.append(builtins._[0].training)
         guide_with(layers, x)
 
+    guide.__annotations__ = {"x": Annotated[Tensor, stranger], "return": Callable[[Tensor], None] | None}
     assert modules_within([guide]) == [layers]
     analysis.surgery(Pair(model=model, guide=guide), normal(10), samples=2)
     assert set(modes) == {True}
