@@ -29,7 +29,6 @@ def audited(name):
     return module, encode, decode, x[:400], analysis.audit(encode, decode, x[:400])
 
 
-@pytest.mark.fast("diffusers", "pythae")
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_scale_factors_and_errors_of_reconstructions_are_those_by_hand(name):
     module, encode, decode, x, found = audited(name)
@@ -183,7 +182,6 @@ def test_intrinsic_dimensions_are_those_of_known_manifolds(name):
     assert -bias - 3 * found.standard_error < found.value - d < 3 * found.standard_error
 
 
-@pytest.mark.slow
 def test_errors_cover_the_scale_factor():
     scores = []
     for seed in range(30):

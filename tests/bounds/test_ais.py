@@ -158,7 +158,6 @@ def test_the_mean_weight_is_p_of_x(make, x, log_p, start):
     assert found.acceptance.min() > 0.4
 
 
-@pytest.mark.fast("simplex", "curved")
 @pytest.mark.parametrize("name", ["linear", "curved", "positive", "simplex"])
 def test_many_temperatures_come_near_log_p(name):
     # Few chains, so the bound would lie far below with few temperatures. 4 standard errors and .02: one in 4000.
@@ -186,7 +185,6 @@ def test_a_bracket_of_many_temperatures_is_narrow():
     assert 0.55 < found.acceptance.mean() < 0.75
 
 
-@pytest.mark.fast("4-guide", "1-prior")
 @pytest.mark.parametrize("start", STARTS)
 @pytest.mark.parametrize("temperatures", [1, 4])
 def test_a_bracket_of_few_temperatures_is_wide_and_holds_the_truth(temperatures, start):

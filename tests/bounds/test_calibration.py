@@ -94,7 +94,6 @@ def test_an_exact_posterior_passes_at_the_stated_rate_over_many_seeds():
     assert binom.ppf(0.001, 500, 0.05) <= alarms <= binom.ppf(0.999, 500, 0.05)
 
 
-@pytest.mark.fast("law0-too narrow-0.8-0.0")
 @pytest.mark.parametrize(
     ("law", "verdict", "width", "shift"),
     [
@@ -182,7 +181,6 @@ def coded(temper: float, *, one_hot: bool = False, order: Sequence[int] = (0, 1,
     return hand(model, guide, torch.zeros(3))
 
 
-@pytest.mark.fast("True")
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_codes_are_ranked_by_how_rare_they_are(one_hot):
     """The width is the ratio of E[1 - sum q^2] and E[1 - sum q p], integrated over x."""

@@ -81,7 +81,6 @@ def ppca(stretch: float = 1.0, *, reshapes: bool = False) -> Pair:
 BOTH = pytest.mark.parametrize("bound", [evidence, prior_evidence])
 
 
-@pytest.mark.fast("7-False", "60-True")
 @pytest.mark.parametrize("reshapes", [False, True])
 @pytest.mark.parametrize("samples", [2, 7, 60, 1000])
 def test_true_posterior_has_equal_weights(samples, reshapes):
@@ -151,7 +150,6 @@ def test_group_sizes_by_hand():
     assert group_sizes(60) == (1, 5, 10, 30, 60)
 
 
-@pytest.mark.fast("97-evidence", "30-prior_evidence")
 @BOTH
 @pytest.mark.parametrize("samples", [2, 30, 97, 500])
 def test_curve_never_falls(bound, samples):
@@ -351,7 +349,6 @@ def shifted(law) -> Pair:
     return Pair(model=model, guide=guide)
 
 
-@pytest.mark.fast("event", "masked")
 @pytest.mark.parametrize("law", POINT.values(), ids=list(POINT))
 def test_global_points_are_given(law):
     x = torch.linspace(-2, 3, 30).double()
@@ -406,7 +403,6 @@ def test_same_seed_same_numbers_and_nothing_moves(bound):
     assert bound(pair, x, samples=30, seed=4).to_dict() != first
 
 
-@pytest.mark.fast("5-evidence", "1-prior_evidence")
 @BOTH
 @pytest.mark.parametrize("samples", [1, 5, 5000])
 def test_progress_ends_with_all_rows(bound, samples):
@@ -416,7 +412,6 @@ def test_progress_ends_with_all_rows(bound, samples):
     assert seen == sorted(seen)
 
 
-@pytest.mark.fast("30-evidence", "1-prior_evidence")
 @BOTH
 @pytest.mark.parametrize("samples", [1, 30, 97])
 def test_every_rendering_tells_the_curve(bound, samples):
@@ -449,7 +444,6 @@ def test_one_row_and_one_sample_have_no_error():
 # ---------------------------------------------------------------------- codes
 
 
-@pytest.mark.fast("(2, 2)")
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2)], ids=str)
 def test_log_p_of_codes_is_the_sum_over_every_state(shape):
     # Against NumPy over the joint states; the bound lies below it by at most its error and bias.

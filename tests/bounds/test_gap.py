@@ -121,7 +121,6 @@ def near(found: float, want: float, error: float) -> bool:
     return abs(found - want) < 4 * error + OPTIMISER
 
 
-@pytest.mark.fast("posterior", "full rank, off", "diagonal, off", "blind")
 @pytest.mark.parametrize(("family", "approximation", "inference"), LINEAR.values(), ids=list(LINEAR))
 def test_linear_model(family, approximation, inference):
     # 4 standard errors of 4 figures of 8 guides, beside what the optimiser may leave: one new seed in 500 fails.

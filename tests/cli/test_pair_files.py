@@ -63,7 +63,6 @@ def figure_in(text: str, name: str) -> float:
     return float(re.search(rf"{name}[^-\d]+(-?\d+\.\d+)", text)[1])
 
 
-@pytest.mark.fast("x.npz")
 @pytest.mark.parametrize("data", ["x.npy", "x.npz"])
 def test_surgery_of_a_file(files, data):
     out, _ = run_cli("surgery", "one.py:pair", "--data", data, "--samples", "3")

@@ -244,7 +244,6 @@ def fit(experiment: pvae.Experiment, where: Path) -> pvae.Run:
     return pvae.fit(experiment, run_dir=where, device="cpu", progress=False)
 
 
-@pytest.mark.fast("10")
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("stop_at", [5, 10, 27])
 def test_a_streamed_fit_resumes_bit_for_bit(tmp_path: Path, stop_at: int) -> None:

@@ -358,7 +358,6 @@ READ = {
 }  # fmt: skip
 
 
-@pytest.mark.fast("normal", "grid", "full rank")
 @pytest.mark.parametrize(("posterior", "prior", "kind", "dim"), READ.values(), ids=list(READ))
 def test_members_are_read_off_a_guide(posterior, prior, kind, dim):
     # The fast density against the guide's own log_prob on every pair.
@@ -390,7 +389,6 @@ GUIDED = {
 }
 
 
-@pytest.mark.fast("affine flow", "dirichlet")
 @pytest.mark.parametrize(("posterior", "prior"), GUIDED.values(), ids=list(GUIDED))
 def test_any_other_guide_is_run_on_every_pair(posterior, prior):
     x = torch.randn(300, 1).double()

@@ -295,7 +295,6 @@ def joint_tables(pair: Pair, x: Tensor) -> tuple[Array, Array]:
     return torch.stack(log_q, 1).numpy(), torch.stack(log_p, 1)[0].numpy()
 
 
-@pytest.mark.fast("top certain", "both certain")
 @pytest.mark.parametrize(
     ("top", "bottom", "first"),
     [

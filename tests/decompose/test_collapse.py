@@ -40,7 +40,6 @@ def told(pair: Pair, x: Tensor = X) -> tuple[list[str], list[str]]:
     return list(collapse(pair, x).alerts), alerts(PLAN, pair, x, seed=0)
 
 
-@pytest.mark.fast("2-0.2-True", "10-0.7-False")
 @pytest.mark.parametrize(
     ("states", "by", "silent"), [(10, 0.2, True), (10, 0.58, True), (10, 0.7, False), (10, 4.0, False), (2, 0.2, True)]
 )
@@ -73,7 +72,6 @@ def test_positions_of_a_grid_are_told_apart():
     assert "information 0.0" in str(collapse(coded(table[:, [1, 4]]), X))
 
 
-@pytest.mark.fast("True")
 @pytest.mark.parametrize("certain", [False, True])
 def test_a_constant_corner_of_a_grid_is_no_fault(certain):
     """An image with a constant background leaves positions of a good fit silent: no alert, so that --strict gives 0."""

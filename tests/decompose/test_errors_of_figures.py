@@ -150,7 +150,6 @@ def test_analysis_moves_nothing(analyse, training):
     pyro.clear_param_store()
 
 
-@pytest.mark.fast("ais", "gap", "evidence", "surgery")
 @every_analysis
 def test_analysis_keeps_the_mode_of_every_module(analyse):
     x = torch.randn(20, 3)

@@ -64,7 +64,6 @@ def test_a_mixture_run_by_the_guide_is_the_product_normal_when_levels_are_indepe
     torch.testing.assert_close(got, product.log_prob(z), rtol=0, atol=1e-10)
 
 
-@pytest.mark.fast("1.0-100", "0.0-712")
 @pytest.mark.parametrize("n", [100, GUIDE_ROWS + 200])
 @pytest.mark.parametrize("link", [0.0, 1.0])
 def test_joint_information_of_two_levels(n, link):

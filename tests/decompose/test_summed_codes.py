@@ -31,7 +31,6 @@ CODES = {
 }
 
 
-@pytest.mark.fast("30-deterministic", "1-binary symmetric .1", "30-10-ary symmetric .1")
 @pytest.mark.parametrize(("table", "want"), CODES.values(), ids=list(CODES))
 @pytest.mark.parametrize("copies", [1, 30])
 def test_codes_are_summed_over_exactly(table, want, copies):
@@ -139,7 +138,6 @@ def test_normals_and_codes_side_by_side():
     assert found.notes == ()
 
 
-@pytest.mark.fast("1-True", "20-False")
 @pytest.mark.parametrize("certain", [False, True])
 @pytest.mark.parametrize("positions", [1, 3, 20])
 def test_a_deterministic_code_says_its_entropy(positions, certain):

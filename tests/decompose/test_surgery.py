@@ -144,7 +144,6 @@ CHANNELS = {
 }
 
 
-@pytest.mark.fast("d10, n=1000", "d2, n=100")
 @pytest.mark.parametrize(("d", "s2", "n", "samples", "want", "error"), CHANNELS.values(), ids=list(CHANNELS))
 def test_gaussian_channel(d, s2, n, samples, want, error):
     # 4 standard errors of both sides: one new seed in 5000 fails.
@@ -156,7 +155,6 @@ def test_gaussian_channel(d, s2, n, samples, want, error):
     assert found.kl_exact.value == pytest.approx(kl, abs=1e-9)
 
 
-@pytest.mark.fast("1.0-0.3368308203")
 @pytest.mark.parametrize(("a", "want"), [(0.5, 0.1114214822), (1.0, 0.3368308203), (2.0, 0.6327201940)])
 def test_binary_input_in_unit_noise(a, want):
     # x = +-a: MI = ln 2 - E ln(1 + exp(-2 a (a + eps))); 4 standard errors, one new seed in 5000 fails.

@@ -262,7 +262,6 @@ SCORED_CHAIN = {
 }
 
 
-@pytest.mark.fast("code given a code, beta", "bits")
 @pytest.mark.parametrize(
     ("latents", "k", "beta"),
     [({"c": SCORED["bits"]}, 2, 1.0), ({"c": SCORED["bits"]}, 3, 0.4), (SCORED_CHAIN, 2, 1.0), (SCORED_CHAIN, 2, 0.4)],

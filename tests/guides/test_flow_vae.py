@@ -93,16 +93,6 @@ def test_the_table_is_complete():
 # ---------------------------------------------------------------------- the network
 
 
-@pytest.mark.fast(
-    "dtype0-none-neural_autoregressive",
-    "dtype0-logit-block_autoregressive",
-    "dtype1-none-spline_autoregressive",
-    "dtype0-logit-spline_coupling",
-    "dtype1-none-maf",
-    "dtype1-logit-iaf",
-    "dtype1-none-realnvp",
-    "dtype0-logit-realnvp",
-)
 @every_flow
 @every_squash
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -164,15 +154,6 @@ def test_images_are_vectors_in_order(kind):
         torch.testing.assert_close(log_det, flat.invert(x.flatten(2))[1], rtol=0, atol=1e-12)
 
 
-@pytest.mark.fast(
-    "none-neural_autoregressive",
-    "none-block_autoregressive",
-    "logit-spline_coupling",
-    "none-spline_autoregressive",
-    "none-maf",
-    "logit-iaf",
-    "logit-realnvp",
-)
 @every_flow
 @every_squash
 def test_gradient_reaches_every_parameter(kind, squash):

@@ -56,7 +56,6 @@ FORMS = {
 }
 
 
-@pytest.mark.fast("tuple", "dictionary in another order", "uint8")
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_several_arguments(form):
     one = torch.stack([v.float() for v in DATA.values()], 1)
@@ -96,7 +95,6 @@ def test_other_dtypes_and_shapes_of_an_argument():
     require_right(wide, posterior, data)
 
 
-@pytest.mark.fast("one too few", "another name", "rows")
 @pytest.mark.parametrize(
     "data",
     [
@@ -122,7 +120,6 @@ def held_out(run: pvae.Run):
     return analysis.surgery(run.pair, run.data.split("test").rows, samples=2)
 
 
-@pytest.mark.fast("dictionary")
 @pytest.mark.parametrize("form", ["tuple", "dictionary"])
 def test_a_fit_batches_arguments_together(form, tmp_path):
     seen = []

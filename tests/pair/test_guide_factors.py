@@ -97,7 +97,6 @@ def by_svi(model, guide, x: Tensor, loss: ELBO, steps: int = 4) -> float:
     return found
 
 
-@pytest.mark.fast("score", "pathwise", "in some batches", "several")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_penalty_is_in_the_loss_and_no_part_of_the_bounds(kind):
     x, guide = 1.4 * normal(ROWS), guide_with(kind)
@@ -126,7 +125,6 @@ def test_a_penalty_is_in_the_loss_and_no_part_of_the_bounds(kind):
     assert gap.value < dist.Normal(0.0, math.sqrt(2)).log_prob(x[:3]).mean().item() + 5 * gap.standard_error
 
 
-@pytest.mark.fast("masked", "pathwise", "score")
 @pytest.mark.parametrize("kind", ["observed", "observed normal", "pathwise", "score", "masked", "scaled", "outside"])
 def test_a_fit_goes_where_pyros_svi_goes(kind, tmp_path):
     """Full-batch steps of plain gradient descent; noise of z moves the parameter by a few hundredths."""

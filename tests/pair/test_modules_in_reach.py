@@ -195,7 +195,6 @@ def by_pyro_module_call(layers: nn.Module) -> Program:
 WAYS = [f for name, f in globals().items() if name.startswith("by_")]
 
 
-@pytest.mark.fast("pyro_module", "global", "partial", "generator_closure", "bound_forward")
 @pytest.mark.parametrize("way", WAYS, ids=lambda f: f.__name__[3:])
 def test_a_module_is_at_rest_in_analyses_and_in_training_mode_afterwards(way):
     layers, x = net(), 1.4 * normal(30)

@@ -177,12 +177,6 @@ CASES = [
 ]
 
 
-@pytest.mark.fast(
-    "rows without-steps_up_to_the_longest",
-    "rows with-latent_in_both",
-    "rows without-factor_in_some_batches",
-    "rows with-discrete_in_some_batches",
-)
 @pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("first", ["rows without", "rows with"])
 def test_figures_hold_all_sites_whatever_batch_came_first(case, first):
@@ -191,7 +185,6 @@ def test_figures_hold_all_sites_whatever_batch_came_first(case, first):
     require_right(model, guide, x, log_p.mean().item())
 
 
-@pytest.mark.fast("vector_latent_in_both", "discrete_in_some_batches", "observed_in_some_batches")
 @pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)
 def test_a_pair_that_saw_no_such_rows_takes_the_sites_in(case):
     model, guide, x, log_p = case()
@@ -275,7 +268,6 @@ def test_states_that_are_summed_over_in_some_batches_only(side):
         assert want - 1.0 < loss.mean().item() < want + 0.5
 
 
-@pytest.mark.fast("latent_in_both")
 @pytest.mark.parametrize("case", [latent_in_both, steps_up_to_the_longest], ids=lambda f: f.__name__)
 def test_gap_and_annealing_take_rows_that_lack_known_sites(case):
     model, guide, x, log_p = case()

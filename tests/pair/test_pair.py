@@ -274,7 +274,6 @@ def test_every_parameter_is_adopted_once(row):
     assert len(list(pair.parameters())) == row.tensors
 
 
-@pytest.mark.fast("subsample_size", "pixel plate", "global latent", "names alike")
 @every_pair
 def test_layout(row):
     pair = row.build()
@@ -312,7 +311,6 @@ def test_random_state_is_left_alone(row):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.fast("bound methods", "modules in closures", "pyro.param", "names alike")
 @every_pair
 def test_two_pairs_of_equal_names_live_side_by_side(row):
     x = data()
@@ -339,7 +337,6 @@ def test_parameters_are_what_the_programs_read(row):
             p.sub_(0.3)
 
 
-@pytest.mark.fast("pyro.param", "bound methods", "global latent", "modules in closures")
 @every_pair
 def test_state_round_trips(row):
     x = data()
@@ -464,7 +461,6 @@ def test_values_can_be_set_and_data_simulated(row):
 # ---------------------------------------------------------------------- check
 
 
-@pytest.mark.fast("linear", "global latent", "subsample", "pyro.param")
 @pytest.mark.parametrize("build", [*(row.build for row in ROWS.values()), lambda: linear()], ids=[*ROWS, "linear"])
 def test_a_good_pair_has_no_problem(build):
     assert build().check(data()) == []

@@ -76,14 +76,6 @@ def by_a_loop_over_numbers(z: Tensor, x: Tensor) -> Tensor:
 MEANS = [f for f in list(globals().values()) if getattr(f, "__module__", "") == __name__]
 
 
-@pytest.mark.fast(
-    "2-by_batched_product",
-    "2-by_unpacking",
-    "2-from_the_left_with_none",
-    "2-by_a_loop_over_rows",
-    "2-by_dots",
-    "2-with_an_assertion",
-)
 @pytest.mark.parametrize("mean", MEANS, ids=lambda f: f.__name__)
 @pytest.mark.parametrize("rows", [2, 3])
 def test_every_way_to_take_coordinates(mean, rows):
