@@ -83,8 +83,8 @@ def gradients(
 ) -> Gradients:
     r"""Compare the estimators that the objective of a run has for the gradient of its bound, on one batch.
 
-    Independent gradients g, g' of an estimator give unbiased E[g'g'] of the squared mean, E|g - g'|^2 / 2 of the
-    variance, and E[(g - r)(g' - r')] of the squared bias, with two independent references r, r': the gradient of the
+    Independent gradients g, g' of an estimator give unbiased E[g . g'] of the squared mean, E|g - g'|^2 / 2 of the
+    variance, and E[(g - r) . (g' - r')] of the squared bias, with two independent references r, r': the gradient of the
     ELBO summed over all codes, or where z is real the means of `draws` reparameterised gradients (beside codes, of
     such sums). A relaxation is biased as a gradient of the codes' ELBO. The weight of the KL is that of the last epoch.
     A bound of importance weights, and codes without a probability, have no sum: their reference is their own mean.
@@ -165,7 +165,7 @@ def _group(name: str) -> str:
 
 
 def _figures(means: Any, error: float, norm: float, seconds: float) -> dict[str, float]:
-    """Return the figures of an estimator in a group: means of g'g', |g - g'|^2 / 2 and the squared bias, its error."""
+    """Return the figures of an estimator in a group: means of g . g', |g - g'|^2 / 2 and the squared bias, its error."""
     signal, variance, bias = means
     power = max(signal, 0.0) / variance if variance > 0 else math.inf if signal > 0 else math.nan
     off, norm = math.sqrt(max(bias, 0.0)), math.sqrt(max(norm, 1e-30))

@@ -250,7 +250,8 @@ def code_usage(pair: Pair, x: Tensor | Streamed, seed: int = 0) -> dict[str, flo
 
     Returns:
         `perplexity/<name>`, exp of the entropy of q_agg pooled over positions, 1 .. K, and `used/<name>`, the number
-        of codes with a pooled proportion of at least 0.001 / K; exact. Empty for a pair without codes.
+        of codes with a pooled proportion of at least 0.001 / K; exact. The codebooks of a residual or grouped latent
+        count together: K is the number of all their codes. Empty for a pair without codes.
 
     Example:
         >>> from pvae import Experiment

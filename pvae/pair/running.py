@@ -252,7 +252,8 @@ def modules_within(programs: Iterable[Any]) -> list[nn.Module]:
 
     Searched are arguments of `functools.partial`, programs inside Pyro handlers (`poutine.scale`, `config_enumerate`),
     closures and default arguments, the globals that a function names, owners of bound methods, and attributes of plain
-    objects, lists, tuples, sets and dictionaries, however deep.
+    objects, lists, tuples, sets and dictionaries, however deep; not annotations, nor builtins, where a notebook keeps its
+    shell and by it all that its user has.
 
     Example:
         >>> from functools import partial
@@ -278,7 +279,7 @@ def _inside(thing: Any) -> list[Any]:
     known = isinstance(thing, nn.Module) and _is_library(type(thing), ("torch", "pvae"))
     if known or isinstance(thing, type | ModuleType | Tensor | str | bytes | int | float | complex | CodeType | None):
         return []
-    if isinstance(thing, FunctionType):  # but for annotations, and builtins, where a notebook keeps its shell
+    if isinstance(thing, FunctionType):
         return [thing.__closure__, thing.__defaults__, thing.__kwdefaults__, vars(thing), *_named_globals(thing)]
     methods = [v for c in type(thing).__mro__ if not _is_library(c) for v in vars(c).values()]
     return [*gc.get_referents(thing), *(method for method in methods if isinstance(method, FunctionType))]

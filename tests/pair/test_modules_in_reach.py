@@ -230,7 +230,7 @@ def test_the_parameters_of_a_module_are_the_pairs_if_pyro_module_registers_them(
 
 
 def test_annotations_and_what_a_notebook_keeps_in_builtins_are_not_in_reach(monkeypatch):
-    """IPython puts its shell there, which holds all that the user has: Modules of other pairs, and a long search."""
+    """Annotations lead to all of `typing`; IPython puts its shell in builtins, which holds Modules of other pairs."""
     layers, stranger, modes = net(), net(), []
     monkeypatch.setattr(builtins, "get_ipython", lambda: stranger, raising=False)
     monkeypatch.setattr(builtins, "_", [stranger], raising=False)
