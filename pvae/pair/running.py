@@ -252,8 +252,8 @@ def modules_within(programs: Iterable[Any]) -> list[nn.Module]:
 
     Searched are arguments of `functools.partial`, programs inside Pyro handlers (`poutine.scale`, `config_enumerate`),
     closures and default arguments, the globals that a function names, owners of bound methods, and attributes of plain
-    objects, lists, tuples, sets and dictionaries, however deep; not annotations, nor builtins, where a notebook keeps its
-    shell and by it all that its user has.
+    objects, lists, tuples, sets and dictionaries, however deep; not annotations, nor builtins, where a notebook keeps
+    its shell and by it all that its user has.
 
     Example:
         >>> from functools import partial
