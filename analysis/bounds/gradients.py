@@ -165,7 +165,7 @@ def _group(name: str) -> str:
 
 
 def _figures(means: Any, error: float, norm: float, seconds: float) -> dict[str, float]:
-    """Return the figures of an estimator in a group: means of g . g' and |g - g'|^2 / 2, the squared bias, its error."""
+    """Return an estimator's figures in a group: means of g . g' and |g - g'|^2 / 2, the squared bias, its error."""
     signal, variance, bias = means
     power = max(signal, 0.0) / variance if variance > 0 else math.inf if signal > 0 else math.nan
     off, norm = math.sqrt(max(bias, 0.0)), math.sqrt(max(norm, 1e-30))
